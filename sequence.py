@@ -1,0 +1,293 @@
+"""
+The packed interleaved sequence: text, ViT and latent tokens of many documents in one row of N tokens, without padding.
+
+A document is a tree laid out depth first. Its runs of tokens are causal (text) or bidirectional (an image); a token sees
+the runs of its ancestors and its own run. A noised image is a leaf that nobody else sees. Two integers a token say all
+of this (DESIGN §3; the proof is in kernels/attention.py):
+
+    visible(i, j)  <=>  j < q_hi[i]  and  i < k_hi[j]
+    q_hi[i] = i + 1 in a causal run, the end of the run in a bidirectional one
+    k_hi[j] = the end of the branch, or of the document, that token j belongs to
+
+RoPE positions are BAGEL's (modeling/bagel, data/data_utils): text takes one position a token; a clean image takes one
+position altogether, markers included; a noised image stands at the current position and does not advance it.
+
+    layout = Layout(bos=0, eos=1, image_start=2, image_end=3, latent_side=16, vit_side=8)
+    sequence = Sequence(layout)
+    with sequence.document():
+        sequence.image(reference)                   # clean latents, then ViT patches
+        sequence.text(instruction_ids)
+        for plan in plans:                          # GRPO: the plans share the prompt above
+            with sequence.branch():
+                sequence.text(plan, loss=True)
+                sequence.noise(x_t, grid, t)        # always a leaf of its own
+    packed = sequence.pack()
+
+Left out: what two vectors cannot say, namely siblings that later text sees together. What they cannot say about one
+image, a clean copy laid out before its noised copy, is refused when both are given the same `name`.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kernels.mask import Mask
+
+KINDS = ("given", "noised", "reserved")  # what a row holds: known content, a noised image with its markers, a free slot
+
+# N tokens of the packed sequence    T text tokens    V ViT tokens    L latent tokens    M noised ones among them
+# C channels of one latent token     P values of one ViT patch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Special token ids, and the grid sides of the two position tables (BAGEL: 64 latents, 70 ViT patches a side)."""
+
+    bos: int
+    eos: int
+    image_start: int
+    image_end: int
+    latent_side: int
+    vit_side: int
+
+
+@dataclass
+class Packed:
+    """One packed sequence, or a subset of its rows (then `slots` holds their places in the whole).
+
+    Every `*_index` is a row of this pack. The model keeps text rows first, then ViT, then latent rows (`order`), so
+    that each expert works on one slice.
+    """
+
+    text_ids: torch.Tensor  # (T,)
+    text_index: torch.Tensor  # (T,)
+    vit_patches: torch.Tensor  # (V, P) float
+    vit_index: torch.Tensor  # (V,)
+    vit_position_ids: torch.Tensor  # (V,) row * side + column
+    vit_lengths: tuple  # tokens of each ViT image; they sum to V
+    latents: torch.Tensor  # (L, C) float, clean or noised
+    latent_index: torch.Tensor  # (L,)
+    latent_position_ids: torch.Tensor  # (L,)
+    image_of_latent: torch.Tensor  # (L,) which latent image a token belongs to
+    timesteps: torch.Tensor  # (latent images,) float flow time, 0 for clean ones
+    noised: torch.Tensor  # (M,) which of the L latent tokens are noised
+    noised_lengths: tuple  # tokens of each noised image; they sum to M
+    positions: torch.Tensor  # (N,) RoPE position of each row
+    mask: Mask
+    slots: torch.Tensor | None = None  # (N,) places in the KV cache, None: row i is slot i
+    label_rows: torch.Tensor | None = None  # which of the T text tokens predict
+    labels: torch.Tensor | None = None  # what they shall predict
+    kinds: torch.Tensor | None = None  # (N,) index into KINDS
+    order: torch.Tensor = field(init=False)  # (N,) row of this pack for each row of the model's residual stream
+    inverse: torch.Tensor = field(init=False)  # (N,) the other way round
+
+    def __post_init__(self):
+        self.order = torch.cat([self.text_index, self.vit_index, self.latent_index])
+        self.inverse = torch.argsort(self.order)
+
+    def __len__(self):
+        return len(self.positions)
+
+    def image_of_token(self):
+        """(M,) number of the noised image that each noised token belongs to."""
+        lengths = torch.tensor(self.noised_lengths, device=self.noised.device)
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def to(self, device):
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: v for k, v in moved.items() if k not in ("order", "inverse")}
+        return replace(self, **moved, mask=self.mask.to(device))
+
+    def select(self, rows):
+        """The pack of only these rows (sorted): they write the KV cache at `rows` and look at the whole of it."""
+        local = torch.full((len(self),), -1, dtype=torch.long, device=rows.device)
+        local[rows] = torch.arange(len(rows), device=rows.device)
+        text, vit, latent = (local[index] >= 0 for index in (self.text_index, self.vit_index, self.latent_index))
+        is_noised = torch.zeros_like(latent)
+        is_noised[self.noised] = True
+        whole_vit = [bool(part.any()) for part in vit.split(self.vit_lengths)]
+        whole_noised = [bool(part.any()) for part in latent[self.noised].split(self.noised_lengths)]
+        return Packed(
+            text_ids=self.text_ids[text], text_index=local[self.text_index[text]],
+            vit_patches=self.vit_patches[vit], vit_index=local[self.vit_index[vit]],
+            vit_position_ids=self.vit_position_ids[vit],
+            vit_lengths=tuple(n for n, kept in zip(self.vit_lengths, whole_vit) if kept),
+            latents=self.latents[latent], latent_index=local[self.latent_index[latent]],
+            latent_position_ids=self.latent_position_ids[latent], image_of_latent=self.image_of_latent[latent],
+            timesteps=self.timesteps,
+            noised=torch.nonzero(is_noised[latent]).squeeze(1),
+            noised_lengths=tuple(n for n, kept in zip(self.noised_lengths, whole_noised) if kept),
+            positions=self.positions[rows], mask=Mask(self.mask.q_hi[rows], self.mask.k_hi, rows), slots=rows,
+        )  # fmt: skip
+
+    def rows_of(self, kind):
+        """Rows that are "noised" latents with their image markers, "reserved" text, or neither ("given")."""
+        return torch.nonzero(self.kinds == KINDS.index(kind)).squeeze(1)
+
+    def decoding(self, slots, ids):
+        """The pack of one decoding step: a text token `ids[g]` at slot `slots[g]` for each member g, shapes (G,)."""
+        none = slots.new_empty(0)
+        return Packed(
+            text_ids=ids, text_index=torch.arange(len(slots), device=slots.device),
+            vit_patches=self.vit_patches[:0], vit_index=none, vit_position_ids=none, vit_lengths=(),
+            latents=self.latents[:0], latent_index=none, latent_position_ids=none, image_of_latent=none,
+            timesteps=self.timesteps[:0], noised=none, noised_lengths=(), positions=self.positions[slots],
+            mask=Mask(self.mask.q_hi[slots], self.mask.k_hi, slots), slots=slots,
+        )  # fmt: skip
+
+
+class Sequence:
+    """Builder of a packed sequence; see the module docstring. Nothing is computed before `pack`."""
+
+    def __init__(self, layout):
+        self.layout = layout
+        self.length = 0
+        self.position = 0
+        self.frames = []  # open document and branches: [rows that close with it]
+        self.names = []  # clean images on the path from the root, for the order check
+        self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
+        self.vit, self.latents, self.image_of_latent, self.timesteps = [], [], [], []
+        self.noised, self.noised_lengths = [], []
+        self.q_hi, self.k_hi, self.positions, self.kinds = [], [], [], []
+        self.reserved = []  # first slot of each reserved run, in order
+
+    @contextmanager
+    def document(self):
+        """A root: its tokens and those of other documents do not see each other; positions start at 0."""
+        if self.frames:
+            raise ValueError("a document cannot stand inside another document; use branch()")
+        self.position = 0
+        with self._frame():
+            yield
+
+    @contextmanager
+    def branch(self):
+        """A subtree: it sees what stands before it on its path, and nothing after it sees the branch."""
+        if not self.frames:
+            raise ValueError("a branch must stand inside a document")
+        position = self.position
+        with self._frame():
+            yield
+        self.position = position
+
+    @contextmanager
+    def _frame(self):
+        self.frames.append([])
+        names = list(self.names)
+        yield
+        for start, end in self.frames.pop():
+            self.k_hi[start:end] = [self.length] * (end - start)
+        self.names = names
+
+    def _run(self, length, kind, causal):
+        """Append `length` rows at the current position and return the first one."""
+        if not self.frames:
+            raise ValueError("tokens must stand inside a document: use `with sequence.document():`")
+        start, end = self.length, self.length + length
+        self.q_hi += range(start + 1, end + 1) if causal else [end] * length
+        self.k_hi += [0] * length  # set when the frame closes
+        self.kinds += [KINDS.index(kind)] * length
+        self.positions += range(self.position, self.position + length) if causal else [self.position] * length
+        self.frames[-1].append((start, end))
+        self.length = end
+        return start
+
+    def text(self, ids, loss=False):
+        """A text segment bos + ids + eos. With `loss`, bos and ids predict ids and eos (BAGEL §13.1)."""
+        tokens = [self.layout.bos, *map(int, ids), self.layout.eos]
+        start = self._run(len(tokens), "given", causal=True)
+        if loss:
+            self.label_rows += range(len(self.text_ids), len(self.text_ids) + len(tokens) - 1)
+            self.labels += tokens[1:]
+        self.text_ids += tokens
+        self.text_index += range(start, start + len(tokens))
+        self.position += len(tokens)
+
+    def reserve(self, length):
+        """Room for `length` text tokens that will be decoded into the KV cache. Returns the first slot."""
+        start = self._run(length, "reserved", causal=True)
+        self.text_ids += [self.layout.bos] * length
+        self.text_index += range(start, start + length)
+        self.position += length
+        self.reserved.append(start)
+        return start
+
+    def image(self, reference, vae=True, vit=True, drop_vae=False, drop_vit=False):
+        """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block at one position.
+
+        reference: vision.Reference (latents (n, C) with grid, patches (n, P) with grid, name). What is dropped as a
+        condition in training leaves its position behind (a dropped text does not, BAGEL §4).
+        """
+        if vae:
+            if not drop_vae:
+                self._latents(reference.latents, reference.latent_grid, 0.0, "given")
+                self.names += [reference.name] if reference.name is not None else []
+            self.position += 1
+        if vit:
+            if not drop_vit:
+                height, width = self._check(reference.patch_grid, self.layout.vit_side, len(reference.patches), "ViT")
+                start = self._image_run(height * width, "given")
+                self.vit.append((start + 1, reference.patches, _position_ids(height, width, self.layout.vit_side)))
+            self.position += 1
+
+    def noise(self, x_t, grid, timestep, name=None):
+        """A noised image (n, C) at flow time `timestep`: a leaf that sees its path and that nobody sees."""
+        if name is not None and name in self.names:
+            raise ValueError(f"image {name!r}: its noised copy must come before its clean copy, which it would see")
+        with self._frame():
+            self._latents(x_t, grid, timestep, "noised")
+
+    def _latents(self, tokens, grid, timestep, kind):
+        height, width = self._check(grid, self.layout.latent_side, len(tokens), "latent")
+        start = self._image_run(len(tokens), kind)
+        first = len(self.image_of_latent)
+        if kind == "noised":
+            self.noised += range(first, first + len(tokens))
+            self.noised_lengths.append(len(tokens))
+        self.latents.append((start + 1, tokens, _position_ids(height, width, self.layout.latent_side)))
+        self.image_of_latent += [len(self.timesteps)] * len(tokens)
+        self.timesteps.append(float(timestep))
+
+    def _image_run(self, tokens, kind):
+        """image_start + tokens + image_end in one bidirectional run; the markers are text (BAGEL §6.2)."""
+        start = self._run(tokens + 2, kind, causal=False)
+        self.text_ids += [self.layout.image_start, self.layout.image_end]
+        self.text_index += [start, start + tokens + 1]
+        return start
+
+    def _check(self, grid, side, tokens, kind):
+        height, width = grid
+        if height * width != tokens:
+            raise ValueError(f"{tokens} {kind} tokens do not fill a grid of {height} x {width}")
+        if max(height, width) > side:
+            raise ValueError(f"a {kind} grid of {height} x {width} exceeds the position table of {side} x {side}")
+        return height, width
+
+    def pack(self):
+        """Close the builder into tensors."""
+        if self.frames:
+            raise ValueError("pack() was called inside a document or branch")
+        long = lambda values: torch.tensor(values, dtype=torch.long)
+        spans = lambda parts: _cat([torch.arange(start, start + len(x)) for start, x, _ in parts], torch.long)
+        return Packed(
+            text_ids=long(self.text_ids), text_index=long(self.text_index),
+            vit_patches=_cat([x for _, x, _ in self.vit], torch.float32), vit_index=spans(self.vit),
+            vit_position_ids=_cat([ids for *_, ids in self.vit], torch.long),
+            vit_lengths=tuple(len(x) for _, x, _ in self.vit),
+            latents=_cat([x for _, x, _ in self.latents], torch.float32), latent_index=spans(self.latents),
+            latent_position_ids=_cat([ids for *_, ids in self.latents], torch.long),
+            image_of_latent=long(self.image_of_latent), timesteps=torch.tensor(self.timesteps, dtype=torch.float32),
+            noised=long(self.noised), noised_lengths=tuple(self.noised_lengths),
+            positions=long(self.positions), mask=Mask(long(self.q_hi), long(self.k_hi)),
+            label_rows=long(self.label_rows), labels=long(self.labels), kinds=long(self.kinds),
+        )  # fmt: skip
+
+
+def _position_ids(height, width, side):
+    """Table rows of a grid in its top left corner: row * side + column (BAGEL §6.3, extrapolate)."""
+    return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()  # (height * width,)
+
+
+def _cat(parts, dtype):
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)

@@ -1,0 +1,458 @@
+"""
+The unified transformer: one decoder that reads pictures and text, writes text, and predicts flow velocities.
+
+BAGEL's Mixture of Transformers (arXiv 2505.14683; BAGEL.md §1-6). Every weight of a layer exists twice: the
+understanding expert works on text and ViT tokens, the generation expert on latent tokens, clean or noised. A token's
+kind chooses its expert; attention is joint over all tokens of the packed sequence. For a token x with expert e:
+
+    n = RMSNorm_e(x);  q, k, v = W_e n;  q, k = RoPE(RMSNorm_e(q)), RoPE(RMSNorm_e(k))
+    x = x + O_e attention(q, k, v);      x = x + down_e(silu(gate_e(m)) * up_e(m)),  m = RMSNorm_e(x)
+
+In:   text     embedding table
+      ViT      connector(eye(patches)) + sin-cos position
+      latents  W_in(latent) + time(t) + sin-cos position        t = 0 for clean latents
+Out:  und     lm_head(RMSNorm(x)) -> logits of the next token
+      gen     W_out(RMSNorm(x))   -> velocity of each noised latent token
+
+The residual stream is kept sorted by expert, [text | ViT | latents], so that each expert works on one slice; q, k and v
+are brought into sequence order for attention only. With a Cache, a pack of some rows of a sequence writes their keys
+and values into their slots and attends to the whole cache (prefill, decoding, denoising).
+
+Left out: dropout, biases other than q, k, v, and the official code's separate training and inference paths.
+
+    python model.py --config full --count          the parameter table of BAGEL-7B-MoT, computed without memory
+    python model.py --config full --memory         bytes that sampling and training need
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import parse
+from kernels.attention import attention
+from sequence import Layout
+from vision import Eye, FluxCodec, Reference, ResizeRule, SpaceToDepth, patchify, resize, transform
+
+# N tokens    U understanding tokens (text, ViT)    L latent tokens    M noised ones    W width (hidden_size)
+# H query heads    G key/value heads    D width of a head    C values of one latent token
+
+MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model. The defaults are BAGEL-7B-MoT (BAGEL.md §1.1); it travels with the checkpoint."""
+
+    hidden_size: int = 3584
+    intermediate_size: int = 18944  # width of the MLP
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    vocab_size: int = 152064
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    vit_hidden_size: int = 1152
+    vit_intermediate_size: int = 4304
+    vit_num_layers: int = 26  # layers built; vit_config.json says one more (BAGEL.md §2)
+    vit_num_heads: int = 16
+    vit_patch: int = 14  # pixels
+    vit_side: int = 70  # side of the ViT position table, in patches
+    vit_shortest: int = 224  # pixels, resize rule of the eye
+    vit_longest: int = 0  # pixels; 0: what the position table holds
+    codec: str = "flux"  # latents <-> pixels: "flux", or the lossless "space_to_depth" of the toys
+    codec_factor: int = 8  # pixels per latent, each way
+    latent_channels: int = 16
+    latent_patch: int = 2  # latents per token, each way
+    latent_side: int = 64  # side of the latent position table, in tokens
+    image_shortest: int = 512  # pixels, resize rule of the codec
+    image_longest: int = 0  # pixels; 0: what the position table holds
+    vae_channels: int = 128  # of the FLUX autoencoder, at full resolution
+    vae_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of its channels, at each resolution
+    vae_blocks: int = 2  # residual blocks a resolution
+    vae_scale: float = 0.3611  # latents = scale * (z - shift)
+    vae_shift: float = 0.1159
+    position_scale: float = 1.0  # highest frequency of the sin-cos tables, radians a token
+    position_theta: float = 1e4  # highest over lowest frequency of the sin-cos tables
+
+    def __post_init__(self):
+        if self.codec not in ("flux", "space_to_depth"):
+            raise ValueError(f"codec={self.codec!r}: expected flux or space_to_depth")
+        if self.codec == "flux" and self.codec_factor != 2 ** (len(self.vae_multipliers) - 1):
+            raise ValueError(f"codec_factor={self.codec_factor}, but {len(self.vae_multipliers)} vae_multipliers make "
+                             f"{2 ** (len(self.vae_multipliers) - 1)} pixels a latent")  # fmt: skip
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
+                f"num_key_value_heads {self.num_key_value_heads}: each must be a multiple of the next"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (sin-cos position tables)")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def token_channels(self):
+        """Values of one latent token, C."""
+        return self.latent_patch**2 * self.latent_channels
+
+    @property
+    def token_pixels(self):
+        """Side of the square of pixels behind one latent token."""
+        return self.codec_factor * self.latent_patch
+
+    @property
+    def image_rule(self):
+        """Resize rule of the codec (BAGEL.md §9)."""
+        longest = self.image_longest or self.latent_side * self.token_pixels
+        return ResizeRule(longest, self.image_shortest, self.token_pixels)
+
+    @property
+    def vit_rule(self):
+        """Resize rule of the eye."""
+        return ResizeRule(self.vit_longest or self.vit_side * self.vit_patch, self.vit_shortest, self.vit_patch)
+
+    def position_table(self, side):
+        return sincos_table(side, self.hidden_size, self.position_scale, self.position_theta)
+
+    def layout(self, tokenizer):
+        """Special token ids and table sides for the sequence builder."""
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+        ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+        for name, token in zip(names, ids):
+            if token is None or token == tokenizer.unk_token_id or not 0 <= token < self.vocab_size:
+                raise ValueError(f"the tokenizer has no special token {name} inside {self.vocab_size} embeddings")
+        return Layout(*ids, self.latent_side, self.vit_side)
+
+
+TOY = dict(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=640, rope_theta=1e4, vit_hidden_size=64, vit_intermediate_size=192, vit_num_layers=2, vit_num_heads=2,
+    vit_patch=16, vit_side=2, vit_shortest=16, codec="space_to_depth", codec_factor=2, latent_channels=12,
+    latent_patch=2, latent_side=8, image_shortest=16, position_scale=math.pi, position_theta=16.0,
+)  # fmt: skip
+SMOKE = TOY | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_num_layers=1)
+SMALL = TOY | dict(
+    hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
+    vit_intermediate_size=768, vit_num_layers=4, vit_num_heads=4, vit_side=8, latent_side=32,
+)  # fmt: skip
+MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Expert(nn.Module):
+    """One of the two sets of weights of a layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        groups = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size) for size in (heads, groups, groups))
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
+        self.o_proj = nn.Linear(heads, width, bias=False)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(width, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def heads(self, x, cos, sin):
+        """Queries, keys and values of x (n, W): (n, H, D), (n, G, D), (n, G, D)."""
+        x = self.input_layernorm(x)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+    def finish(self, x, attended):
+        """Residual update from the attention output (n, H * D), then the MLP."""
+        x = x + self.o_proj(attended)
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class Block(nn.Module):
+    """One layer: two experts, one attention over all tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.und, self.gen = Expert(config), Expert(config)
+
+    def forward(self, und, gen, packed, cos, sin, cache=None):
+        """und (U, W) and gen (L, W), sorted by expert -> the same. cache: (keys, values) of this layer, (slots, G, D)."""
+        cut = len(und)
+        parts = [p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])]
+        heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
+        q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))  # (N, H, D), (N, G, D), in sequence order
+        if cache is not None:
+            keys, values = cache
+            slots = slice(None) if packed.slots is None else packed.slots
+            keys[slots], values[slots] = k, v
+            k, v = keys, values
+        attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)  # (N, H * D), sorted by expert
+        for expert, x, rows in parts:
+            if expert is self.und:
+                und = expert.finish(x, attended[rows])
+            else:
+                gen = expert.finish(x, attended[rows])
+        return und, gen
+
+
+class Cache:
+    """Keys and values of a packed sequence, one slot a token: (layers, slots, G, D). Unwritten slots are zero."""
+
+    def __init__(self, model, slots):
+        config, weight = model.config, model.embed_tokens.weight
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+
+    def copy(self, slots, other, other_slots):
+        """Take over rows that another cache holds already (a prompt shared by two sequences)."""
+        self.keys[:, slots], self.values[:, slots] = other.keys[:, other_slots], other.values[:, other_slots]
+
+
+class TimeEmbedder(nn.Module):
+    """t in [0, 1], not scaled -> 256 features, cosines first -> MLP (BAGEL.md §6.3)."""
+
+    def __init__(self, width, features=256):
+        super().__init__()
+        self.features = features
+        self.fc1, self.fc2 = nn.Linear(features, width), nn.Linear(width, width)
+
+    def forward(self, t):
+        half = self.features // 2
+        frequencies = torch.exp(-torch.arange(half, device=t.device) * (torch.log(torch.tensor(1e4)) / half))
+        angles = t.float()[:, None] * frequencies  # (images, 128)
+        features = torch.cat([angles.cos(), angles.sin()], -1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class Connector(nn.Module):
+    """ViT features -> width of the transformer."""
+
+    def __init__(self, vit_width, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(vit_width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class UnifiedModel(nn.Module):
+    """See the module docstring. Parameter names are ours; `official_name` gives BAGEL's."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm_und, self.norm_gen = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.time_embedder = TimeEmbedder(c.hidden_size)
+        self.latent_in = nn.Linear(c.token_channels, c.hidden_size)
+        self.latent_out = nn.Linear(c.hidden_size, c.token_channels)
+        self.eye = Eye(c.vit_hidden_size, c.vit_intermediate_size, c.vit_num_layers, c.vit_num_heads, c.vit_patch,
+                       c.vit_side)  # fmt: skip
+        self.connector = Connector(c.vit_hidden_size, c.hidden_size)
+        self.register_buffer("latent_positions", c.position_table(c.latent_side), persistent=False)
+        self.register_buffer("vit_positions", c.position_table(c.vit_side), persistent=False)
+        self.codec = SpaceToDepth(c.codec_factor)
+        if c.codec == "flux":
+            self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
+                                   c.vae_shift)  # fmt: skip
+        self.checkpointing = False  # recompute each block in the backward pass to save memory
+
+    def initialise(self, seed):
+        """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, a velocity head of zero.
+
+        QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain starts where the bound is 16, so that a head can single
+        out one token among hundreds from the start.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        gain = (16 / self.config.head_dim**0.5) ** 0.5
+        depth = (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                nn.init.constant_(parameter, gain)
+            elif "norm" in name and parameter.ndim < 2:
+                nn.init.constant_(parameter, float(name.endswith("weight")))
+            elif parameter.ndim < 2 or name.startswith("latent_out"):
+                nn.init.zeros_(parameter)
+            if parameter.ndim < 2 or name.startswith("latent_out"):
+                continue
+            embedding = name.startswith(("embed_tokens", "eye.position_embedding"))
+            std = 0.02 if embedding else parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")):
+                std *= depth
+            nn.init.normal_(parameter, std=std, generator=generator)
+        return self
+
+    def embed(self, packed):
+        """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W)."""
+        und = self.embed_tokens(packed.text_ids)  # (T, W)
+        if len(packed.vit_index):
+            features = self.eye(packed.vit_patches.to(und.dtype), packed.vit_position_ids, packed.vit_lengths)
+            seen = self.connector(features) + self.vit_positions[packed.vit_position_ids].to(und.dtype)  # (V, W)
+            und = torch.cat([und, seen])
+        if not len(packed.latent_index):
+            return und, und[:0]
+        time = take(self.time_embedder(packed.timesteps), packed.image_of_latent)  # (L, W)
+        place = self.latent_positions[packed.latent_position_ids].to(und.dtype)
+        return und, self.latent_in(packed.latents.to(und.dtype)) + time + place
+
+    def forward(self, packed, cache=None):
+        """Final hidden states: understanding tokens (U, W), text first, and latent tokens (L, W)."""
+        und, gen = self.embed(packed)
+        cos, sin = rope(packed.positions[packed.order], self.config.head_dim, self.config.rope_theta, und.dtype)
+        for layer, block in enumerate(self.blocks):
+            slots = None if cache is None else (cache.keys[layer], cache.values[layer])
+            if self.checkpointing and torch.is_grad_enabled():
+                und, gen = checkpoint(block, und, gen, packed, cos, sin, use_reentrant=False)
+            else:
+                und, gen = block(und, gen, packed, cos, sin, slots)
+        return self.norm_und(und), self.norm_gen(gen)
+
+    def velocity(self, packed, gen):
+        """Velocity (M, C) of the noised tokens from the hidden states of all latent tokens (L, W)."""
+        return self.latent_out(take(gen, packed.noised))
+
+    def cross_entropy(self, und, packed):
+        """Cross entropy (labels,) of the text that carries a loss, from hidden states und (U, W).
+
+        In chunks of MAX_LOGITS, recomputed in the backward pass: never are the logits of a whole pack held (at 152,064
+        classes and 32,768 tokens they would be 20 GB in float32, and as much again for their gradient).
+        """
+        rows, labels, chunk = packed.label_rows, packed.labels, max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(rows) <= chunk:
+            return self._cross_entropy(und, rows, labels)
+        parts = zip(rows.split(chunk), labels.split(chunk))
+        return torch.cat([checkpoint(self._cross_entropy, und, *part, use_reentrant=False) for part in parts])
+
+    def _cross_entropy(self, und, rows, labels):
+        return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
+
+    def read(self, image, name=None, as_inferencer=False):
+        """PIL RGB -> Reference. In training each encoder resizes the original picture by its own rule (BAGEL.md §9).
+
+        BAGEL's inferencer resizes for the codec first and shows the eye the result, so small pictures get more ViT
+        tokens than in training (§16.7); `as_inferencer` does the same.
+        """
+        if as_inferencer:
+            image = resize(image, self.config.image_rule)
+        pixels = transform(image, self.config.vit_rule)
+        latents, grid = self.encode(transform(image, self.config.image_rule))
+        patch = self.config.vit_patch
+        patch_grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+        return Reference(latents, grid, patchify(pixels, patch), patch_grid, name)
+
+    def encode(self, image, generator=None):
+        """(3, H, W) in [-1, 1] -> latent tokens (n, C) and their grid: the mean, or with a generator a sample."""
+        patch, factor = self.config.latent_patch, self.config.codec_factor
+        noise = None
+        if generator is not None:
+            size = (self.config.latent_channels, image.shape[1] // factor, image.shape[2] // factor)
+            noise = torch.randn(size, generator=generator)
+        latents = self.codec.encode(image, noise)  # (c, h, w)
+        return patchify(latents, patch), (latents.shape[1] // patch, latents.shape[2] // patch)
+
+
+def take(x, index):
+    """x[index] along rows: as an embedding look-up, whose gradient on a CPU is much faster than that of indexing."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
+def rope(positions, head_dim, theta, dtype):
+    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32 (BAGEL.md §4)."""
+    frequencies = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions.float()[:, None] * frequencies  # (N, D / 2)
+    return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate the two halves of each head, the Qwen / Llama form. x (n, H, D)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def sincos_table(side, width, scale=1.0, theta=1e4):
+    """(side * side, width): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)] (BAGEL.md §6.3).
+
+    w_j = scale * theta^(-4 j / width). BAGEL's waves of 6 to 60 thousand tokens suit a grid of 64; on the toys' grid of 8
+    neighbours would look alike, so their waves are 2 to 32 tokens long.
+    """
+    frequencies = scale * theta ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)
+    wave = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
+    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1).float()  # columns, then rows
+
+
+@dataclass(frozen=True)
+class TableConfig(ModelConfig):
+    count: bool = False  # print the number of parameters of each part
+    memory: bool = False  # print the bytes that each way of using the model needs
+
+
+def parameter_table(model):
+    """{part: values}, BAGEL.md §2; the two frozen position tables count, the codec does not."""
+    parts = {"embeddings and head": ("embed_tokens", "lm_head"), "understanding experts": (".und.", "norm_und"),
+             "generation experts": (".gen.", "norm_gen"), "ViT": ("eye.",), "connector": ("connector.",),
+             "time embedder": ("time_embedder.",), "vae2llm": ("latent_in.",), "llm2vae": ("latent_out.",),
+             "latent position table": ("latent_positions",), "ViT position table": ("vit_positions",)}  # fmt: skip
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    table = {part: sum(tensor.numel() for name, tensor in named.items() if any(key in name for key in keys))
+             for part, keys in parts.items()}  # fmt: skip
+    if sum(table.values()) != sum(tensor.numel() for tensor in named.values()):
+        raise KeyError("a parameter belongs to no part of the table, or to two; mend `parts`")
+    return table
+
+
+def memory_table(model):
+    """{use: bytes}: weights, their gradients and AdamW's moments; activations come on top and depend on the pack."""
+    c, values = model.config, sum(parameter_table(model).values())
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    codec = sum(tensor.numel() for tensor in model.codec.weights.parameters()) if c.codec == "flux" else 0
+    gen = sum(p.numel() for name, p in model.named_parameters() if ".gen." in name)
+    return {
+        "weights, bfloat16": 2 * values, "weights, float32": 4 * values, "codec, float32": 4 * codec,
+        "KV cache, 1,000 tokens, bfloat16": 2000 * cache, "KV cache, 1,000 tokens, float32": 4000 * cache,
+        "training, float32 (weights, gradients, moments, average)": 20 * values,
+        "training the generation expert alone, float32": 8 * values + 12 * gen,
+    }  # fmt: skip
+
+
+def print_tables(config):
+    """Build the model on the meta device, which has shapes and no memory, and print what was asked for."""
+    with torch.device("meta"):
+        model = UnifiedModel(config)
+    if config.count:
+        table = parameter_table(model)
+        for part, values in [*table.items(), ("total", sum(table.values()))]:
+            print(f"{part:24s}{values:18,d}")
+    if config.memory:
+        for use, size in memory_table(model).items():
+            print(f"{use:58s}{size / 1e9:10.3f} GB")
+    if not config.count and not config.memory:
+        print("nothing to do; --count prints the parameter table, --memory what it needs", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    print_tables(parse(TableConfig, MODELS, sys.argv[1:]))

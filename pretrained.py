@@ -1,0 +1,248 @@
+"""
+A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout (BAGEL.md §2).
+
+    ema.safetensors     the whole model with its eye, without the codec
+    ae.safetensors      the FLUX autoencoder; the toys' codec has no weights
+    llm_config.json     shape of the transformer, Qwen2's keys
+    vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as the official file does
+    config.json         what the official code keeps in its source: latent grid, codec, resize rules; may be absent
+    tokenizer.json ...  written by transformers, or vocab.json and merges.txt
+
+So a model trained here opens in the official code, and the reverse. Reading goes tensor by tensor from the mapped file
+into a model without memory (meta device), so that 29 GB stand in memory once; any float type is taken. A folder is
+published whole: it is written under a hidden name and renamed.
+
+Left out: sharded index files, a generation expert made from a plain Qwen2 folder.
+
+    model, tokenizer = load_model("BAGEL-7B-MoT", dtype=torch.bfloat16)        a folder, or owner/name on Hugging Face
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import ModelConfig, UnifiedModel
+
+RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name counts
+    (r"blocks\.(\d+)\.und\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)", r"language_model.model.layers.\1.self_attn.\2.\3"),
+    (r"blocks\.(\d+)\.gen\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)",
+     r"language_model.model.layers.\1.self_attn.\2_moe_gen.\3"),
+    (r"blocks\.(\d+)\.und\.(gate|up|down)_proj\.weight", r"language_model.model.layers.\1.mlp.\2_proj.weight"),
+    (r"blocks\.(\d+)\.gen\.(gate|up|down)_proj\.weight", r"language_model.model.layers.\1.mlp_moe_gen.\2_proj.weight"),
+    (r"blocks\.(\d+)\.und\.(\w+_layernorm)\.weight", r"language_model.model.layers.\1.\2.weight"),
+    (r"blocks\.(\d+)\.gen\.(\w+_layernorm)\.weight", r"language_model.model.layers.\1.\2_moe_gen.weight"),
+    (r"norm_und\.weight", r"language_model.model.norm.weight"),
+    (r"norm_gen\.weight", r"language_model.model.norm_moe_gen.weight"),
+    (r"embed_tokens\.weight", r"language_model.model.embed_tokens.weight"),
+    (r"lm_head\.weight", r"language_model.lm_head.weight"),
+    (r"time_embedder\.fc1\.(\w+)", r"time_embedder.mlp.0.\1"),
+    (r"time_embedder\.fc2\.(\w+)", r"time_embedder.mlp.2.\1"),
+    (r"latent_in\.(\w+)", r"vae2llm.\1"),
+    (r"latent_out\.(\w+)", r"llm2vae.\1"),
+    (r"latent_positions", r"latent_pos_embed.pos_embed"),
+    (r"vit_positions", r"vit_pos_embed.pos_embed"),
+    (r"connector\.(\w+\.\w+)", r"connector.\1"),
+    (r"eye\.(patch_embedding|position_embedding)\.(\w+)", r"vit_model.vision_model.embeddings.\1.\2"),
+    (r"eye\.layers\.(\d+)\.(\w+_proj)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.self_attn.\2.\3"),
+    (r"eye\.layers\.(\d+)\.(fc\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.mlp.\2.\3"),
+    (r"eye\.layers\.(\d+)\.(layer_norm\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.\2.\3"),
+    (r"eye\.post_layernorm\.(\w+)", r"vit_model.vision_model.post_layernorm.\1"),
+]  # fmt: skip
+LLM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size", "rope_theta", "rms_norm_eps")  # fmt: skip
+VIT_KEYS = {"hidden_size": "vit_hidden_size", "intermediate_size": "vit_intermediate_size",
+            "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}  # fmt: skip
+OWN_KEYS = ("vit_side", "vit_shortest", "vit_longest", "codec", "codec_factor", "latent_channels", "latent_patch",
+            "latent_side", "image_shortest", "image_longest", "vae_channels", "vae_multipliers", "vae_blocks",
+            "vae_scale", "vae_shift", "position_scale", "position_theta")  # fmt: skip
+BUILT_IN = {  # what the code does whatever a config says, so it must say the same or nothing
+    "llm_config": {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
+    "vit_config": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
+}
+TABLES = {"latent_positions": "latent_side", "vit_positions": "vit_side"}  # deterministic: rebuilt, checked if present
+
+
+def official_name(name):
+    """BAGEL's key for one of our parameter names."""
+    for ours, theirs in RENAMES:
+        if re.fullmatch(ours, name):
+            return re.sub(ours, theirs, name)
+    raise KeyError(f"{name} has no name in BAGEL's layout; add it to RENAMES")
+
+
+def save_model(model, tokenizer, folder, weights=None):
+    """Write the model into `folder`. `weights` (our names -> tensors) replaces its own parameters, say by their EMA."""
+    folder = Path(folder)
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    named = dict(model.named_parameters()) | dict(weights or {}) | {name: getattr(model, name) for name in TABLES}
+    write_tensors(hidden / "ema.safetensors", {official_name(name): tensor for name, tensor in named.items()})
+    if model.config.codec == "flux":
+        write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
+    config = asdict(model.config)
+    llm = {key: config[key] for key in LLM_KEYS}
+    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+            "tie_word_embeddings": False, "attention_dropout": 0.0, "max_position_embeddings": 32768}  # fmt: skip
+    vit = {theirs: config[ours] for theirs, ours in VIT_KEYS.items()}
+    vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": config["vit_num_layers"] + 1,
+            "image_size": config["vit_side"] * config["vit_patch"]}  # fmt: skip
+    own = {key: config[key] for key in OWN_KEYS}
+    for name, content in (("llm_config", llm), ("vit_config", vit), ("config", own)):
+        (hidden / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    tokenizer.save_pretrained(hidden)
+    publish(hidden, folder)
+
+
+def write_tensors(path, tensors):
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def publish(hidden, folder):
+    """Make a finished hidden folder visible under its name; an older one of that name is replaced."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(hidden, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_model(path):
+    """The model folder at `path`: the folder itself, that of a run, or a Hugging Face repository `owner/name`.
+
+    A name is looked up on the hub only where no such path and no folder `owner` exists here.
+    """
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists():
+        path = download(str(path))
+    for folder in (path, path / "model"):
+        if (folder / "llm_config.json").is_file():
+            return folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint folder not found: {path}; train one with python sft.py --config toy")
+    raise FileNotFoundError(f"{path} is no checkpoint: neither it nor its folder `model` holds llm_config.json")
+
+
+def download(name):
+    """The folder of a Hugging Face repository, from the cache or the network; FileNotFoundError if neither has it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"checkpoint folder not found: {name}, and the Hugging Face hub does not give it ({reason}); "
+                                f"train one with python sft.py --config toy") from None
+
+
+def load_config(folder):
+    """ModelConfig from the three JSON files; what they leave out is BAGEL-7B's."""
+    read = {name: read_json(Path(folder) / f"{name}.json") for name in ("llm_config", "vit_config", "config")}
+    values = {key: read["llm_config"][key] for key in LLM_KEYS if key in read["llm_config"]}
+    vit = read["vit_config"]
+    values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
+    if isinstance(vit.get("num_hidden_layers"), int):
+        values["vit_num_layers"] = vit["num_hidden_layers"] - 1
+    if isinstance(vit.get("image_size"), int) and isinstance(vit.get("patch_size"), int):
+        values["vit_side"] = vit["image_size"] // max(1, vit["patch_size"])
+    values |= {key: read["config"][key] for key in OWN_KEYS if key in read["config"]}
+    for name, fixed in BUILT_IN.items():
+        for key, value in fixed.items():
+            if read[name].get(key, value) != value:
+                raise ValueError(f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for {value!r}")
+    for field in fields(ModelConfig):
+        if isinstance(values.get(field.name), list):
+            values[field.name] = tuple(values[field.name])
+        given, kind = values.get(field.name, field.default), type(field.default)
+        if type(given) is not kind and not (kind is float and type(given) is int):
+            raise ValueError(f"the configs in {folder} give {field.name}={given!r}; expected {kind.__name__}")
+    return ModelConfig(**values)
+
+
+def read_json(path):
+    """The object in a JSON file, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the checkpoint is torn") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def load_model(path, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) from a folder of this layout; every key is checked by name and shape."""
+    folder = find_model(path)
+    return load_weights(folder, load_config(folder), device, dtype), load_tokenizer(folder)
+
+
+def load_weights(folder, config, device="cpu", dtype=torch.float32):
+    """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in the official code."""
+    with torch.device("meta"):
+        model = UnifiedModel(config)
+    tables = {name: config.position_table(getattr(config, side)) for name, side in TABLES.items()}
+    for name, table in tables.items():
+        setattr(model, name, table.to(device))
+    read_tensors(Path(folder) / "ema.safetensors", model, official_name, device, dtype, tables)
+    if config.codec == "flux":
+        read_tensors(Path(folder) / "ae.safetensors", model.codec.weights, str, device, torch.float32, {})
+    return model
+
+
+def read_tensors(path, module, rename, device, dtype, tables):
+    """Fill a module on the meta device. rename: our name -> the file's; tables: what else the file may hold, and how."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout")
+    parameters = {rename(name): (name, parameter) for name, parameter in module.named_parameters()}
+    tables = {rename(name): table for name, table in tables.items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            check_keys(path, found, {key: tuple(p.shape) for key, (_, p) in parameters.items()},
+                       {key: tuple(table.shape) for key, table in tables.items()})  # fmt: skip
+            for key, (name, parameter) in parameters.items():
+                tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point numbers")
+                owner, _, leaf = name.rpartition(".")
+                tensor = nn.Parameter(tensor.to(device, dtype, copy=True), parameter.requires_grad)
+                setattr(module.get_submodule(owner), leaf, tensor)
+            for key, table in tables.items():
+                if key in found and not torch.allclose(file.get_tensor(key).float(), table, rtol=0, atol=1e-2):
+                    raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); the file is torn: copy or train it again") from None
+
+
+def check_keys(path, found, wanted, optional):
+    """ValueError with everything that is missing, extra or misshapen. All three: {key: shape}."""
+    missing = sorted(set(wanted) - set(found))
+    extra = sorted(set(found) - set(wanted) - set(optional))
+    shapes = [f"{key} is {found[key]}, expected {shape}" for key, shape in sorted((wanted | optional).items())
+              if found.get(key, shape) != shape]  # fmt: skip
+    if missing or extra or shapes:
+        parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                 for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if keys]  # fmt: skip
+        raise ValueError(f"{path} does not fit the configs beside it: tensors {'; '.join(parts)}")
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder, through transformers, without a network."""
+    from transformers import AutoTokenizer
+
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json or vocab.json; the checkpoint is torn")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

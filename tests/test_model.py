@@ -1,0 +1,222 @@
+"""The transformer: packed equals separate, cached equals whole, experts touch their own tokens, names and disk."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import pretrained
+from model import SMOKE, Cache, ModelConfig, UnifiedModel
+from sequence import Layout, Sequence
+from vision import Reference, SpaceToDepth, patchify, unpatchify
+
+LAYOUT = Layout(bos=0, eos=1, image_start=2, image_end=3, latent_side=8, vit_side=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # no parameter may hide behind a zero or a one
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.double()
+
+
+def reference(seed):
+    g = torch.Generator().manual_seed(seed)
+    return Reference(torch.randn(6, 48, generator=g), (2, 3), torch.randn(4, 768, generator=g), (2, 2))
+
+
+def write(sequence, seed):
+    """One document with everything in it."""
+    g = torch.Generator().manual_seed(seed)
+    with sequence.document():
+        sequence.image(reference(seed))
+        sequence.text([5 + seed, 6, 7])
+        for plan in ([8, 9 + seed], [10, 11, 12]):
+            with sequence.branch():
+                sequence.text(plan, loss=True)
+                for t in (0.3, 0.9):
+                    sequence.noise(torch.randn(4, 48, generator=g), (2, 2), t)
+
+
+def build(*seeds):
+    sequence = Sequence(LAYOUT)
+    for seed in seeds:
+        write(sequence, seed)
+    return sequence.pack()
+
+
+def in_order(packed, und, gen):
+    return torch.cat([und, gen])[packed.inverse]
+
+
+def test_packed_equals_separate(model):
+    together = build(1, 2, 3)
+    hidden = in_order(together, *model(together))
+    apart = torch.cat([in_order(p, *model(p)) for p in (build(1), build(2), build(3))])
+    torch.testing.assert_close(hidden, apart, rtol=1e-10, atol=1e-10)
+
+
+def test_a_branch_equals_its_path_alone(model):
+    """The second leaf of the second plan, computed in the tree and as a document of its own."""
+    packed = build(4)
+    velocity = model.velocity(packed, model(packed)[1])
+    g = torch.Generator().manual_seed(4)
+    noises = [torch.randn(4, 48, generator=g) for _ in range(4)]
+    sequence = Sequence(LAYOUT)
+    with sequence.document():
+        sequence.image(reference(4))
+        sequence.text([9, 6, 7])
+        sequence.text([10, 11, 12])
+        sequence.noise(noises[3], (2, 2), 0.9)
+    alone = sequence.pack()
+    torch.testing.assert_close(velocity[12:16], model.velocity(alone, model(alone)[1]), rtol=1e-10, atol=1e-10)
+
+
+def test_cached_rows_equal_the_whole(model):
+    """Prefill, then the noised leaves, then text token by token: the hidden states of one packed pass."""
+    packed = build(1, 2)
+    whole = in_order(packed, *model(packed))
+    cache = Cache(model, len(packed))
+    for rows in (packed.rows_of("given"), packed.rows_of("noised")):
+        part = packed.select(rows)
+        torch.testing.assert_close(in_order(part, *model(part, cache)), whole[rows], rtol=1e-9, atol=1e-9)
+    slots = torch.tensor([t for t in packed.text_index.tolist() if packed.kinds[t] == 0][-3:])
+    ids = packed.text_ids[torch.isin(packed.text_index, slots)]
+    for slot, token in zip(slots, ids):
+        hidden, _ = model(packed.decoding(slot[None], token[None]), cache)
+        torch.testing.assert_close(hidden, whole[slot][None], rtol=1e-9, atol=1e-9)
+
+
+def test_attention_is_grouped_softmax_attention(model):
+    """One block against the equations of the docstring, written out with a dense mask and no packing."""
+    packed = build(3)
+    block, c = model.blocks[0], model.config
+    und, gen = model.embed(packed)
+    x = torch.cat([und, gen])[packed.inverse]
+    is_gen = torch.zeros(len(packed), dtype=torch.bool)
+    is_gen[packed.latent_index] = True
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
+
+    def each(function):  # every token by its own expert
+        return torch.stack([function(block.gen if is_gen[i] else block.und, i) for i in range(len(packed))])
+
+    angle = packed.positions.double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (N, 1, D / 2)
+
+    def rotate(x):
+        half = c.head_dim // 2
+        z = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    n = each(lambda e, i: norm(x[i], e.input_layernorm.weight))
+    q = rotate(each(lambda e, i: norm(e.q_proj(n[i]).view(-1, c.head_dim), e.q_norm.weight)))
+    k = rotate(each(lambda e, i: norm(e.k_proj(n[i]).view(-1, c.head_dim), e.k_norm.weight)))
+    v = each(lambda e, i: e.v_proj(n[i]).view(-1, c.head_dim))
+    out = torch.empty_like(q)
+    for head in range(c.num_attention_heads):
+        group = head // (c.num_attention_heads // c.num_key_value_heads)
+        scores = (q[:, head] @ k[:, group].T) / c.head_dim**0.5
+        out[:, head] = scores.masked_fill(~packed.mask.dense(), -torch.inf).softmax(-1) @ v[:, group]
+    x = x + each(lambda e, i: e.o_proj(out[i].flatten()))
+    m = each(lambda e, i: norm(x[i], e.post_attention_layernorm.weight))
+    x = x + each(lambda e, i: e.down_proj(F.silu(e.gate_proj(m[i])) * e.up_proj(m[i])))
+    angles = torch.cat([angle, angle], 1)[packed.order]
+    half = c.head_dim // 2
+    got = in_order(packed, *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half]))
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+
+
+def test_experts_touch_their_own_tokens(model):
+    """A loss on the last layer's text tokens gives the generation expert's MLP no gradient, and the reverse."""
+    packed = build(1)
+    last = model.blocks[-1]
+    for which, silent in ((0, last.gen), (1, last.und)):
+        model.zero_grad()
+        model(packed)[which].square().sum().backward()
+        for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            gradient = getattr(silent, name).weight.grad
+            assert gradient is None or not gradient.any(), (which, name)
+    model.zero_grad()
+
+
+def test_checkpointing_changes_nothing(model):
+    packed = build(1, 2)
+
+    def gradient():
+        model.zero_grad()
+        und, gen = model(packed)
+        (und.square().sum() + gen.square().sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradient()
+    model.checkpointing = True
+    again = gradient()
+    model.checkpointing = False
+    model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_codec_and_patches_are_lossless():
+    image = torch.rand(3, 16, 24) * 2 - 1
+    codec = SpaceToDepth(2)
+    assert torch.equal(codec.decode(codec.encode(image)), image)
+    latents = codec.encode(image)
+    assert torch.equal(unpatchify(patchify(latents, 2), (4, 6), 2), latents)
+    token = patchify(latents, 2)[7]  # row 1, column 1: laid out (patch row, patch column, channel)
+    assert torch.equal(token.view(2, 2, 12), latents[:, 2:4, 2:4].permute(1, 2, 0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(3)
+    tokenizer = data.train_tokenizer(folder.parent / "tokenizer", model.config.vocab_size)
+    pretrained.save_model(model, tokenizer, folder)
+    return model, folder
+
+
+def test_disk_round_trip_is_bit_identical(saved):
+    model, folder = saved
+    loaded, tokenizer = pretrained.load_model(folder.parent)  # a run folder is accepted too
+    assert loaded.config == model.config
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters()):
+        assert torch.equal(a, b), name
+    assert model.config.layout(tokenizer).bos == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_torn_checkpoints_are_named(saved, tmp_path):
+    import shutil
+
+    _, folder = saved
+
+    def broken(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            pretrained.load_model(copy)
+        assert "copy" in str(error.value)
+        return str(error.value)
+
+    def other_shape(copy):
+        path = copy / "llm_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+
+    def truncate(copy):
+        path = copy / "ema.safetensors"
+        path.write_bytes(path.read_bytes()[:5000])
+
+    assert "of another shape" in broken(other_shape)
+    assert "cannot be read" in broken(truncate)
+    assert "is missing" in broken(lambda copy: (copy / "ema.safetensors").unlink())
+    assert "not valid JSON" in broken(lambda copy: (copy / "vit_config.json").write_text("{"))
+    assert "no checkpoint" in broken(lambda copy: (copy / "llm_config.json").unlink())
+    with pytest.raises(FileNotFoundError, match="not found"):
+        pretrained.load_model(tmp_path / "nowhere")

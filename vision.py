@@ -1,0 +1,309 @@
+"""
+Pixels in and pixels out: how a picture becomes tokens, and how latents become a picture.
+
+A reference picture is shown to the model twice (BAGEL §3, §9): as clean latents, so that it can be copied, and through
+an eye, so that it can be understood. Each encoder has its own resize rule:
+
+    s = min(longest / max(w, h), 1);  s = max(s, shortest / min(w, h));  sides snap to the stride, the whole picture
+    shrinks once more if it has too many pixels (linearly, as the official code does) or a side is still too long
+
+    eye    SigLIP with NaViT packing: patches (row, column, channel) -> linear + learned position -> pre-LN transformer
+           that attends within each picture -> LayerNorm. No class token, no pooling.
+    hand   a codec with encode(image) -> latents and decode(latents) -> image, frozen, no part of the trained model.
+           FluxCodec is BAGEL's, the FLUX.1 autoencoder: 16 channels, 8 x 8 pixels a latent. SpaceToDepth is the toys'
+           one: lossless, f x f pixels become one latent of 3 f f channels, in [-1, 1].
+
+Latents (C, h, w) enter the transformer as p x p patches in raster order, each laid out (patch row, patch column,
+channel). Images are float (3, H, W) in [-1, 1].
+
+Left out: the FLUX autoencoder (the codec of BAGEL-7B), video, the unused 2-D RoPE of the official eye.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from kernels.attention import attention
+from kernels.mask import Mask
+
+MAX_PIXELS = 14 * 14 * 9 * 1024  # BAGEL's ImageTransform default
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """Longest and shortest side and the stride that both sides become multiples of, in pixels (BAGEL §9)."""
+
+    longest: int
+    shortest: int
+    stride: int
+    max_pixels: int = MAX_PIXELS
+
+    def size(self, width, height, images=1):
+        """(width, height) after the resize, for one of `images` pictures of a sample."""
+        snap = lambda side: max(self.stride, int(round(side / self.stride) * self.stride))
+        apply = lambda w, h, scale: (snap(round(w * scale)), snap(round(h * scale)))
+        scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
+        width, height = apply(width, height, scale)
+        if width * height > self.max_pixels / images:
+            width, height = apply(width, height, self.max_pixels / images / (width * height))
+        if max(width, height) > self.longest:
+            width, height = apply(width, height, self.longest / max(width, height))
+        return width, height
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference picture as tokens. `name` lets the sequence builder check that noised copies come first."""
+
+    latents: torch.Tensor  # (h * w, C)
+    latent_grid: tuple  # (h, w)
+    patches: torch.Tensor  # (n, P)
+    patch_grid: tuple
+    name: str | None = None
+
+
+def open_image(path):
+    """A PIL RGB picture from a file of any size and mode: EXIF rotation applied, first frame, transparency on white."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"reference picture not found: {path}; give the path of a PNG, JPEG or WebP file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP") from None
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB; transparent pixels become white (pil_img2rgb of the official code)."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):  # 16-bit grey: PIL would clip it to white
+        values = np.asarray(image, dtype=np.float32)
+        scale = 65535.0 if values.max() > 255 else 255.0
+        image = Image.fromarray((values.clip(0, scale) * (255.0 / scale)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.split()[3])
+        return white
+    return image.convert("RGB")
+
+
+def to_tensor(image):
+    """PIL RGB -> float (3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
+    return pixels.permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5)
+
+
+def to_pil(image):
+    """Float (3, H, W) in [-1, 1] -> PIL RGB; values are truncated to uint8, as in the official code."""
+    pixels = (image.float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def resize(image, rule, images=1):
+    """PIL RGB at the size that `rule` gives it, bicubic with antialiasing."""
+    size = rule.size(*image.size, images)
+    return image if size == image.size else image.resize(size, Image.BICUBIC)
+
+
+def transform(image, rule, images=1):
+    """PIL RGB -> resized by `rule` -> float (3, H, W) in [-1, 1]."""
+    return to_tensor(resize(image, rule, images))
+
+
+def patchify(image, patch):
+    """(C, H, W) -> (H/p * W/p, p * p * C), raster order, each patch laid out (row, column, channel)."""
+    channels, height, width = image.shape
+    x = image.reshape(channels, height // patch, patch, width // patch, patch)
+    return x.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(tokens, grid, patch):
+    """Inverse of patchify: (h * w, p * p * C) -> (C, h * p, w * p)."""
+    height, width = grid
+    x = tokens.reshape(height, width, patch, patch, -1)
+    return x.permute(4, 0, 2, 1, 3).reshape(-1, height * patch, width * patch)
+
+
+class SpaceToDepth:
+    """Lossless codec of the toys: (3, H, W) <-> (3 f f, H / f, W / f). It has no weights."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def encode(self, image, noise=None):
+        return F.pixel_unshuffle(image, self.factor)
+
+    def decode(self, latents):
+        return F.pixel_shuffle(latents, self.factor)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution beside it where the channels change."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))  # (1, C, h, w) -> (1, C', h, w)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class PixelAttention(nn.Module):
+    """Single-head self-attention over all places of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # (1, 1, h * w, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (1, C, h, w)
+        return x + self.proj_out(h)
+
+
+def middle(channels):
+    """The lowest resolution of both halves; names as in the official file."""
+    return nn.ModuleDict({"block_1": ResidualBlock(channels, channels), "attn_1": PixelAttention(channels),
+                          "block_2": ResidualBlock(channels, channels)})  # fmt: skip
+
+
+def level(channels, out_channels, blocks):
+    """Residual blocks at one resolution."""
+    widths = [channels] + [out_channels] * blocks
+    return nn.ModuleDict({"block": nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))})
+
+
+class FluxEncoder(nn.Module):
+    """Image (1, 3, H, W) -> mean and log-variance of its latents, (1, 2 z, h, w)."""
+
+    def __init__(self, channels, multipliers, blocks, latent_channels):
+        super().__init__()
+        widths = [channels] + [channels * m for m in multipliers]
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList(level(a, b, blocks) for a, b in zip(widths[:-1], widths[1:]))
+        for width, one in list(zip(widths[1:], self.down))[:-1]:
+            one["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+        self.mid = middle(widths[-1])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for one in self.down:
+            for block in one["block"]:
+                h = block(h)
+            if "downsample" in one:
+                h = one["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # (1, C, h, w) -> (1, C, h / 2, w / 2)
+        for block in self.mid.values():
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class FluxDecoder(nn.Module):
+    """Latents (1, z, h, w) -> image (1, 3, H, W). `up` is stored by resolution: its last level is applied first."""
+
+    def __init__(self, channels, multipliers, blocks, latent_channels):
+        super().__init__()
+        widths = [channels * m for m in multipliers] + [channels * multipliers[-1]]
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList(level(b, a, blocks + 1) for a, b in zip(widths[:-1], widths[1:]))
+        for width, one in list(zip(widths, self.up))[1:]:
+            one["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        for block in self.mid.values():
+            h = block(h)
+        for one in reversed(self.up):
+            for block in one["block"]:
+                h = block(h)
+            if "upsample" in one:
+                h = one["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))  # nearest: (1, C, 2 h, 2 w)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class FluxCodec:
+    """The FLUX.1 autoencoder (BAGEL §8): (3, H, W) in [-1, 1] <-> (z, H / f, W / f) with f = 2^(levels - 1).
+
+    latents = scale * (mean + std * noise - shift). It is no nn.Module, so that its frozen weights are neither trained
+    nor averaged nor saved with the model; `weights` holds them under the names of ae.safetensors. Always float32.
+    """
+
+    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=16, scale=0.3611, shift=0.1159):
+        parts = (part(channels, multipliers, blocks, latent_channels) for part in (FluxEncoder, FluxDecoder))
+        self.weights = nn.ModuleDict(zip(("encoder", "decoder"), parts)).requires_grad_(False).float()
+        self.scale, self.shift = scale, shift
+
+    @property
+    def device(self):
+        return self.weights["encoder"].conv_in.weight.device
+
+    @torch.no_grad()
+    def encode(self, image, noise=None):
+        """The mean latents, or with `noise` (z, h, w), standard normal, a sample of them."""
+        moments = self.weights["encoder"](image.float()[None].to(self.device))[0]
+        mean, log_variance = moments.to(image.device).chunk(2)  # (z, h, w) each
+        z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        return self.scale * (z - self.shift)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        z = (latents.float() / self.scale + self.shift).to(self.device)
+        return self.weights["decoder"](z[None])[0].to(latents.device)
+
+
+class EyeLayer(nn.Module):
+    """Pre-LN transformer layer with full attention inside each picture."""
+
+    def __init__(self, hidden_size, intermediate_size, num_heads, eps=1e-6):
+        super().__init__()
+        self.num_heads = num_heads
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x, mask):
+        h = self.layer_norm1(x)  # (V, W)
+        q, k, v = (proj(h).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.out_proj(attention(q, k, v, mask).flatten(1))  # heads (V, A, W / A) -> (V, W)
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class Eye(nn.Module):
+    """SigLIP NaViT (BAGEL §7). patches (V, P), position ids (V,), tokens of each picture -> features (V, W)."""
+
+    def __init__(self, hidden_size, intermediate_size, num_layers, num_heads, patch, side):
+        super().__init__()
+        self.patch_embedding = nn.Linear(3 * patch * patch, hidden_size)
+        self.position_embedding = nn.Embedding(side * side, hidden_size)
+        self.layers = nn.ModuleList(EyeLayer(hidden_size, intermediate_size, num_heads) for _ in range(num_layers))
+        self.post_layernorm = nn.LayerNorm(hidden_size, 1e-6)
+
+    def forward(self, patches, position_ids, lengths):
+        ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths)).to(patches.device)  # (V,)
+        mask = Mask(ends, ends)  # a forest of one-run documents: every picture sees itself
+        x = self.patch_embedding(patches) + self.position_embedding(position_ids)  # (V, W)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.post_layernorm(x)

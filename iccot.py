@@ -1,0 +1,301 @@
+"""
+IC-CoT, the in-context chain of thought of Re-Align (arXiv 2601.05124): what the model writes before it paints.
+
+    plan      = "<think>" fields "</think>"  |  fields
+    fields    = "<out_caption>" text "</out_caption>"  { " <relation_" i ">" text "</relation_" i ">" }    i = 1, 2, ...
+    text      = one short sentence without tags
+
+The caption says what the picture will show (semantic guidance; the reward reads it). Relation i says what reference
+image i gives to the picture (reference association): "The ball is from image_1." There are exactly as many relations
+as references, in order. Images are counted from 1.
+
+`parse` is strict: it takes the grammar above with any white space between and around the fields, and says what is wrong
+and where. `salvage` keeps what it can from a truncated or sloppy answer and lists every repair. Both read decoded text,
+never token ids: a tokenizer may fuse a tag with its neighbours. The JSON form is that of the paper's figure 1.
+Left out: checking that a relation is true, and escaping (no field may hold a tag).
+
+    iccot.parse(iccot.render(plan), references=2) == plan
+"""
+import json
+import re
+from dataclasses import dataclass
+
+# BAGEL's system prompt for thinking before painting (inferencer.py of the reference implementation; Apache-2.0).
+# The space before the newline belongs to it: the released weights were trained with exactly these characters.
+GENERATION_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, "
+    "i.e. <think> planning process here </think> image here"
+)
+
+TAG = re.compile(r"</?[A-Za-z]\w*>")
+LOOSE_TAG = re.compile(r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE)
+JSON_FIELD = re.compile(r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL)
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+# "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or "image 90 degrees"
+IMAGE_NUMBER = re.compile(
+    r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)(\d{1,2})(?!\w|\.\d)"
+    r"(?!\s*(?:%|percent|px|pixels?|times|degrees))", re.IGNORECASE)
+IMAGE_ORDINAL = re.compile(
+    r"\b(" + "|".join(ORDINALS) + r"|\d{1,2}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -](?:reference )?"
+    r"(?:image|picture|photo|photograph|reference)\b", re.IGNORECASE)
+
+
+class PlanError(ValueError):
+    """A text that does not follow the IC-CoT grammar."""
+
+
+@dataclass(frozen=True)
+class ICCoT:
+    """One plan. `relations[i]` belongs to reference image i + 1; "" marks one that `salvage` could not find."""
+    caption: str
+    relations: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def render(plan: ICCoT, think: bool = True) -> str:
+    """The plan as text, in `<think>` tags unless think=False. PlanError if a field is empty or holds a tag.
+
+    A relation "" (lost, see `salvage`) is left out; the others keep their numbers.
+    """
+    fields = [("out_caption", plan.caption)]
+    fields += [(f"relation_{i}", text) for i, text in enumerate(plan.relations, 1) if text]
+    for name, text in fields:
+        if not text.strip() or text != text.strip() or TAG.search(text):
+            raise PlanError(f"{name} cannot be written: {text!r} is empty, has outer white space or holds a tag")
+    body = " ".join(f"<{name}>{text}</{name}>" for name, text in fields)
+    return f"<think>{body}</think>" if think else body
+
+
+def to_json(plan: ICCoT) -> str:
+    """The JSON form of the paper's figure 1: {"out_caption": ..., "relations": [{"relation_1": ...}, ...]}."""
+    relations = [{f"relation_{i}": text} for i, text in enumerate(plan.relations, 1)]
+    return json.dumps({"out_caption": plan.caption, "relations": relations}, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading, strictly
+
+def parse(text: str, references: int | None = None) -> ICCoT:
+    """Read `render`'s form, with or without think tags; PlanError says what is wrong and at which character.
+
+    With `references`, the plan must have that many relations, and they may name no image beyond it.
+    """
+    position = _skip_space(text, 0)
+    wrapped = text.startswith("<think>", position)
+    if wrapped:
+        position = _skip_space(text, position + len("<think>"))
+    caption, position = _field(text, position, "out_caption")
+    relations = []
+    while text.startswith(f"<relation_{len(relations) + 1}>", position):
+        start = position
+        relation, position = _field(text, position, f"relation_{len(relations) + 1}")
+        if references is not None:
+            _check_images(text, start, position, references)
+        relations.append(relation)
+    if references is not None and len(relations) < references and not _stray(text, position):
+        _fail(text, position, f"<relation_{len(relations) + 1}> is missing: {_there_are(references)}, each needs a "
+                              f"relation, found {len(relations)}")
+    if wrapped:
+        if not text.startswith("</think>", position):
+            _fail(text, position, _unexpected(text, position, "</think>", len(relations)))
+        position = _skip_space(text, position + len("</think>"))
+    if position < len(text):
+        _fail(text, position, _unexpected(text, position, "the end", len(relations)))
+    if references is not None and len(relations) > references:
+        _fail(text, text.index(f"<relation_{references + 1}>"),
+              f"{len(relations)} relations for {references} reference images")
+    return ICCoT(caption, tuple(relations))
+
+
+def from_json(text: str, references: int | None = None) -> ICCoT:
+    """Read `to_json`'s form strictly; PlanError otherwise."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"the plan is not JSON: {error}") from None
+    if not isinstance(value, dict) or set(value) != {"out_caption", "relations"}:
+        raise PlanError('a JSON plan needs exactly the keys "out_caption" and "relations"')
+    if not isinstance(value["relations"], list):
+        raise PlanError('"relations" must be a list of {"relation_1": ...}, {"relation_2": ...}, ...')
+    relations = []
+    for i, item in enumerate(value["relations"], 1):
+        if not isinstance(item, dict) or set(item) != {f"relation_{i}"}:
+            raise PlanError(f'item {i} of "relations" must be {{"relation_{i}": ...}}, found {json.dumps(item)}')
+        relations.append(item[f"relation_{i}"])
+    for name, field in [("out_caption", value["out_caption"])] + [
+            (f"relation_{i}", relation) for i, relation in enumerate(relations, 1)]:
+        if not isinstance(field, str) or not field.strip():
+            raise PlanError(f'"{name}" must be a sentence, found {json.dumps(field)}')
+    plan = ICCoT(value["out_caption"].strip(), tuple(relation.strip() for relation in relations))
+    return parse(render(plan), references)                # the same rules as the tag form
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _field(text: str, position: int, name: str) -> tuple[str, int]:
+    """Read `<name>text</name>` at `position`; returns the stripped text and the position of what follows."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    if not text.startswith(opening, position):
+        _fail(text, position, _unexpected(text, position, opening, -1))
+    start = position + len(opening)
+    tag = TAG.search(text, start)
+    if tag is None or (tag.group() != closing and closing not in text[start:]):
+        _fail(text, position, f"{opening} is never closed")
+    if tag.group() != closing:
+        _fail(text, tag.start(), f"the tag {tag.group()} stands inside {opening}")
+    content = text[start:tag.start()].strip()
+    if not content:
+        _fail(text, position, f"{opening} is empty")
+    return content, _skip_space(text, tag.end())
+
+
+def _stray(text: str, position: int) -> bool:
+    """True when something other than `</think>` or the end follows: a clearer complaint than a missing relation."""
+    return position < len(text) and not text.startswith("</think>", position)
+
+
+def _unexpected(text: str, position: int, wanted: str, relations: int) -> str:
+    """Say what stands at `position` where `wanted` should; `relations` is how many were read (-1: none could be)."""
+    if position >= len(text):
+        return f"{wanted} is missing: the text ends here"
+    tag = TAG.match(text, position)
+    if tag is None:
+        return f"there is text outside the tags where {wanted} should be"
+    number = re.fullmatch(r"<relation_(\d+)>", tag.group())
+    if relations >= 0 and (tag.group() == "<out_caption>" or number and int(number[1]) <= relations):
+        return f"{tag.group()} occurs twice"
+    if relations >= 0 and number:
+        return f"{tag.group()} is out of order: <relation_{relations + 1}> should come first"
+    if relations < 0 and number:
+        return f"{tag.group()} is out of order: {wanted} should come first" if wanted in text \
+            else f"{wanted} is missing"
+    return f"{tag.group()} stands where {wanted} should be"
+
+
+def _check_images(text: str, start: int, end: int, references: int) -> None:
+    """PlanError if text[start:end], one relation, names an image that is not there."""
+    for number, offset in image_numbers(text[start:end]):
+        if not 1 <= number <= references:
+            _fail(text, start + offset, f"a relation names image {number}, but {_there_are(references)}")
+
+
+def _fail(text: str, position: int, message: str) -> None:
+    snippet = text[position:position + 40]
+    raise PlanError(f"{message} (at character {position}: {snippet!r})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading, leniently
+
+def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, list[str]]:
+    """What can be saved from any text, and a list of what was missing or repaired. Never raises.
+
+    Returns (plan, []) for a text that `parse` takes, and (None, notes) when there is no caption. Relations that are
+    missing between others, or up to `references`, are "" in the plan; those beyond `references` are dropped.
+    """
+    try:
+        return parse(text, references), []
+    except PlanError as error:
+        notes = [str(error)]
+    json_fields = JSON_FIELD.findall(text)
+    fields = _loose_json(json_fields, notes) if json_fields else _loose_tags(text, notes)
+    caption = fields.pop("out_caption", "")
+    if not caption:
+        return None, notes + ["no caption"]
+    numbers = {int(name.split("_")[1]): relation for name, relation in fields.items()}
+    count = max(numbers, default=0) if references is None else references
+    for number in sorted(numbers):
+        if not 1 <= number <= count:
+            notes.append(f"relation_{number} dropped: {_there_are(count)}")
+    relations = tuple(numbers.get(i, "") for i in range(1, count + 1))
+    for i, relation in enumerate(relations, 1):
+        if not relation:
+            notes.append(f"relation_{i} is missing")
+        elif references is not None and any(not 1 <= n <= references for n, _ in image_numbers(relation)):
+            notes.append(f"relation_{i} names an image that is not there")
+    return ICCoT(caption, relations), notes
+
+
+def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
+    """Fields between tags of any case, with missing closing or opening tags; the first of duplicates counts."""
+    fields: dict[str, str] = {}
+    tags = list(LOOSE_TAG.finditer(text))
+    ends = [tag.start() for tag in tags[1:]] + [len(text)]
+    previous = None                                       # name of the last tag when it was an opening one
+    before = text[:tags[0].start()] if tags else text     # text between the last tag and this one
+    for tag, end in zip(tags, ends):
+        name = re.sub(r"[ -]", "_", tag[2].lower()).replace("outcaption", "out_caption")
+        name = re.sub(r"relation_?0*(\d)", r"relation_\1", name)
+        if name != "think":
+            if not tag[1]:                                # <name>: its text runs to the next tag, whichever that is
+                _keep(fields, name, text[tag.end():end], notes)
+                closed = LOOSE_TAG.match(text, end)
+                if not (closed and closed[1]):
+                    notes.append(f"<{name}> was not closed")
+            elif previous is None and name not in fields: # </name> alone: its text runs back to the last tag
+                notes.append(f"</{name}> was not opened")
+                _keep(fields, name, before, notes)
+        previous = name if not tag[1] and name != "think" else None
+        before = text[tag.end():end]
+    return fields
+
+
+def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str, str]:
+    """Fields of a JSON plan that may be cut off anywhere; `found` holds (name, raw text, closing quote)."""
+    notes.append("read as JSON")
+    fields: dict[str, str] = {}
+    for name, raw, quote in found:
+        name = re.sub(r"relation_0*(\d)", r"relation_\1", name.lower())
+        if not quote:
+            notes.append(f'"{name}" was not closed')
+        try:
+            content = json.loads(f'"{raw}"', strict=False)
+        except json.JSONDecodeError:                      # an escape that JSON does not know: keep the raw characters
+            content = raw
+        _keep(fields, name, content, notes)
+    return fields
+
+
+def _keep(fields: dict[str, str], name: str, content: str, notes: list[str]) -> None:
+    """Store a cleaned field unless it is empty or a duplicate."""
+    content = re.sub(r"</?[\w ]*$", "", content)          # a closing tag cut off by the end of the text
+    content = " ".join(TAG.sub(" ", content).split())
+    if name in fields:
+        notes.append(f"{name} occurs twice, the first one counts")
+    elif content:
+        fields[name] = content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# references named in a sentence
+
+def image_numbers(text: str) -> list[tuple[int, int]]:
+    """(number, character offset) of every reference image that a sentence names: "image 2", "the second image", ..."""
+    found = []
+    for match in IMAGE_NUMBER.finditer(text):             # "images 1, 2 and 3" is one match with three numbers
+        found += [(int(number[0]), match.start()) for number in re.finditer(r"\d+", match[0])]
+    for match in IMAGE_ORDINAL.finditer(text):
+        word = match[1].lower()
+        found.append((ORDINALS.index(word) + 1 if word in ORDINALS else int(word), match.start()))
+    return found
+
+
+def check_instruction(instruction: str, references: int) -> None:
+    """ValueError when the instruction names a reference image that was not given."""
+    for number, offset in image_numbers(instruction):
+        if not 1 <= number <= references:
+            raise ValueError(f"the instruction names image {number} (at character {offset}: "
+                             f"{instruction[offset:offset + 20]!r}), but {_there_are(references)}; "
+                             "give the missing reference or change the instruction")
+
+
+def _there_are(references: int) -> str:
+    return "there is 1 reference image" if references == 1 else f"there are {references or 'no'} reference images"

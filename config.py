@@ -1,0 +1,244 @@
+"""
+Configuration: a frozen dataclass of options, named presets that say only what differs, and a command line parser.
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = 200        # optimiser steps                 <- the comment is the help text
+        lr: float = 1e-6        # learning rate
+        refs: tuple[str, ...] = ()      # reference images: --refs a.png --refs b.png
+    PRESETS = {"toy": dict(steps=20, lr=1e-4), "full": {}}          # the first one is the default
+    config = parse(Config, PRESETS)                                 # --config=toy --steps=5
+
+Grammar: --key=value or --key value; "-" in a key is "_"; exact names; a key may be given once, except for tuples.
+Types: int, float, str, bool (true false yes no 1 0, or the bare --key), Literal, tuple[T, ...], T | None ("none").
+A mistake prints one line on stderr and exits with status 2. --help prints one column a preset.
+This file is not a concept of the paper. Left out: files of settings, nested options, abbreviations.
+"""
+import ast
+import dataclasses
+import difflib
+import io
+import inspect
+import math
+import os
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from contextlib import contextmanager
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard; its text is one sentence that says what to do."""
+
+
+@contextmanager
+def exit_on_user_error(*kinds: type[Exception]):
+    """`with exit_on_user_error(): ...` (or as a decorator) turns a user's mistake into one line and exit status 2.
+
+    A mistake is a UserError, an OSError about a named file or with a text of our own, and whatever `kinds` lists: put
+    `exit_on_user_error(ValueError)` around input checks only. Everything else is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except (UserError, OSError, *kinds) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename is None:                    # a broken pipe, a full disk without a name: not ours to judge
+                raise
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            message = " ".join(str(error).split())        # one line
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None):
+    """A Config from the command line. Exits: 0 after --help, 2 after a mistake (one line on stderr).
+
+    Config: frozen dataclass; its __post_init__ may raise ValueError for an impossible combination. A field named
+    `config`, if there is one, receives the preset's name. presets: name -> {field: value}; the first is the default.
+    Prints the preset and what was changed in it (rank 0 only).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with exit_on_user_error():
+        kinds = typing.get_type_hints(Config)
+        kinds = {field.name: kinds[field.name] for field in dataclasses.fields(Config) if field.init}
+        _check_presets(presets, kinds)
+        if "--help" in argv or "-h" in argv:
+            print(_help(Config, presets, kinds))
+            sys.exit(0)
+        given = _read(argv, kinds)
+        name = given.pop("config", next(iter(presets)))
+        if name not in presets:
+            raise UserError(f"unknown preset {name!r}{_did_you_mean(name, presets)} (presets: {', '.join(presets)})")
+        values = {**presets[name], **given, **({"config": name} if "config" in kinds else {})}
+        for field in dataclasses.fields(Config):
+            if field.name in kinds and field.name not in values and _default(field) is dataclasses.MISSING:
+                raise UserError(f"--{field.name} is required (see --help)")
+        try:
+            config = Config(**values)
+        except ValueError as error:                       # the sentence of __post_init__
+            raise UserError(str(error)) from error
+    if os.environ.get("RANK", "0") == "0":
+        print(f"config: {name}" + "".join(f" {key}={_show(value)}" for key, value in given.items()), flush=True)
+    return config
+
+
+def to_dict(config) -> dict:
+    """The resolved options, ready for JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(config).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def _read(argv: list[str], kinds: dict[str, type]) -> dict:
+    """{key: value} of the options in argv, converted to the types in `kinds`, and "config" for the preset."""
+    kinds = {**kinds, "config": str}
+    given, position = {}, 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected argument {word!r}; options are written --key=value (see --help)")
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in kinds:
+            raise UserError(f"unknown option --{key}{_did_you_mean(key, kinds, '--')} (see --help)")
+        if not equals:
+            following = argv[position] if position < len(argv) else None
+            if kinds[key] is bool and (following is None or following.lower() not in BOOLEANS):
+                text = "true"
+            elif following is None or following.startswith("--"):
+                raise UserError(f"--{key} needs a value: --{key}=<{_name(kinds[key])}>")
+            else:
+                text = following
+                position += 1
+        value = _convert(key, text, kinds[key])
+        if typing.get_origin(kinds[key]) is tuple:
+            given[key] = given.get(key, ()) + value
+        elif key in given:
+            raise UserError(f"--{key} is given twice")
+        else:
+            given[key] = value
+    return given
+
+
+def _convert(key: str, text: str, kind):
+    """`text` as a value of type `kind`; UserError when it is none. A tuple gets one item."""
+    if typing.get_origin(kind) is tuple:
+        return (_convert(key, text, typing.get_args(kind)[0]),)
+    if _optional(kind) is not None and text.lower() == "none":
+        return None
+    plain = _optional(kind) or kind
+    if plain is str or (typing.get_origin(plain) is typing.Literal and text in typing.get_args(plain)):
+        return text
+    if plain is bool and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    if plain in (int, float):
+        try:
+            value = plain(text)
+        except ValueError:
+            value = math.nan
+        if not math.isnan(value):
+            return value
+    raise UserError(f"--{key}={text}: expected {_name(kind)}")
+
+
+def _optional(kind):
+    """T for T | None, otherwise None."""
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return None
+    kinds = [part for part in typing.get_args(kind) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _name(kind) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"{_name(typing.get_args(kind)[0])}, repeatable"
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    return f"{_name(_optional(kind))} or none" if _optional(kind) is not None else kind.__name__
+
+
+def _did_you_mean(word: str, words, prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# presets and help
+
+def _check_presets(presets: dict[str, dict], kinds: dict[str, type]) -> None:
+    for name, values in presets.items():
+        for key, value in values.items():
+            if key not in kinds:
+                raise UserError(f"preset {name!r} sets the unknown option {key!r}{_did_you_mean(key, kinds)}")
+            if not _is(value, kinds[key]):
+                raise UserError(f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}")
+
+
+def _is(value, kind) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(item, typing.get_args(kind)[0]) for item in value)
+    if _optional(kind) is not None:
+        return value is None or _is(value, _optional(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _default(field: dataclasses.Field):
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _show(value) -> str:
+    if value is dataclasses.MISSING:
+        return "required"
+    if isinstance(value, tuple):
+        return ",".join(map(_show, value)) or "()"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value) or '""'
+
+
+def _help(Config: type, presets: dict[str, dict], kinds: dict[str, type]) -> str:
+    """The first paragraph of the script's docstring and a table: option, type, its value in each preset, meaning."""
+    module = sys.modules.get(Config.__module__)
+    head = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0] if module else ""
+    meanings = _comments(Config)
+    rows = [("option", "type", *presets, "meaning")]
+    rows.append(("--config", "preset", *presets, f"which column applies; {next(iter(presets))} if not given"))
+    for field in dataclasses.fields(Config):
+        if field.name in kinds and field.name != "config":
+            values = [_show(preset.get(field.name, _default(field))) for preset in presets.values()]
+            rows.append((f"--{field.name}", _name(kinds[field.name]), *values, meanings.get(field.name, "")))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([head, ""] * bool(head) + lines)
+
+
+def _comments(Config: type) -> dict[str, str]:
+    """{field: trailing comment}, read from the source, of the class and those it inherits from. A comment may go on
+    in the following lines if it stands further right than the fields."""
+    found = {}
+    for part in reversed(Config.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(part))
+        except (OSError, TypeError):                      # a class typed at a prompt has no source: no help texts
+            continue
+        comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                    if token.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign) and node.end_lineno in comments:
+                line, texts = node.end_lineno, []
+                while line in comments and (line == node.end_lineno or comments[line].line.lstrip().startswith("#")) \
+                        and comments[line].start[1] > node.col_offset:
+                    texts.append(comments[line].string.lstrip("# "))
+                    line += 1
+                found[node.target.id] = " ".join(texts)
+    return found

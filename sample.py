@@ -1,0 +1,322 @@
+"""
+From references and an instruction to a plan and a picture (paper section 2; BAGEL.md §11-12).
+
+    prompt    reference pictures and texts in any order, in one document; BAGEL's order is pictures, then instruction
+    think     decode an IC-CoT after the prompt, one token at a time                        (KV cache, branches)
+    paint     x ~ N(0, 1);  for t, t' in the time grid:  x <- x - v (t - t')                (rectified flow, Euler)
+              v = guided mix of the velocities given everything, without text, without pictures (flow.guide)
+
+Members of a group share their prompt: its keys and values are computed once and every member is a branch. The guidance
+contexts are branches and documents of the same pack, so one forward pass serves all of them:
+
+    document 1    pictures | {noise: no text} | instruction | branch a member: plan {noise: everything}
+    document 2    instruction {noise: no pictures}
+
+The contexts are those of the official inferencer: "no text" lacks the last text and what follows it, "no pictures" has
+all texts but the plan. A picture is as large as the last reference after its resize, as in the inferencer, or square.
+
+Left out: several prompts on the command line; top-k and beam search; answers about pictures (see `Prompt.vae`).
+
+    python sample.py --checkpoint out/toy-grpo --ref a.png --ref b.png --prompt "Put them together." --out picture.png
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import flow
+import iccot
+import run
+from config import UserError, exit_on_user_error, parse
+from model import Cache
+from pretrained import load_model
+from sequence import Sequence
+from vision import open_image, to_pil, unpatchify
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "out/toy-grpo"  # folder of a run or of a model, or owner/name on Hugging Face
+    init: str = ""  # the same, under the name it has in training
+    ref: tuple[str, ...] = ()  # reference pictures: --ref a.png --ref b.png
+    prompt: str = ""  # the instruction; "image 1" names the first reference; <image>: it stands here, not in front
+    out: str = "picture.png"  # file to write
+    plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
+    max_references: int = 4
+    max_plan_tokens: int = 1000
+    temperature: float = 0.0  # of the plan; 0 is greedy
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1: from all
+    system_prompt: bool = False  # put BAGEL's request to think first in front; for weights not trained here
+    num_timesteps: int = 50  # grid points; one more than model evaluations
+    timestep_shift: float = 3.0
+    text_guidance: float = 4.0  # 1: off
+    image_guidance: float = 1.5
+    guidance_low: float = 0.4  # guidance acts at times above this
+    guidance_high: float = 1.0  # and up to this
+    renorm: Literal["global", "channel", "text_channel"] = "global"  # what guidance may not lengthen (flow.guide)
+    renorm_min: float = 0.0  # the least factor of the renormalisation; 1: off
+    square: bool = False  # without height and width: the largest square, not the size of the last reference
+    height: int = 0  # pixels; 0: see square
+    width: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    device: str = "cpu"  # or cuda
+    seed: int = 0
+    threads: int = 0  # CPU threads; 0 measures
+
+    def __post_init__(self):
+        if self.prompt and len(self.ref) > self.max_references:
+            raise ValueError(f"{len(self.ref)} references given, the preset allows {self.max_references}; "
+                             f"leave some out or raise --max_references")  # fmt: skip
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected a probability above 0 and up to 1")
+
+
+PRESETS = {
+    "toy": dict(max_plan_tokens=72, num_timesteps=13, timestep_shift=2.0, text_guidance=1.0, image_guidance=1.0, square=True),
+    "full": dict(),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the plan: references (vision.Reference) and texts (lists of token ids) in order."""
+
+    items: tuple
+    vae: bool = True  # false: pictures go through the eye alone, to be understood and not drawn (BAGEL §12)
+
+    def write(self, sequence):
+        for item in self.items:
+            sequence.text(item) if isinstance(item, (list, tuple)) else sequence.image(item, vae=self.vae)
+
+    @property
+    def texts(self):
+        return [item for item in self.items if isinstance(item, (list, tuple))]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to paint. `num_timesteps` grid points give one model evaluation less (BAGEL)."""
+
+    num_timesteps: int
+    timestep_shift: float
+    text_guidance: float = 1.0  # 1: off
+    image_guidance: float = 1.0  # acts only when text_guidance does
+    guidance_interval: tuple = (0.4, 1.0)
+    renorm: str = "global"
+    renorm_min: float = 0.0
+
+
+@torch.no_grad()
+def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, generator=None, top_p=1.0):
+    """Decode `group_size` plans for each prompt, all together.
+
+    Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
+    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`.
+    """
+    sequence = Sequence(layout)
+    for prompt in prompts:
+        with sequence.document():
+            prompt.write(sequence)
+            for _ in range(group_size):
+                with sequence.branch():
+                    sequence.reserve(max_tokens)
+    device = model.embed_tokens.weight.device
+    packed = sequence.pack().to(device)
+    cache = Cache(model, len(packed))
+    model(packed.select(packed.rows_of("given")), cache)
+    slots = torch.tensor(sequence.reserved, device=device)  # (G,)
+    fed = torch.full_like(slots, layout.bos)
+    ended = torch.zeros_like(slots, dtype=torch.bool)
+    tokens = []
+    for step in range(max_tokens):
+        hidden, _ = model(packed.decoding(slots + step, fed), cache)  # (G, W)
+        logits = model.lm_head(hidden).float()  # (G, vocabulary)
+        fed = choose(logits, temperature, top_p, generator)
+        tokens.append(fed)
+        ended |= fed == layout.eos
+        if bool(ended.all()):
+            break
+    rows = torch.stack(tokens, 1).tolist()  # (G, steps)
+    plans = [row[: row.index(layout.eos)] if layout.eos in row else row for row in rows]
+    return plans, ended.tolist()
+
+
+def choose(logits, temperature, top_p, generator):
+    """The next token of each row. (G, vocabulary) -> (G,). Drawn on the CPU, so that a seed means the same everywhere."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        behind = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones make up top_p already
+        probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+
+
+@torch.no_grad()
+def paint(model, layout, prompts, plans, grids, sampler, generator=None, step=None, x=None):
+    """Paint one picture for each plan: x (all tokens, C), the final latent tokens of all members in order.
+
+    plans: for each prompt a list with the token ids of each member's plan, or None to paint without a plan.
+    grids: for each prompt the (h, w) token grid of its pictures. `step(k, x, v, t, t_next) -> x` replaces the Euler
+    step (GRPO's SDE window). x: the initial noise, drawn if it is not given.
+    """
+    contexts = ["full"]
+    if sampler.text_guidance > 1:
+        contexts += ["no_text"] + ["no_image"] * (sampler.image_guidance > 1)
+    sequence, leaves = _contexts(layout, prompts, plans, grids, contexts, model.config.token_channels)
+    device = model.embed_tokens.weight.device
+    packed = sequence.pack().to(device)
+    cache = Cache(model, len(packed))
+    given = packed.rows_of("given")
+    if len(given):
+        model(packed.select(given), cache)
+    noised = packed.select(packed.rows_of("noised"))
+    rows = {name: _rows(leaves, name, noised.noised_lengths).to(device) for name in contexts}
+    member = torch.empty_like(noised.noised)  # token of x behind each noised token
+    for name in contexts:
+        member[rows[name]] = torch.arange(len(rows[name]), device=device)
+    x = torch.randn(len(rows["full"]), model.config.token_channels, generator=generator) if x is None else x
+    x = x.to(device)
+    lengths = [h * w for (h, w), group in zip(grids, plans) for _ in group]  # tokens of each picture
+    image_of_token = torch.repeat_interleave(torch.tensor(lengths, device=device))
+    grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift).to(device)
+    for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+        noised.latents = x[member]
+        noised.timesteps = torch.full_like(noised.timesteps, t)
+        _, gen = model(noised, cache)
+        v = model.velocity(noised, gen).float()
+        v = _guided({name: v[index] for name, index in rows.items()}, t, sampler, image_of_token, len(lengths))
+        x = flow.euler_step(x, v, t, t_next) if step is None else step(k, x, v, t, t_next)
+    return x
+
+
+def _contexts(layout, prompts, plans, grids, contexts, channels):
+    """The sequence of all contexts, and (context, member) of each noised leaf in the order they were laid out."""
+    sequence, leaves, first = Sequence(layout), [], 0
+
+    def leaf(name, member, grid):
+        leaves.append((name, member))
+        sequence.noise(torch.zeros(grid[0] * grid[1], channels), grid, 1.0)
+
+    for prompt, group, grid in zip(prompts, plans, grids):
+        members = range(first, first + len(group))
+        last_is_text = isinstance(prompt.items[-1], (list, tuple))
+        before, after = prompt.items, ()
+        if last_is_text:
+            before, after = prompt.items[:-1], prompt.items[-1:]
+        with sequence.document():
+            Prompt(before).write(sequence)
+            for member in members if "no_text" in contexts else ():
+                leaf("no_text", member, grid)
+            Prompt(after).write(sequence)
+            for member, plan in zip(members, group):
+                with sequence.branch():
+                    if plan is not None:
+                        sequence.text(plan)
+                    leaf("full", member, grid)
+        if "no_image" in contexts:
+            with sequence.document():
+                Prompt(tuple(prompt.texts)).write(sequence)
+                for member in members:
+                    leaf("no_image", member, grid)
+        first += len(group)
+    return sequence, leaves
+
+
+def _rows(leaves, context, lengths):
+    """Noised tokens of one context, in the order of the members."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    spans = {member: (starts[i], lengths[i]) for i, (name, member) in enumerate(leaves) if name == context}
+    return torch.cat([torch.arange(start, start + n) for _, (start, n) in sorted(spans.items())])
+
+
+def _guided(velocities, t, sampler, image_of_token, images):
+    """The guided velocity where guidance is on at time t, the conditional one elsewhere."""
+    v = velocities["full"]
+    if "no_text" not in velocities or not flow.guidance_active(float(t), sampler.guidance_interval):
+        return v
+    return flow.guide(v, velocities["no_text"], velocities.get("no_image"), sampler.text_guidance,
+                      sampler.image_guidance, sampler.renorm, sampler.renorm_min, image_of_token, images)  # fmt: skip
+
+
+def make_prompt(model, tokenizer, references, instruction, system=""):
+    """Pictures (PIL), then the instruction: BAGEL's order. Each "<image>" in the instruction puts a picture in its place.
+
+    system: a text of its own in front (iccot.GENERATION_SYSTEM_PROMPT). Pictures are resized as in BAGEL's inferencer.
+    """
+    items, pieces = [*references, instruction], instruction.split("<image>")
+    if len(pieces) > 1:
+        if len(pieces) - 1 != len(references):
+            raise ValueError(f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} references are given; "
+                             f"name each once, or none")  # fmt: skip
+        items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
+        items = [item for item in items if not isinstance(item, str) or item.strip()]
+    items = [system] * bool(system) + items
+    return Prompt(tuple(tokenizer.encode(item.strip() if len(pieces) > 1 else item) if isinstance(item, str)
+                        else model.read(item, as_inferencer=True) for item in items))  # fmt: skip
+
+
+def picture(model, tokens, grid):
+    """Latent tokens (h * w, C) of one picture -> PIL RGB."""
+    return to_pil(model.codec.decode(unpatchify(tokens, grid, model.config.latent_patch)))
+
+
+def check(config, model):
+    """The references and the token grid of the picture, after everything a person can get wrong was checked."""
+    if not config.prompt.strip():
+        raise UserError("--prompt is empty; say what to draw")
+    iccot.check_instruction(config.prompt, len(config.ref))
+    run.check_writable(Path(config.out).parent)
+    if Path(config.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {config.out}: expected a file name that ends in .png, .jpg or .webp")
+    references = [open_image(path) for path in config.ref]
+    largest, unit = model.config.latent_side * model.config.token_pixels, model.config.token_pixels
+    width, height = (largest, largest) if config.square or not references else model.config.image_rule.size(*references[-1].size)
+    height, width = config.height or height, config.width or width
+    for name, side in (("height", height), ("width", width)):
+        if not 0 < side <= largest or side % unit:
+            raise UserError(f"--{name}={side}: expected a multiple of {unit} up to {largest} pixels")
+    return references, (height // unit, width // unit)
+
+
+def main(config):
+    with exit_on_user_error(ValueError):
+        model, tokenizer = load_model(config.init or config.checkpoint, config.device, getattr(torch, config.dtype))
+        layout = model.config.layout(tokenizer)
+        references, grid = check(config, model)
+        system = iccot.GENERATION_SYSTEM_PROMPT if config.plan and config.system_prompt else ""
+        prompts, plan = [make_prompt(model, tokenizer, references, config.prompt, system)], None
+    run.choose_threads(config.threads)
+    if config.plan:
+        plans, _ = think(model, layout, prompts, 1, config.max_plan_tokens, config.temperature, run.generator(config.seed, 1),
+                         config.top_p)  # fmt: skip
+        plan = plans[0]
+        print_plan(tokenizer.decode(plan), len(references))
+    sampler = Sampler(config.num_timesteps, config.timestep_shift, config.text_guidance, config.image_guidance,
+                      (config.guidance_low, config.guidance_high), config.renorm, config.renorm_min)  # fmt: skip
+    x = paint(model, layout, prompts, [[plan]], [grid], sampler, run.generator(config.seed, 2))
+    picture(model, x, grid).save(config.out)
+    print(f"picture    {config.out}")
+
+
+def print_plan(text, references):
+    """The IC-CoT as a person reads it, or the raw text with what is wrong with it."""
+    read, problems = iccot.salvage(text, references)
+    if read is None:
+        print(f"plan       unreadable: {text}")
+        return
+    print(f"caption    {read.caption}")
+    for i, relation in enumerate(read.relations, 1):
+        print(f"relation {i} {relation}")
+    for problem in problems:
+        print(f"problem    {problem}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""The commands as a person types them: the smoke run end to end, bad input, and the documentation itself."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import data
+import evaluate
+import grpo
+import run
+import sample
+import sft
+from config import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text()]
+
+
+def command(*words, cwd, code=0):
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`python grpo.py --config smoke` in an empty folder: CLIPs, SFT, GRPO, table and grid."""
+    cwd = tmp_path_factory.mktemp("fresh")
+    out = command("grpo.py", "--config", "smoke", "--threads", "1", cwd=cwd)
+    return cwd, out
+
+
+def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
+    cwd, out = trained
+    assert "SFT + GRPO" in out and "CLIP_out" in out
+    for path in ("smoke-sft/model/ema.safetensors", "smoke-grpo/model/llm_config.json", "smoke-grpo/grid.png",
+                 "smoke-grpo/config.json", "smoke-clip-reward/clip.safetensors"):  # fmt: skip
+        assert (cwd / "out" / path).is_file(), path
+    lines = run.read_log(cwd / "out/smoke-grpo")
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
+    assert Image.open(cwd / "out/smoke-grpo/grid.png").width > 100
+    assert not list((cwd / "out").glob("**/.*.tmp"))
+
+
+def test_the_same_command_again_does_not_train_again(trained):
+    cwd, _ = trained
+    before = (cwd / "out/smoke-sft/metrics.jsonl").read_text()
+    assert "finished" in command("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
+    assert (cwd / "out/smoke-sft/metrics.jsonl").read_text() == before
+
+
+def test_evaluate_ends_with_json(trained):
+    cwd, _ = trained
+    out = command("evaluate.py", "--config", "smoke", "--checkpoint", "out/smoke-grpo", "--json", cwd=cwd)
+    row = json.loads(out.splitlines()[-1])
+    assert {"PF", "SC", "Overall", "CLIP_out", "format_ok", "n"} <= set(row) and row["n"] == 16
+    assert 0 <= row["PF"] <= 10 and 0 <= row["format_ok"] <= 1
+
+
+def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
+    cwd, _ = trained
+    Image.effect_noise((300, 200), 80).convert("CMYK").save(tmp_path / "photo.jpg")
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "a.webp")
+    out = command("sample.py", "--checkpoint", "out/smoke-grpo", "--ref", str(tmp_path / "photo.jpg"), "--ref",
+                  str(tmp_path / "a.webp"), "--prompt", "Put them together.", "--out", str(tmp_path / "picture.png"), cwd=cwd)  # fmt: skip
+    assert "plan" in out or "caption" in out
+    assert Image.open(tmp_path / "picture.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("script, options", [("sft", {}), ("grpo", {})])
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, script, options, tmp_path, monkeypatch, capsys):
+    """Bit for bit: stop after the first state, go on, compare the final weights with those of the unbroken run."""
+    from safetensors.torch import load_file
+
+    cwd, _ = trained
+    monkeypatch.chdir(cwd)
+    module = {"sft": sft, "grpo": grpo}[script]
+    folder = cwd / "out" / f"again-{script}"
+    config = dataclasses.replace(parse(module.Config, module.PRESETS, ["--config", "smoke", "--threads", "1"]), out=str(folder))
+    half = {"sft": 10, "grpo": 1}[script]
+    saved = run.save_state
+
+    def stop(folder, step, *rest):
+        saved(folder, step, *rest)
+        if step == half:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(config)
+    monkeypatch.setattr(run, "save_state", saved)
+    run.log(folder, {"step": half, "torn": True})  # a line written after the state: cut away on resume
+    module.train(config)
+    a = load_file(cwd / "out" / f"smoke-{script}" / "model" / "ema.safetensors")
+    b = load_file(folder / "model" / "ema.safetensors")
+    assert a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+    assert not any("torn" in line for line in run.read_log(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one line that names the culprit, exit status 2, nothing half-written
+
+
+def refused(capsys, main, *words):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+def sample_main(words):
+    sample.main(parse(sample.Config, sample.PRESETS, words))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, words", [
+    ("missing.png", "not found"), ("empty.png", "cannot be read as a picture"), ("text.png", "cannot be read as a picture"),
+    ("truncated.png", "cannot be read as a picture"),
+])  # fmt: skip
+def test_bad_reference(trained, pictures, capsys, name, words):
+    out = pictures / "out.png"
+    error = refused(capsys, sample_main, "--checkpoint", str(trained[0] / "out/smoke-grpo"), "--ref", str(pictures / name),
+                    "--prompt", "Put it in a meadow.", "--out", str(out))  # fmt: skip
+    assert name in error and words in error and not out.exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", "The thing of image 3 on a beach.", "--ref", "good.png", "--ref", "good.png"], "image 3"),
+    (["--prompt", " "], "--prompt is empty"),
+    (["--prompt", "Put them together.", *["--ref", "good.png"] * 5], "5 references"),
+    (["--prompt", "A", "--num_timesteps", "1"], "num_timesteps=1"),
+    (["--prompt", "A", "--height", "30"], "--height=30"),
+    (["--prompt", "A", "--out", "good.png/x.png"], "cannot write"),
+    (["--prompt", "A", "--out", "picture.txt"], "picture.txt"),
+    (["--prompt", "A", "--checkpoint", "nowhere"], "nowhere"),
+    (["--promt", "A"], "did you mean --prompt"),
+    (["--prompt", "A", "--seed", "one"], "--seed"),
+])  # fmt: skip
+def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(pictures)
+    before = sorted(os.listdir(pictures))
+    default = [] if "--checkpoint" in words else ["--checkpoint", str(trained[0] / "out/smoke-grpo")]
+    assert message in refused(capsys, sample_main, *default, *words)
+    assert sorted(os.listdir(pictures)) == before
+
+
+@pytest.mark.parametrize("module, words, message", [
+    (sft, ["--config", "smoke", "--out", "file/run"], "cannot write"),
+    (grpo, ["--config", "smoke", "--out", "file/run"], "cannot write"),
+    (grpo, ["--config", "smoke", "--group_size", "1"], "at least 2"),
+    (sft, ["--config", "tiny"], "tiny"),
+    (sft, ["--config", "smoke", "--hidden_size", "63"], "hidden_size 63"),
+    (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
+])  # fmt: skip
+def test_bad_runs(tmp_path, capsys, monkeypatch, module, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    main = getattr(module, "train", None) or module.main
+    assert message in refused(capsys, lambda w: main(parse(module.Config, module.PRESETS, w)), *words)
+
+
+def test_a_run_folder_keeps_its_options(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), "--config", "smoke", "--threads", "1", "--lr", "0.5")
+    assert "lr=0.002, now lr=0.5" in error
+
+
+def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
+    import shutil
+
+    shutil.copytree(trained[0] / "out/smoke-sft", tmp_path / "out/smoke-sft")
+    monkeypatch.chdir(tmp_path)
+    newest = sorted(Path("out/smoke-sft").glob("state-*"))[-1]
+    (newest / "state.safetensors").write_bytes(b"torn")
+    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), "--config", "smoke", "--threads", "1")
+    assert newest.name in error and "torn" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the documentation
+
+
+def documented():
+    """Every `python file.py …` line of the README and of the module docstrings."""
+    found = []
+    texts = {"README.md": (ROOT / "README.md").read_text()}
+    texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in ROOT.glob("**/*.py")}
+    for source, text in texts.items():
+        for match in re.finditer(r"python (\w[\w/]*\.py)((?: +(?:--?[\w-]+(?:[= ](?:\"[^\"]*\"|[^\s`|;&]+))?))*)", text):
+            found.append((source, match[1], match[2].strip()))
+    return found
+
+
+@pytest.mark.parametrize("source, script, words", documented())
+def test_documented_commands_exist(source, script, words):
+    assert (ROOT / script).is_file(), f"{source} names {script}"
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if not hasattr(module, "Config"):
+        return
+    import shlex
+
+    given = shlex.split(words)
+    if "--help" not in given:
+        parse(module.Config, module.PRESETS, given)  # exits on an unknown option or preset
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help(path, capsys):
+    module = importlib.import_module(path.stem)
+    if hasattr(module, "Config"):
+        with pytest.raises(SystemExit) as stopped:
+            parse(module.Config, module.PRESETS, ["--help"])
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert all(f"--{field.name}" in out for field in dataclasses.fields(module.Config))
+
+
+def test_logged_keys_are_explained(trained):
+    readme = (ROOT / "README.md").read_text()
+    keys = {key for script in ("sft", "grpo") for line in run.read_log(trained[0] / f"out/smoke-{script}") for key in line}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in readme]
+
+
+def test_house_rules():
+    """No pickle, no broad handlers, no unfinished business; functions that fit in the mind."""
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        for word in ("torch.load", "torch.save", "pickle.load", "NotImplementedError", "TODO", "except Exception", "except:"):
+            assert word not in text, f"{path.name}: {word}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name} is too long"
+        assert ast.get_docstring(ast.parse(text)), f"{path.name} has no contract"

@@ -49,6 +49,7 @@ from sequence import Sequence
 
 @dataclass(frozen=True)
 class Config:
+    config: str = ""  # name of the preset; stage 1 is trained with the same one
     # data
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
     max_references: int = 4
@@ -296,12 +297,12 @@ def trained_parameters(model, what):
 
 def prepare(config):
     """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model."""
-    name = Path(config.init).name.removesuffix("-sft")
     if config.clip_name == "toy" and not (Path(config.clip) / "clip.json").is_file():
         train_toy_clip(config.clip, seed=0, steps=config.clip_steps)
     evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
     if not (Path(config.init) / "model").is_dir() and not (Path(config.init) / "llm_config.json").is_file():
-        command = [sys.executable, str(Path(__file__).with_name("sft.py")), "--config", name, "--out", config.init]
+        command = [sys.executable, str(Path(__file__).with_name("sft.py")), "--config", config.config, "--out", config.init]
+        command += ["--threads", str(torch.get_num_threads())]
         code = subprocess.run(command).returncode
         if code:
             sys.exit(code)
@@ -312,7 +313,6 @@ def train(config):
     begun = time.perf_counter()
     with exit_on_user_error(ValueError):
         folder = run.start(config)
-        run.choose_threads(config.threads)
         prepare(config)
         step, state = run.load_state(folder)
         model, tokenizer = load_model(config.init)
@@ -324,7 +324,7 @@ def train(config):
     if state is not None:
         run.unpack_state(state, model, optimizer, average)
     print(f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {config.prompts_per_step * config.group_size} "
-          f"pictures a step, RID {'on' if config.rid else 'off'}, attention {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
+          f"pictures a step, RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, disable=None, desc="grpo")
     for step in bar:
         values = iteration(model, reference, optimizer, layout, tokenizer, clip, config, step)

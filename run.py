@@ -1,7 +1,7 @@
 """
 The life of a run: its folder, its log, its training state, its pace. Not a concept of the paper.
 
-    out/<name>/config.json        the resolved options, argv
+    out/<name>/config.json        the resolved options, argv, threads
     out/<name>/metrics.jsonl      one line a step
     out/<name>/samples/           pictures of the same prompts and seeds as training goes on
     out/<name>/state-000200/      training state: weights, their moving average, optimiser (safetensors and JSON)
@@ -31,20 +31,33 @@ MAY_CHANGE = ("steps", "threads", "eval_samples", "save_every", "sample_every", 
 
 
 def start(config):
-    """Make or reopen the folder of a run; refuses one that was made with other options. Returns its Path."""
+    """Make or reopen the folder of a run, and set the number of CPU threads; refuses a folder made with other options.
+
+    A run keeps the number of threads that it began with, unless told otherwise: sums round differently with another.
+    """
     folder = Path(config.out)
     check_writable(folder / "samples")
     options = json.loads(json.dumps(to_dict(config)))
-    path = folder / "config.json"
+    path, threads = folder / "config.json", config.threads
     if path.is_file():
-        before = json.loads(path.read_text())["options"]
-        changed = [key for key in options if key not in MAY_CHANGE and before.get(key) != options[key]]
+        before = read_json(path)
+        changed = [key for key in options if key not in MAY_CHANGE and before["options"].get(key) != options[key]]
         if changed:
             key = changed[0]
-            raise UserError(f"{folder} was made with {key}={before.get(key)}, now {key}={options[key]}; choose another "
-                            f"--out, or delete the folder to start again")  # fmt: skip
-    write_text(path, json.dumps({"options": options, "argv": sys.argv}, indent=1) + "\n")
+            raise UserError(f"{folder} was made with {key}={before['options'].get(key)}, now {key}={options[key]}; choose "
+                            f"another --out, or delete the folder to start again")  # fmt: skip
+        threads = threads or before["threads"]
+    threads = choose_threads(threads)
+    write_text(path, json.dumps({"options": options, "argv": sys.argv, "threads": threads}, indent=1) + "\n")
     return folder
+
+
+def read_json(path):
+    """The object in a JSON file that this project wrote."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is torn ({error}); delete its folder to start again") from None
 
 
 def check_writable(folder):

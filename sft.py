@@ -138,7 +138,6 @@ def train(config):
     if (folder / "model").is_dir() and step >= config.steps:
         print(f"{folder}/model is finished ({step} steps); raise --steps to train on")
         return
-    threads = run.choose_threads(config.threads)
     tokenizer = toy_tokenizer(folder, config)
     layout = model.config.layout(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
@@ -147,7 +146,7 @@ def train(config):
     if state is not None:
         run.unpack_state(state, model, optimizer, average)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"sft: {millions:.1f}M parameters, {threads} CPU threads, attention {describe_backend()}, step {step} of {config.steps}")
+    print(f"sft: {millions:.1f}M parameters, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}")
     begun = time.perf_counter()
     for step in tqdm(range(step, config.steps), initial=step, total=config.steps, disable=None, desc="sft"):
         begun_step = time.perf_counter()

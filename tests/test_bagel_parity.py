@@ -312,7 +312,7 @@ def test_f1_cross_entropy_in_chunks(bagel, monkeypatch):
     chunked = bagel.model.cross_entropy(und, packed)
     assert len(packed.labels) > 3
     close(chunked, ce, 1e-6)
-    close(torch.autograd.grad(chunked.sum(), und, retain_graph=True)[0], whole, 1e-6)
+    close(torch.autograd.grad(chunked.sum(), und, retain_graph=True)[0], whole, 1e-5)
 
 
 # ------------------------------------------------------------------------------------- f4 text

@@ -50,8 +50,24 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
     lines = run.read_log(cwd / "out/smoke-grpo")
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
-    assert Image.open(cwd / "out/smoke-grpo/grid.png").width > 100
+    with Image.open(cwd / "out/smoke-grpo/grid.png") as grid:
+        assert grid.width > 100
     assert not list((cwd / "out").glob("**/.*.tmp"))
+    assert run.read_json(cwd / "out/smoke-sft/config.json")["threads"] == 1  # handed on, and kept by whoever resumes
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_seconds", lambda threads: -threads)  # two are faster today
+    before = run.torch.get_num_threads()
+    try:
+        config = dataclasses.replace(sft.Config(**sft.PRESETS["smoke"]), out=str(tmp_path / "run"))
+        run.start(dataclasses.replace(config, threads=1))
+        run.start(config)
+        assert run.torch.get_num_threads() == 1
+        run.start(dataclasses.replace(config, out=str(tmp_path / "other")))
+        assert run.torch.get_num_threads() == min(2, os.cpu_count())
+    finally:
+        run.torch.set_num_threads(before)
 
 
 def test_the_same_command_again_does_not_train_again(trained):
@@ -76,7 +92,8 @@ def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
     out = command("sample.py", "--checkpoint", "out/smoke-grpo", "--ref", str(tmp_path / "photo.jpg"), "--ref",
                   str(tmp_path / "a.webp"), "--prompt", "Put them together.", "--out", str(tmp_path / "picture.png"), cwd=cwd)  # fmt: skip
     assert "plan" in out or "caption" in out
-    assert Image.open(tmp_path / "picture.png").size == (32, 32)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (32, 32)
 
 
 @pytest.mark.parametrize("script, options", [("sft", {}), ("grpo", {})])

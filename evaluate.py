@@ -40,8 +40,8 @@ class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
     num_samples: int = 200  # held-out prompts
     max_references: int = 4
-    num_timesteps: int = 13  # grid points of the sampler; one more than model evaluations
-    timestep_shift: float = 2.0
+    num_timesteps: int = 7  # grid points of the sampler; one more than model evaluations
+    timestep_shift: float = 10.0
     text_guidance: float = 1.0  # 1: no guidance
     use_plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
     metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP that measures CLIP_out; toys: toy
@@ -56,7 +56,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
-    "smoke": dict(checkpoint="out/smoke-grpo", num_samples=16, num_timesteps=7, metric_name="toy",
+    "smoke": dict(checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
                   metric="out/smoke-clip-metric", clip_steps=20),
 }
 
@@ -71,11 +71,11 @@ class Result:
     image: Image.Image
 
 
-def generate(model, layout, tokenizer, samples, seed=0, shift=2.0, num_timesteps=13, text_guidance=1.0, use_plan=True,
-             temperature=0.0, size=data.SIZE, batch=50):  # fmt: skip
+def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timesteps=7, text_guidance=1.0, use_plan=True,
+             temperature=0.0, batch=50):  # fmt: skip
     """Plan and paint `samples` (data.Sample, or anything with references and instruction). Returns a Result for each."""
     sampler = Sampler(num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0))
-    side = size // model.config.token_pixels
+    grid = model.config.picture_grid(data.SIZE, data.SIZE)
     results = []
     for first in tqdm(range(0, len(samples), batch), disable=None, desc="evaluate", leave=False):
         part = samples[first : first + batch]
@@ -83,12 +83,12 @@ def generate(model, layout, tokenizer, samples, seed=0, shift=2.0, num_timesteps
         plans = [None] * len(part)
         if use_plan:
             plans, _ = think(model, layout, prompts, 1, MAX_PLAN_TOKENS, temperature, run.generator(seed, first, 1))
-        x = paint(model, layout, prompts, [[plan] for plan in plans], [(side, side)] * len(part), sampler,
+        x = paint(model, layout, prompts, [[plan] for plan in plans], [grid] * len(part), sampler,
                   run.generator(seed, first, 2))  # fmt: skip
-        for one, plan, tokens in zip(part, plans, x.split(side * side)):
+        for one, plan, tokens in zip(part, plans, x.split(grid[0] * grid[1])):
             text = "" if plan is None else tokenizer.decode(plan)
             read, problems = iccot.salvage(text, len(one.references)) if plan is not None else (None, [])
-            results.append(Result(text, read, plan is not None and is_valid(text, len(one.references)), picture(model, tokens, (side, side))))
+            results.append(Result(text, read, plan is not None and is_valid(text, len(one.references)), picture(model, tokens, grid)))
     return results
 
 

@@ -150,9 +150,9 @@ def sample_groups(model, layout, tokenizer, samples, config, step):
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     written, _ = think(model, layout, prompts, size if config.rid else 1, config.max_plan_tokens, config.cot_temperature, g(1))
     plans = [written[i * size : (i + 1) * size] if config.rid else [written[i]] * size for i in range(len(prompts))]
-    side = data.SIZE // model.config.token_pixels
-    members = len(prompts) * size
-    image_of_token = torch.arange(members).repeat_interleave(side * side)
+    grid = model.config.picture_grid(data.SIZE, data.SIZE)
+    members, n = len(prompts) * size, grid[0] * grid[1]
+    image_of_token = torch.arange(members).repeat_interleave(n)
     first = int(torch.randint(last_start(config) + 1, (), generator=g(2)))
     noise, kept = g(3), []
 
@@ -164,7 +164,7 @@ def sample_groups(model, layout, tokenizer, samples, config, step):
         return x_next
 
     sampler = Sampler(config.num_timesteps, config.timestep_shift)
-    x = paint(model, layout, prompts, plans, [(side, side)] * len(prompts), sampler, g(4), sde_or_ode)
+    x = paint(model, layout, prompts, plans, [grid] * len(prompts), sampler, g(4), sde_or_ode)
     captions, valid = [], []
     for one, group in zip(samples, plans):
         for plan in group:
@@ -174,8 +174,7 @@ def sample_groups(model, layout, tokenizer, samples, config, step):
     befores, afters, starts, ends, log_probs = zip(*kept)
     return Rollout(
         prompts, plans, torch.stack(befores), torch.stack(afters), torch.stack([*starts, ends[-1]]), torch.stack(log_probs, 1),
-        [picture(model, tokens, (side, side)) for tokens in x.split(side * side)], captions, torch.tensor(valid),
-        (side, side),
+        [picture(model, tokens, grid) for tokens in x.split(n)], captions, torch.tensor(valid), grid,
     )  # fmt: skip
 
 

@@ -118,6 +118,11 @@ class ModelConfig:
         """Resize rule of the eye."""
         return ResizeRule(self.vit_longest or self.vit_side * self.vit_patch, self.vit_shortest, self.vit_patch)
 
+    def picture_grid(self, width, height):
+        """(h, w) tokens of a picture of this size in pixels, after the codec's resize."""
+        width, height = self.image_rule.size(width, height)
+        return height // self.token_pixels, width // self.token_pixels
+
     def position_table(self, side):
         return sincos_table(side, self.hidden_size, self.position_scale, self.position_theta)
 

@@ -77,7 +77,7 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(max_plan_tokens=72, num_timesteps=13, timestep_shift=2.0, text_guidance=1.0, image_guidance=1.0, square=True),
+    "toy": dict(max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0, square=True),
     "full": dict(),
 }
 
@@ -92,6 +92,10 @@ class Prompt:
     def write(self, sequence):
         for item in self.items:
             sequence.text(item) if isinstance(item, (list, tuple)) else sequence.image(item, vae=self.vae)
+
+    def __len__(self):
+        """Tokens in a packed sequence."""
+        return sum(len(item) + 2 * isinstance(item, (list, tuple)) for item in self.items)
 
     @property
     def texts(self):

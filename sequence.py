@@ -213,19 +213,19 @@ class Sequence:
         self.reserved.append(start)
         return start
 
-    def image(self, reference, vae=True, vit=True, drop_vae=False, drop_vit=False):
+    def image(self, reference, vae=True, vit=True):
         """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block at one position.
 
-        reference: vision.Reference (latents (n, C) with grid, patches (n, P) with grid, name). What is dropped as a
-        condition in training leaves its position behind (a dropped text does not, BAGEL §4).
+        reference: vision.Reference (latents (n, C) with grid, patches (n, P) with grid, name). A half that is None was
+        dropped as a condition in training: it leaves its position behind (a dropped text does not, BAGEL §4).
         """
         if vae:
-            if not drop_vae:
+            if reference.latents is not None:
                 self._latents(reference.latents, reference.latent_grid, 0.0, "given")
                 self.names += [reference.name] if reference.name is not None else []
             self.position += 1
         if vit:
-            if not drop_vit:
+            if reference.patches is not None:
                 height, width = self._check(reference.patch_grid, self.layout.vit_side, len(reference.patches), "ViT")
                 start = self._image_run(height * width, "given")
                 self.vit.append((start + 1, reference.patches, _position_ids(height, width, self.layout.vit_side)))

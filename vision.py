@@ -16,7 +16,7 @@ an eye, so that it can be understood. Each encoder has its own resize rule:
 Latents (C, h, w) enter the transformer as p x p patches in raster order, each laid out (patch row, patch column,
 channel). Images are float (3, H, W) in [-1, 1].
 
-Left out: the FLUX autoencoder (the codec of BAGEL-7B), video, the unused 2-D RoPE of the official eye.
+Left out: training the autoencoder, video, the unused 2-D RoPE of the official eye.
 """
 
 from dataclasses import dataclass
@@ -59,11 +59,15 @@ class ResizeRule:
 class Reference:
     """One reference picture as tokens. `name` lets the sequence builder check that noised copies come first."""
 
-    latents: torch.Tensor  # (h * w, C)
+    latents: torch.Tensor | None  # (h * w, C); None: dropped as a condition
     latent_grid: tuple  # (h, w)
-    patches: torch.Tensor  # (n, P)
+    patches: torch.Tensor | None  # (n, P); None: dropped as a condition
     patch_grid: tuple
     name: str | None = None
+
+    def __len__(self):
+        """Tokens in a packed sequence, markers included."""
+        return sum(len(part) + 2 for part in (self.latents, self.patches) if part is not None)
 
 
 def open_image(path):

@@ -8,6 +8,7 @@ uint8 pictures one step (values are truncated), everything else exact.
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def lay_out(bagel, drop=()):
                         sequence.text(item["ids"], loss=bool(item["loss"]))
                 elif item["type"] == "vit_image":
                     one = bagel.eye_reference(f[f"sample{j}.image{image}"])
-                    sequence.image(one, vae=False, drop_vit=dropped)
+                    sequence.image(replace(one, patches=None) if dropped else one, vae=False)
                 else:
                     clean, grid = clean_tokens(bagel, f, vae_image)
                     vae_image += 1
@@ -223,7 +224,7 @@ def lay_out(bagel, drop=()):
                         sequence.noise(flow.interpolate(clean, noise, t), grid, t)
                         targets.append(flow.velocity(clean, noise))
                     else:
-                        sequence.image(Reference(clean, grid, None, None), vit=False, drop_vae=dropped)
+                        sequence.image(Reference(None if dropped else clean, grid, None, None), vit=False)
                 image += item["type"] != "text"
     return sequence.pack(), torch.cat(targets)
 

@@ -10,7 +10,7 @@ without it one plan serves the group. A member's reward compares its picture wit
     L = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps)) + kl_beta |v_new - v_reference|^2
 
 Only a window of steps is stochastic, drawn anew every iteration; the others are ODE steps. Log-probabilities are means
-over the D values of a picture, so eps = clip_kappa / sqrt(D) keeps its meaning at any resolution (FLOW_GRPO §1.3).
+over the D values of a picture, so eps = clip_kappa / sqrt(D) keeps its meaning at any resolution.
 
 Rollout and update run over the same tree: prompt | branch a member: plan | leaf a step: x_k. p_old is evaluated by the
 packs of the update before its first optimiser step, so the first ratio is exactly 1; its distance to the rollout's own

@@ -1,7 +1,7 @@
 """
 The unified transformer: one decoder that reads pictures and text, writes text, and predicts flow velocities.
 
-BAGEL's Mixture of Transformers (arXiv 2505.14683; BAGEL.md §1-6). Every weight of a layer exists twice: the
+BAGEL's Mixture of Transformers (arXiv 2505.14683; docs/BAGEL.md §1-6). Every weight of a layer exists twice: the
 understanding expert works on text and ViT tokens, the generation expert on latent tokens, clean or noised. A token's
 kind chooses its expert; attention is joint over all tokens of the packed sequence. For a token x with expert e:
 
@@ -46,7 +46,7 @@ MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model. The defaults are BAGEL-7B-MoT (BAGEL.md §1.1); it travels with the checkpoint."""
+    """Shape of the model. The defaults are BAGEL-7B-MoT (docs/BAGEL.md §1.1); it travels with the checkpoint."""
 
     hidden_size: int = 3584
     intermediate_size: int = 18944  # width of the MLP
@@ -58,7 +58,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     vit_hidden_size: int = 1152
     vit_intermediate_size: int = 4304
-    vit_num_layers: int = 26  # layers built; vit_config.json says one more (BAGEL.md §2)
+    vit_num_layers: int = 26  # layers built; vit_config.json says one more (docs/BAGEL.md §2)
     vit_num_heads: int = 16
     vit_patch: int = 14  # pixels
     vit_side: int = 70  # side of the ViT position table, in patches
@@ -109,7 +109,7 @@ class ModelConfig:
 
     @property
     def image_rule(self):
-        """Resize rule of the codec (BAGEL.md §9)."""
+        """Resize rule of the codec (docs/BAGEL.md §9)."""
         longest = self.image_longest or self.latent_side * self.token_pixels
         return ResizeRule(longest, self.image_shortest, self.token_pixels)
 
@@ -235,7 +235,7 @@ class Cache:
 
 
 class TimeEmbedder(nn.Module):
-    """t in [0, 1], not scaled -> 256 features, cosines first -> MLP (BAGEL.md §6.3)."""
+    """t in [0, 1], not scaled -> 256 features, cosines first -> MLP (docs/BAGEL.md §6.3)."""
 
     def __init__(self, width, features=256):
         super().__init__()
@@ -355,7 +355,7 @@ class UnifiedModel(nn.Module):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
     def read(self, image, name=None, as_inferencer=False):
-        """PIL RGB -> Reference. In training each encoder resizes the original picture by its own rule (BAGEL.md §9).
+        """PIL RGB -> Reference. In training each encoder resizes the original picture by its own rule (docs/BAGEL.md §9).
 
         BAGEL's inferencer resizes for the codec first and shows the eye the result, so small pictures get more ViT
         tokens than in training (§16.7); `as_inferencer` does the same.
@@ -385,7 +385,7 @@ def take(x, index):
 
 
 def rope(positions, head_dim, theta, dtype):
-    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32 (BAGEL.md §4)."""
+    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32 (docs/BAGEL.md §4)."""
     frequencies = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions.float()[:, None] * frequencies  # (N, D / 2)
     return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
@@ -398,7 +398,7 @@ def rotate(x, cos, sin):
 
 
 def sincos_table(side, width, scale=1.0, theta=1e4):
-    """(side * side, width): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)] (BAGEL.md §6.3).
+    """(side * side, width): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)] (docs/BAGEL.md §6.3).
 
     w_j = scale * theta^(-4 j / width). BAGEL's waves of 6 to 60 thousand tokens suit a grid of 64; on the toys' grid of 8
     neighbours would look alike, so their waves are 2 to 32 tokens long.
@@ -416,7 +416,7 @@ class TableConfig(ModelConfig):
 
 
 def parameter_table(model):
-    """{part: values}, BAGEL.md §2; the two frozen position tables count, the codec does not."""
+    """{part: values}, docs/BAGEL.md §2; the two frozen position tables count, the codec does not."""
     parts = {"embeddings and head": ("embed_tokens", "lm_head"), "understanding experts": (".und.", "norm_und"),
              "generation experts": (".gen.", "norm_gen"), "ViT": ("eye.",), "connector": ("connector.",),
              "time embedder": ("time_embedder.",), "vae2llm": ("latent_in.",), "llm2vae": ("latent_out.",),

@@ -1,5 +1,5 @@
 """
-A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout (BAGEL.md §2).
+A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout (docs/BAGEL.md §2).
 
     ema.safetensors     the whole model with its eye, without the codec
     ae.safetensors      the FLUX autoencoder; the toys' codec has no weights

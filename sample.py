@@ -1,5 +1,5 @@
 """
-From references and an instruction to a plan and a picture (paper section 2; BAGEL.md §11-12).
+From references and an instruction to a plan and a picture (paper section 2; docs/BAGEL.md §11-12).
 
     prompt    reference pictures and texts in any order, in one document; BAGEL's order is pictures, then instruction
     think     decode an IC-CoT after the prompt, one token at a time                        (KV cache, branches)
@@ -87,7 +87,7 @@ class Prompt:
     """What stands before the plan: references (vision.Reference) and texts (lists of token ids) in order."""
 
     items: tuple
-    vae: bool = True  # false: pictures go through the eye alone, to be understood and not drawn (BAGEL §12)
+    vae: bool = True  # false: pictures go through the eye alone, to be understood and not drawn (docs/BAGEL.md §12)
 
     def write(self, sequence):
         for item in self.items:

@@ -3,7 +3,7 @@ The packed interleaved sequence: text, ViT and latent tokens of many documents i
 
 A document is a tree laid out depth first. Its runs of tokens are causal (text) or bidirectional (an image); a token sees
 the runs of its ancestors and its own run. A noised image is a leaf that nobody else sees. Two integers a token say all
-of this (DESIGN §3; the proof is in kernels/attention.py):
+of this (the proof is in kernels/attention.py):
 
     visible(i, j)  <=>  j < q_hi[i]  and  i < k_hi[j]
     q_hi[i] = i + 1 in a causal run, the end of the run in a bidirectional one
@@ -194,7 +194,7 @@ class Sequence:
         return start
 
     def text(self, ids, loss=False):
-        """A text segment bos + ids + eos. With `loss`, bos and ids predict ids and eos (BAGEL §13.1)."""
+        """A text segment bos + ids + eos. With `loss`, bos and ids predict ids and eos (docs/BAGEL.md §13.1)."""
         tokens = [self.layout.bos, *map(int, ids), self.layout.eos]
         start = self._run(len(tokens), "given", causal=True)
         if loss:
@@ -217,7 +217,7 @@ class Sequence:
         """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block at one position.
 
         reference: vision.Reference (latents (n, C) with grid, patches (n, P) with grid, name). A half that is None was
-        dropped as a condition in training: it leaves its position behind (a dropped text does not, BAGEL §4).
+        dropped as a condition in training: it leaves its position behind (a dropped text does not, docs/BAGEL.md §4).
         """
         if vae:
             if reference.latents is not None:
@@ -250,7 +250,7 @@ class Sequence:
         self.timesteps.append(float(timestep))
 
     def _image_run(self, tokens, kind):
-        """image_start + tokens + image_end in one bidirectional run; the markers are text (BAGEL §6.2)."""
+        """image_start + tokens + image_end in one bidirectional run; the markers are text (docs/BAGEL.md §6.2)."""
         start = self._run(tokens + 2, kind, causal=False)
         self.text_ids += [self.layout.image_start, self.layout.image_end]
         self.text_index += [start, start + tokens + 1]
@@ -285,7 +285,7 @@ class Sequence:
 
 
 def _position_ids(height, width, side):
-    """Table rows of a grid in its top left corner: row * side + column (BAGEL §6.3, extrapolate)."""
+    """Table rows of a grid in its top left corner: row * side + column (docs/BAGEL.md §6.3, extrapolate)."""
     return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()  # (height * width,)
 
 

@@ -1,7 +1,7 @@
 """
 Pixels in and pixels out: how a picture becomes tokens, and how latents become a picture.
 
-A reference picture is shown to the model twice (BAGEL §3, §9): as clean latents, so that it can be copied, and through
+A reference picture is shown to the model twice (docs/BAGEL.md §3, §9): as clean latents, so that it can be copied, and through
 an eye, so that it can be understood. Each encoder has its own resize rule:
 
     s = min(longest / max(w, h), 1);  s = max(s, shortest / min(w, h));  sides snap to the stride, the whole picture
@@ -35,7 +35,7 @@ MAX_PIXELS = 14 * 14 * 9 * 1024  # BAGEL's ImageTransform default
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """Longest and shortest side and the stride that both sides become multiples of, in pixels (BAGEL §9)."""
+    """Longest and shortest side and the stride that both sides become multiples of, in pixels (docs/BAGEL.md §9)."""
 
     longest: int
     shortest: int
@@ -243,7 +243,7 @@ class FluxDecoder(nn.Module):
 
 
 class FluxCodec:
-    """The FLUX.1 autoencoder (BAGEL §8): (3, H, W) in [-1, 1] <-> (z, H / f, W / f) with f = 2^(levels - 1).
+    """The FLUX.1 autoencoder (docs/BAGEL.md §8): (3, H, W) in [-1, 1] <-> (z, H / f, W / f) with f = 2^(levels - 1).
 
     latents = scale * (mean + std * noise - shift). It is no nn.Module, so that its frozen weights are neither trained
     nor averaged nor saved with the model; `weights` holds them under the names of ae.safetensors. Always float32.
@@ -295,7 +295,7 @@ class EyeLayer(nn.Module):
 
 
 class Eye(nn.Module):
-    """SigLIP NaViT (BAGEL §7). patches (V, P), position ids (V,), tokens of each picture -> features (V, W)."""
+    """SigLIP NaViT (docs/BAGEL.md §7). patches (V, P), position ids (V,), tokens of each picture -> features (V, W)."""
 
     def __init__(self, hidden_size, intermediate_size, num_layers, num_heads, patch, side):
         super().__init__()

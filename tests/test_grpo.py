@@ -1,4 +1,4 @@
-"""Stage 2: the checks of FLOW_GRPO §4 that concern the loop. The mathematics of a step is tested in test_flow.py."""
+"""Stage 2: what must hold of the loop before any learning curve means something. The mathematics of a step is tested in test_flow.py."""
 
 import dataclasses
 

@@ -1,6 +1,7 @@
 """The transformer: packed equals separate, cached equals whole, experts touch their own tokens, names and disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +221,16 @@ def test_torn_checkpoints_are_named(saved, tmp_path):
     assert "no checkpoint" in broken(lambda copy: (copy / "llm_config.json").unlink())
     with pytest.raises(FileNotFoundError, match="not found"):
         pretrained.load_model(tmp_path / "nowhere")
+
+
+def test_the_names_and_shapes_of_the_7b_model():
+    """All 1,223 tensors of ema.safetensors (docs/BAGEL.md §2.2), from a model without memory."""
+    expected = {}
+    for line in (Path(__file__).parent / "fixtures/bagel_7b_keys.txt").read_text().splitlines():
+        name, shape = line.split()
+        expected[name] = tuple(map(int, shape.split("x")))
+    with torch.device("meta"):
+        model = UnifiedModel(ModelConfig())
+    named = dict(model.named_parameters()) | {name: getattr(model, name) for name in pretrained.TABLES}
+    assert {pretrained.official_name(name): tuple(tensor.shape) for name, tensor in named.items()} == expected
+    assert len(expected) == 1223 and sum(tensor.numel() for tensor in named.values()) == 14_607_260_128

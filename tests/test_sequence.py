@@ -77,7 +77,7 @@ def test_mask_and_positions_equal_explicit_ancestors():
 
 
 def test_mask_equals_bagels_rule():
-    """allowed = same sample and (k <= q or same full/noise split) and (k not noise or same split)  (BAGEL.md §5)."""
+    """allowed = same sample and (k <= q or same full/noise split) and (k not noise or same split)  (docs/BAGEL.md §5)."""
     for seed in range(100):
         rng = random.Random(seed)
         sequence, split, mode, sample = Sequence(LAYOUT), [], [], []

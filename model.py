@@ -200,24 +200,30 @@ class Block(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(config), Expert(config)
 
-    def forward(self, und, gen, packed, cos, sin, cache=None):
-        """und (U, W) and gen (L, W), sorted by expert -> the same. cache: (keys, values) of this layer, (slots, G, D)."""
+    def forward(self, und, gen, packed, cos, sin, cache=None, context=None):
+        """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values (N, G, D) of these rows.
+
+        cache, context: (keys, values) of this layer, (slots, G, D) and (rows outside this pack, G, D); see forward below.
+        """
         cut = len(und)
         parts = [p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])]
         heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
         q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))  # (N, H, D), (N, G, D), in sequence order
+        own = k, v
         if cache is not None:
             keys, values = cache
             slots = slice(None) if packed.slots is None else packed.slots
             keys[slots], values[slots] = k, v
             k, v = keys, values
+        elif context is not None:
+            k, v = (take(torch.cat(both), packed.key_order) for both in zip(context, own))  # (keys, G, D)
         attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)  # (N, H * D), sorted by expert
         for expert, x, rows in parts:
             if expert is self.und:
                 und = expert.finish(x, attended[rows])
             else:
                 gen = expert.finish(x, attended[rows])
-        return und, gen
+        return und, gen, own
 
 
 class Cache:
@@ -229,9 +235,9 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
 
-    def copy(self, slots, other, other_slots):
-        """Take over rows that another cache holds already (a prompt shared by two sequences)."""
-        self.keys[:, slots], self.values[:, slots] = other.keys[:, other_slots], other.values[:, other_slots]
+    def take_over(self, slots, other):
+        """Put all of another cache into these slots (a prompt that two sequences share)."""
+        self.keys[:, slots], self.values[:, slots] = other.keys, other.values
 
 
 class TimeEmbedder(nn.Module):
@@ -284,6 +290,7 @@ class UnifiedModel(nn.Module):
             self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
                                    c.vae_shift)  # fmt: skip
         self.checkpointing = False  # recompute each block in the backward pass to save memory
+        self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
         """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, a velocity head of zero.
@@ -323,17 +330,32 @@ class UnifiedModel(nn.Module):
         place = self.latent_positions[packed.latent_position_ids].to(und.dtype)
         return und, self.latent_in(packed.latents.to(und.dtype)) + time + place
 
-    def forward(self, packed, cache=None):
-        """Final hidden states: understanding tokens (U, W), text first, and latent tokens (L, W)."""
+    def forward(self, packed, cache=None, context=None):
+        """Final hidden states: understanding tokens (U, W), text first, and latent tokens (L, W).
+
+        Rows of a larger sequence (packed.slots) need the keys and values of the others: from a `cache`, which they also
+        write, or, where gradients shall flow, from a `context`, what `keys_and_values` gave for the rows before.
+        """
+        return self._run(packed, cache, context)[:2]
+
+    def keys_and_values(self, packed):
+        """For each layer the keys and values (N, G, D) of a pack, as the `context` of a forward pass on other rows."""
+        return self._run(packed)[2]
+
+    def _run(self, packed, cache=None, context=None):
+        self.tokens += len(packed)
         und, gen = self.embed(packed)
         cos, sin = rope(packed.positions[packed.order], self.config.head_dim, self.config.rope_theta, und.dtype)
+        kept = []
         for layer, block in enumerate(self.blocks):
-            slots = None if cache is None else (cache.keys[layer], cache.values[layer])
+            before = None if context is None else context[layer]
             if self.checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(block, und, gen, packed, cos, sin, use_reentrant=False)
+                und, gen, own = checkpoint(block, und, gen, packed, cos, sin, None, before, use_reentrant=False)
             else:
-                und, gen = block(und, gen, packed, cos, sin, slots)
-        return self.norm_und(und), self.norm_gen(gen)
+                slots = None if cache is None else (cache.keys[layer], cache.values[layer])
+                und, gen, own = block(und, gen, packed, cos, sin, slots, before)
+            kept.append(own)
+        return self.norm_und(und), self.norm_gen(gen), kept
 
     def velocity(self, packed, gen):
         """Velocity (M, C) of the noised tokens from the hidden states of all latent tokens (L, W)."""

@@ -87,14 +87,18 @@ class Clip:
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} pictures and {len(captions)} captions: each picture needs its own")
-        if kind not in ("clip_l2", "clip_cos"):
-            raise ValueError(f"unknown reward {kind!r}: expected clip_l2 or clip_cos")
-        e, u = self.embed_images(images), self.embed_captions(captions)                             # (N, D) each
-        return -(e - u).norm(dim=-1) if kind == "clip_l2" else (e * u).sum(-1)
+        return compare(self.embed_images(images), self.embed_captions(captions), kind)
 
     def clip_out(self, images, captions: list[str]) -> torch.Tensor:
         """100 * cosine, (N,): the paper's CLIP_out when the captions are the true ones."""
         return 100 * self.score(images, captions, "clip_cos")
+
+
+def compare(e: torch.Tensor, u: torch.Tensor, kind: str) -> torch.Tensor:
+    """The reward of unit vectors e of pictures and u of captions, (..., D) and (..., D) -> (...), broadcast."""
+    if kind not in ("clip_l2", "clip_cos"):
+        raise ValueError(f"unknown reward {kind!r}: expected clip_l2 or clip_cos")
+    return -(e - u).norm(dim=-1) if kind == "clip_l2" else (e * u).sum(-1)
 
 
 def _unit(features: list[torch.Tensor], what: str) -> torch.Tensor:

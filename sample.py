@@ -114,14 +114,36 @@ class Sampler:
     renorm: str = "global"
     renorm_min: float = 0.0
 
+    @property
+    def contexts(self):
+        """What the velocity is asked with: everything; without text; without pictures."""
+        if self.text_guidance <= 1:
+            return ("full",)
+        return ("full", "no_text", "no_image") if self.image_guidance > 1 else ("full", "no_text")
+
 
 @torch.no_grad()
-def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, generator=None, top_p=1.0):
-    """Decode `group_size` plans for each prompt, all together.
+def prefill(model, layout, prompts):
+    """Keys and values of the prompts alone: a Cache that `think` and `paint` take over instead of computing them again."""
+    sequence = Sequence(layout)
+    for prompt in prompts:
+        with sequence.document():
+            prompt.write(sequence)
+    packed = sequence.pack().to(model.embed_tokens.weight.device)
+    cache = Cache(model, len(packed))
+    if len(packed):
+        model(packed, cache)
+    return cache
+
+
+@torch.no_grad()
+def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, generator=None, top_p=1.0, prefix=None):
+    """Decode `group_size` plans for each prompt, all together. prefix: what `prefill` gave for these prompts.
 
     Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
     temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`.
     """
+    prefix = prefill(model, layout, prompts) if prefix is None else prefix
     sequence = Sequence(layout)
     for prompt in prompts:
         with sequence.document():
@@ -132,7 +154,7 @@ def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, gener
     device = model.embed_tokens.weight.device
     packed = sequence.pack().to(device)
     cache = Cache(model, len(packed))
-    model(packed.select(packed.rows_of("given")), cache)
+    cache.take_over(packed.rows_of("given"), prefix)
     slots = torch.tensor(sequence.reserved, device=device)  # (G,)
     fed = torch.full_like(slots, layout.bos)
     ended = torch.zeros_like(slots, dtype=torch.bool)
@@ -163,90 +185,94 @@ def choose(logits, temperature, top_p, generator):
 
 
 @torch.no_grad()
-def paint(model, layout, prompts, plans, grids, sampler, generator=None, step=None, x=None):
-    """Paint one picture for each plan: x (all tokens, C), the final latent tokens of all members in order.
+def paint(model, layout, prompts, plans, grids, sampler, generator=None, step=None, x=None, prefix=None, pictures=1):
+    """Paint `pictures` pictures for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
 
-    plans: for each prompt a list with the token ids of each member's plan, or None to paint without a plan.
+    plans: for each prompt a list with the token ids of each plan, or None to paint without a plan.
     grids: for each prompt the (h, w) token grid of its pictures. `step(k, x, v, t, t_next) -> x` replaces the Euler
-    step (GRPO's SDE window). x: the initial noise, drawn if it is not given.
+    step (GRPO's SDE window). x: the initial noise, drawn if it is not given. prefix: of `prefill` for these prompts.
     """
-    contexts = ["full"]
-    if sampler.text_guidance > 1:
-        contexts += ["no_text"] + ["no_image"] * (sampler.image_guidance > 1)
-    sequence, leaves = _contexts(layout, prompts, plans, grids, contexts, model.config.token_channels)
-    device = model.embed_tokens.weight.device
-    packed = sequence.pack().to(device)
-    cache = Cache(model, len(packed))
-    given = packed.rows_of("given")
-    if len(given):
-        model(packed.select(given), cache)
-    noised = packed.select(packed.rows_of("noised"))
-    rows = {name: _rows(leaves, name, noised.noised_lengths).to(device) for name in contexts}
-    member = torch.empty_like(noised.noised)  # token of x behind each noised token
-    for name in contexts:
-        member[rows[name]] = torch.arange(len(rows[name]), device=device)
-    x = torch.randn(len(rows["full"]), model.config.token_channels, generator=generator) if x is None else x
-    x = x.to(device)
-    lengths = [h * w for (h, w), group in zip(grids, plans) for _ in group]  # tokens of each picture
-    image_of_token = torch.repeat_interleave(torch.tensor(lengths, device=device))
-    grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift).to(device)
+    model_device, channels = model.embed_tokens.weight.device, model.config.token_channels
+    noised = [[[(torch.zeros(h * w, channels), (h, w), 1.0)] * pictures for _ in group] for (h, w), group in zip(grids, plans)]
+    packed, rows = lay_out(layout, prompts, plans, noised, sampler.contexts)
+    packed, rows = packed.to(model_device), {name: index.to(model_device) for name, index in rows.items()}
+    lengths = [len(image) for group in noised for images in group for image, *_ in images]  # tokens of each picture
+    image_of_token = torch.repeat_interleave(torch.tensor(lengths, device=model_device))
+    cache = fill(model, layout, prompts, packed, prefix)
+    canvas = packed.select(packed.rows_of("noised"))
+    token = torch.empty_like(canvas.noised)  # of x, behind each noised token
+    for index in rows.values():
+        token[index] = torch.arange(len(index), device=model_device)
+    x = torch.randn(sum(lengths), channels, generator=generator) if x is None else x
+    x = x.to(model_device)
+    grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        noised.latents = x[member]
-        noised.timesteps = torch.full_like(noised.timesteps, t)
-        _, gen = model(noised, cache)
-        v = model.velocity(noised, gen).float()
-        v = _guided({name: v[index] for name, index in rows.items()}, t, sampler, image_of_token, len(lengths))
+        canvas.latents = x[token]
+        canvas.timesteps = torch.full_like(canvas.timesteps, t)
+        v = guided(model.velocity(canvas, model(canvas, cache)[1]), rows, t, sampler, image_of_token, len(lengths))
         x = flow.euler_step(x, v, t, t_next) if step is None else step(k, x, v, t, t_next)
     return x
 
 
-def _contexts(layout, prompts, plans, grids, contexts, channels):
-    """The sequence of all contexts, and (context, member) of each noised leaf in the order they were laid out."""
-    sequence, leaves, first = Sequence(layout), [], 0
+def fill(model, layout, prompts, packed, prefix=None):
+    """A KV cache with everything that is given: the prompts from `prefix` if there is one, the rest computed."""
+    cache, given = Cache(model, len(packed)), packed.rows_of("given")
+    if prefix is not None:
+        mine = packed.rows_of("given", packed.shared & ~packed.extra)
+        cache.take_over(mine, prefix)
+        given = packed.rows_of("given", ~packed.shared | packed.extra)
+    if len(given):
+        model(packed.select(given), cache)
+    return cache
 
-    def leaf(name, member, grid):
-        leaves.append((name, member))
-        sequence.noise(torch.zeros(grid[0] * grid[1], channels), grid, 1.0)
 
-    for prompt, group, grid in zip(prompts, plans, grids):
-        members = range(first, first + len(group))
+def lay_out(layout, prompts, plans, noised, contexts, loss=False):
+    """One pack for all guidance contexts of some groups.
+
+    plans: for each prompt its plans, token ids or None; noised: for each prompt and each of its plans the noised images
+    (x_t (n, C), grid, t). loss: the plans predict their tokens.
+    Returns the pack, and for each context the rows of its noised tokens among all noised tokens, image by image in the
+    order of `noised`.
+    """
+    sequence, rows = Sequence(layout), {name: [] for name in contexts}
+
+    def leaves(name, images):
+        for x_t, grid, t in images if name in rows else ():
+            rows[name].append(torch.arange(len(sequence.noised), len(sequence.noised) + len(x_t)))
+            sequence.noise(x_t, grid, t)
+
+    for prompt, group, images in zip(prompts, plans, noised):
+        every = [image for own in images for image in own]
         last_is_text = isinstance(prompt.items[-1], (list, tuple))
-        before, after = prompt.items, ()
-        if last_is_text:
-            before, after = prompt.items[:-1], prompt.items[-1:]
+        cut = len(prompt.items) - last_is_text
         with sequence.document():
-            Prompt(before).write(sequence)
-            for member in members if "no_text" in contexts else ():
-                leaf("no_text", member, grid)
-            Prompt(after).write(sequence)
-            for member, plan in zip(members, group):
+            Prompt(prompt.items[:cut], prompt.vae).write(sequence)
+            leaves("no_text", every)
+            Prompt(prompt.items[cut:]).write(sequence)
+            for plan, own in zip(group, images):
                 with sequence.branch():
                     if plan is not None:
-                        sequence.text(plan)
-                    leaf("full", member, grid)
-        if "no_image" in contexts:
-            with sequence.document():
+                        sequence.text(plan, loss)
+                    leaves("full", own)
+        if "no_image" in rows:
+            with sequence.document(extra=True):
                 Prompt(tuple(prompt.texts)).write(sequence)
-                for member in members:
-                    leaf("no_image", member, grid)
-        first += len(group)
-    return sequence, leaves
+                leaves("no_image", every)
+    return sequence.pack(), {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def _rows(leaves, context, lengths):
-    """Noised tokens of one context, in the order of the members."""
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    spans = {member: (starts[i], lengths[i]) for i, (name, member) in enumerate(leaves) if name == context}
-    return torch.cat([torch.arange(start, start + n) for _, (start, n) in sorted(spans.items())])
+def guided(v, rows, t, sampler, image_of_token, images):
+    """The velocity (tokens of x, C) that the sampler follows, from those of all contexts v (M, C).
 
-
-def _guided(velocities, t, sampler, image_of_token, images):
-    """The guided velocity where guidance is on at time t, the conditional one elsewhere."""
-    v = velocities["full"]
-    if "no_text" not in velocities or not flow.guidance_active(float(t), sampler.guidance_interval):
-        return v
-    return flow.guide(v, velocities["no_text"], velocities.get("no_image"), sampler.text_guidance,
-                      sampler.image_guidance, sampler.renorm, sampler.renorm_min, image_of_token, images)  # fmt: skip
+    t: one time, or one a token (tokens,); outside the guidance interval the conditional velocity counts.
+    """
+    v = {name: v[index] for name, index in rows.items()}
+    active = flow.guidance_active(t, sampler.guidance_interval)
+    if "no_text" not in v or not bool(active.any()):
+        return v["full"]
+    mixed = flow.guide(v["full"], v["no_text"], v.get("no_image"), sampler.text_guidance, sampler.image_guidance,
+                       sampler.renorm, sampler.renorm_min, image_of_token, images)  # fmt: skip
+    return mixed if active.ndim == 0 else torch.where(active[:, None], mixed, v["full"])
 
 
 def make_prompt(model, tokenizer, references, instruction, system=""):

@@ -75,10 +75,13 @@ class Packed:
     noised_lengths: tuple  # tokens of each noised image; they sum to M
     positions: torch.Tensor  # (N,) RoPE position of each row
     mask: Mask
-    slots: torch.Tensor | None = None  # (N,) places in the KV cache, None: row i is slot i
+    slots: torch.Tensor | None = None  # (N,) places in the whole sequence, None: row i is slot i
+    key_order: torch.Tensor | None = None  # after `cut`: sorts the keys of the context and of these rows by slot
     label_rows: torch.Tensor | None = None  # which of the T text tokens predict
     labels: torch.Tensor | None = None  # what they shall predict
     kinds: torch.Tensor | None = None  # (N,) index into KINDS
+    shared: torch.Tensor | None = None  # (N,) bool: outside all branches and noised images of its document
+    extra: torch.Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
     order: torch.Tensor = field(init=False)  # (N,) row of this pack for each row of the model's residual stream
     inverse: torch.Tensor = field(init=False)  # (N,) the other way round
 
@@ -100,7 +103,7 @@ class Packed:
         return replace(self, **moved, mask=self.mask.to(device))
 
     def select(self, rows):
-        """The pack of only these rows (sorted): they write the KV cache at `rows` and look at the whole of it."""
+        """The pack of only these rows (sorted), which look at the keys of the whole sequence, say in a KV cache."""
         local = torch.full((len(self),), -1, dtype=torch.long, device=rows.device)
         local[rows] = torch.arange(len(rows), device=rows.device)
         text, vit, latent = (local[index] >= 0 for index in (self.text_index, self.vit_index, self.latent_index))
@@ -108,6 +111,10 @@ class Packed:
         is_noised[self.noised] = True
         whole_vit = [bool(part.any()) for part in vit.split(self.vit_lengths)]
         whole_noised = [bool(part.any()) for part in latent[self.noised].split(self.noised_lengths)]
+        labelled = labels = None
+        if self.labels is not None:
+            kept = text[self.label_rows]
+            labelled, labels = (text.cumsum(0) - 1)[self.label_rows[kept]], self.labels[kept]
         return Packed(
             text_ids=self.text_ids[text], text_index=local[self.text_index[text]],
             vit_patches=self.vit_patches[vit], vit_index=local[self.vit_index[vit]],
@@ -119,11 +126,29 @@ class Packed:
             noised=torch.nonzero(is_noised[latent]).squeeze(1),
             noised_lengths=tuple(n for n, kept in zip(self.noised_lengths, whole_noised) if kept),
             positions=self.positions[rows], mask=Mask(self.mask.q_hi[rows], self.mask.k_hi, rows), slots=rows,
+            label_rows=labelled, labels=labels,
         )  # fmt: skip
 
-    def rows_of(self, kind):
-        """Rows that are "noised" latents with their image markers, "reserved" text, or neither ("given")."""
-        return torch.nonzero(self.kinds == KINDS.index(kind)).squeeze(1)
+    def cut(self):
+        """(shared, rest): two packs that together compute what this one does.
+
+        shared: what stands outside all branches and noised images, the context of everything else; it sees only itself.
+        rest: all other rows. They need the keys and values of the shared ones, laid before their own (`key_order`).
+        """
+        shared, rest = (torch.nonzero(flags).squeeze(1) for flags in (self.shared, ~self.shared))
+        first, second = self.select(shared), self.select(rest)
+        before = lambda bound: torch.searchsorted(shared, bound.long())  # rows of `shared` before a place in the whole
+        first.mask = Mask(before(self.mask.q_hi[shared]), before(self.mask.k_hi[shared]))
+        second.key_order = torch.argsort(torch.cat([shared, rest]))
+        return first, second
+
+    def rows_of(self, kind, among=None):
+        """Rows that are "noised" latents with their image markers, "reserved" text, or neither ("given").
+
+        among: only those of these rows, (N,) bool.
+        """
+        found = self.kinds == KINDS.index(kind)
+        return torch.nonzero(found if among is None else found & among).squeeze(1)
 
     def decoding(self, slots, ids):
         """The pack of one decoding step: a text token `ids[g]` at slot `slots[g]` for each member g, shapes (G,)."""
@@ -149,15 +174,18 @@ class Sequence:
         self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
         self.vit, self.latents, self.image_of_latent, self.timesteps = [], [], [], []
         self.noised, self.noised_lengths = [], []
-        self.q_hi, self.k_hi, self.positions, self.kinds = [], [], [], []
+        self.q_hi, self.k_hi, self.positions, self.kinds, self.shared, self.extra = [], [], [], [], [], []
         self.reserved = []  # first slot of each reserved run, in order
 
     @contextmanager
-    def document(self):
-        """A root: its tokens and those of other documents do not see each other; positions start at 0."""
+    def document(self, extra=False):
+        """A root: its tokens and those of other documents do not see each other; positions start at 0.
+
+        extra: marks the rows of a document that repeats parts of another (a guidance context).
+        """
         if self.frames:
             raise ValueError("a document cannot stand inside another document; use branch()")
-        self.position = 0
+        self.position, self.is_extra = 0, extra
         with self._frame():
             yield
 
@@ -188,6 +216,8 @@ class Sequence:
         self.q_hi += range(start + 1, end + 1) if causal else [end] * length
         self.k_hi += [0] * length  # set when the frame closes
         self.kinds += [KINDS.index(kind)] * length
+        self.shared += [len(self.frames) == 1] * length
+        self.extra += [self.is_extra] * length
         self.positions += range(self.position, self.position + length) if causal else [self.position] * length
         self.frames[-1].append((start, end))
         self.length = end
@@ -281,6 +311,7 @@ class Sequence:
             noised=long(self.noised), noised_lengths=tuple(self.noised_lengths),
             positions=long(self.positions), mask=Mask(long(self.q_hi), long(self.k_hi)),
             label_rows=long(self.label_rows), labels=long(self.labels), kinds=long(self.kinds),
+            shared=torch.tensor(self.shared, dtype=torch.bool), extra=torch.tensor(self.extra, dtype=torch.bool),
         )  # fmt: skip
 
 

@@ -356,45 +356,54 @@ def test_f4_text(bagel, case):
 # ------------------------------------------------------------------------------------- f5 velocities, f6 trajectories
 
 
+CONTEXTS = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}  # our names and the official ones
+
+
 @torch.no_grad()
-def velocities(bagel, scenario, f):
-    """({context: velocity (N, C)}, cache, pack, leaves) at the stored x_t and t."""
-    facts, model = bagel.json("f5_velocity")["scenarios"][scenario], bagel.model
-    prompt = bagel.prompt(facts["inputs"], f)
-    contexts = ["full", "no_text", "no_image"]
-    grid = bagel.grid(facts["image_shape"])
-    sequence, leaves = sample._contexts(bagel.layout, [prompt], [[None]], [grid], contexts, bagel.config.token_channels)
-    packed = sequence.pack()
-    cache = Cache(model, len(packed))
-    if len(packed.rows_of("given")):
-        model(packed.select(packed.rows_of("given")), cache)
-    noised = packed.select(packed.rows_of("noised"))
-    noised.latents = f[f"{scenario}.x_t"].repeat(3, 1)
-    noised.timesteps = torch.full_like(noised.timesteps, facts["t"])
-    v = model.velocity(noised, model(noised, cache)[1])
-    order = [name for name, _ in leaves]
-    return dict(zip(order, v.chunk(3))), cache, packed, order
+def velocities(bagel, prompts, grids, x_t, t, contexts):
+    """({context: velocity (N, C)}, cache, pack, rows of `lay_out`) at the stored x_t and t."""
+    noised = [[[(x, grid, t)]] for x, grid in zip(x_t.split([h * w for h, w in grids]), grids)]
+    packed, rows = sample.lay_out(bagel.layout, prompts, [[None]] * len(prompts), noised, contexts)
+    cache = sample.fill(bagel.model, bagel.layout, prompts, packed)
+    canvas = packed.select(packed.rows_of("noised"))
+    v = bagel.model.velocity(canvas, bagel.model(canvas, cache)[1])
+    return {name: v[index] for name, index in rows.items()}, cache, packed, rows
 
 
 def test_f5_velocities(bagel):
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")
     for scenario, one in facts["scenarios"].items():
-        v, cache, packed, order = velocities(bagel, scenario, f)
+        prompt, grid = bagel.prompt(one["inputs"], f), bagel.grid(one["image_shape"])
+        v, cache, packed, rows = velocities(bagel, [prompt], [grid], f[f"{scenario}.x_t"], one["t"], tuple(CONTEXTS))
         close(v["full"], f[f"{scenario}.v0"])
-        for ours, theirs in (("no_text", "cfg_text"), ("no_image", "cfg_img")):
-            close(v[ours], f[f"{scenario}.v_{theirs}"])
+        for ours in ("no_text", "no_image"):
+            close(v[ours], f[f"{scenario}.v_{CONTEXTS[ours]}"])
         for i, combo in enumerate(facts["cfg_combos"]):
             got = flow.guide(v["full"], v["no_text"], v["no_image"], combo["text"], combo["img"], combo["type"], combo["rmin"])
             close(got, f[f"{scenario}.v{i}"], 1e-4)
-        starts = packed.rows_of("noised").view(3, -1)[:, 0]  # first row of each context's noised image
-        for name, start in zip(order, starts):
-            context = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}[name]
+        for ours, context in CONTEXTS.items():
+            start = packed.latent_index[packed.noised[rows[ours][0]]] - 1  # its opening marker
             seen = packed.mask.dense()[start].nonzero().squeeze(1)
             seen = seen[seen < start]
             assert len(seen) == one[f"{context}.kv_len"] and packed.positions[start] == one[f"{context}.rope"]
             if len(seen):
                 close(cache.keys[-1, seen], f[f"{scenario}.{context}.k_last"])
                 close(cache.values[-1, seen], f[f"{scenario}.{context}.v_last"])
+
+
+def test_a_prefix_changes_nothing(bagel):
+    """Prompts prefilled once and taken over by decoding and painting, against prefilling in each."""
+    f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")["scenarios"]
+    prompts = [bagel.prompt(one["inputs"], f) for one in facts.values()]
+    grids = [bagel.grid(one["image_shape"]) for one in facts.values()]
+    prefix = sample.prefill(bagel.model, bagel.layout, prompts)
+    plans = [sample.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0] for one in (None, prefix)]
+    assert plans[0] == plans[1]
+    pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
+    sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
+    x = [sample.paint(bagel.model, bagel.layout, prompts, pairs, grids, sampler, torch.Generator().manual_seed(0), prefix=one)
+         for one in (None, prefix)]  # fmt: skip
+    close(*x, 2e-5)
 
 
 def sampler_of(facts):
@@ -454,21 +463,10 @@ def test_f9_inferencer(bagel):
 @torch.no_grad()
 def test_f12_batch(bagel):
     """Two prompts and two picture sizes in one pack; `global` renormalisation couples them in the official code."""
-    f, facts, model = bagel.tensors("f12_batch"), bagel.json("f12_batch"), bagel.model
+    f, facts = bagel.tensors("f12_batch"), bagel.json("f12_batch")
     prompts = [Prompt((f[f"prompt{i}"].tolist(),)) for i in range(2)]
     grids = [bagel.grid(size) for size in facts["image_sizes"]]
-    sequence, leaves = sample._contexts(bagel.layout, prompts, [[None]] * 2, grids, ["full", "no_text"], bagel.config.token_channels)
-    packed = sequence.pack()
-    cache = Cache(model, len(packed))
-    model(packed.select(packed.rows_of("given")), cache)
-    noised = packed.select(packed.rows_of("noised"))
-    rows = {name: sample._rows(leaves, name, noised.noised_lengths) for name in ("full", "no_text")}
-    noised.latents = torch.empty(len(noised.noised), bagel.config.token_channels)
-    for index in rows.values():
-        noised.latents[index] = f["x_t"]
-    noised.timesteps = torch.full_like(noised.timesteps, facts["t"])
-    v = model.velocity(noised, model(noised, cache)[1])
-    v = {name: v[index] for name, index in rows.items()}
+    v, *_ = velocities(bagel, prompts, grids, f["x_t"], facts["t"], ("full", "no_text"))
     close(v["full"], f["v_nocfg"])
     for renorm in flow.RENORMS:
         close(flow.guide(v["full"], v["no_text"], None, 4.0, 1.0, renorm), f[f"v_cfg4_{renorm}"], 1e-4)

@@ -129,7 +129,7 @@ def test_attention_is_grouped_softmax_attention(model):
     x = x + each(lambda e, i: e.down_proj(F.silu(e.gate_proj(m[i])) * e.up_proj(m[i])))
     angles = torch.cat([angle, angle], 1)[packed.order]
     half = c.head_dim // 2
-    got = in_order(packed, *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half]))
+    got = in_order(packed, *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half])[:2])
     torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
 
 
@@ -234,3 +234,28 @@ def test_the_names_and_shapes_of_the_7b_model():
     named = dict(model.named_parameters()) | {name: getattr(model, name) for name in pretrained.TABLES}
     assert {pretrained.official_name(name): tuple(tensor.shape) for name, tensor in named.items()} == expected
     assert len(expected) == 1223 and sum(tensor.numel() for tensor in named.values()) == 14_607_260_128
+
+
+def test_a_cut_pack_equals_the_whole(model):
+    """Forward and gradients: the shared context once, then the rest against its keys and values."""
+    whole = build(1, 2)
+    weights = torch.randn(len(whole), model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    shared, rest = whole.cut()
+    assert 0 < len(shared) and 0 < len(rest) and len(shared) + len(rest) == len(whole)
+    outside = in_order(whole, *model(whole))[rest.slots]
+    expected = gradients((outside * weights[rest.slots]).sum())
+    context = model.keys_and_values(shared)
+    hidden = in_order(rest, *model(rest, context=context))
+    torch.testing.assert_close(hidden, outside, rtol=1e-10, atol=1e-10)
+    found = gradients((hidden * weights[rest.slots]).sum())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+    assert rest.labels.tolist() == whole.labels.tolist()
+    assert rest.text_ids[rest.label_rows].tolist() == whole.text_ids[whole.label_rows].tolist()
+    model.zero_grad()

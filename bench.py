@@ -2,6 +2,7 @@
 Every speed that this project quotes, measured beside its rival in one run. Not a concept of the paper.
 
     python bench.py model          one thread of a CPU: training, prefill, denoising, decoding of a mid-size model
+    python bench.py attention      on a GPU: TFLOP/s of our kernel and its rivals; on a CPU: what the masks cost
 
 A figure is the best of `repeats` rounds; the rounds of rivals alternate, so that a noisy machine is noisy for all of
 them. On a CPU it is CPU time, not wall time. Nothing here is a test: a test that measures time fails by chance.
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from config import exit_on_user_error, parse
+from kernels.mask import Mask
 from model import ModelConfig, UnifiedModel
 from sample import Prompt, Sampler, paint, think
 from sequence import Layout, Sequence
@@ -112,7 +114,248 @@ def bench_model(config):
     return {name.replace(",", "").replace(" ", "_"): round(seconds, 4) for name, seconds in ours.items()}
 
 
-BENCHES = {"model": bench_model}
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: causal and full as everybody measures them, then the shapes that this project is made of
+
+HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128  # BAGEL-7B
+IMAGE, VIT = 4096, 4900  # latent and ViT tokens of a picture of 1024 x 1024
+
+
+def runs(sequence, *sizes):
+    """Append runs of these lengths: positive numbers are causal (text), negative ones bidirectional (images)."""
+    for size in sizes:
+        sequence._run(abs(size), "given", causal=size > 0)
+
+
+def forest(build):
+    """Mask of what `build` lays out."""
+    sequence = Sequence(Layout(0, 1, 2, 3, 64, 70))
+    build(sequence)
+    return sequence.pack().mask
+
+
+def causal(sequence, tokens=16384):
+    with sequence.document():
+        runs(sequence, tokens)
+
+
+def full(sequence, tokens=16384):
+    with sequence.document():
+        runs(sequence, -tokens)
+
+
+def bagel_pack(sequence, tokens=36864):
+    """Training samples: an edit with a reference, text to image, a question about a picture, until the pack is full."""
+    shapes = [(-IMAGE - 2, -1371, 60, -IMAGE - 2), (150, -IMAGE - 2), (-VIT - 2, 400)]
+    for shape in shapes * 9:
+        if sequence.length + sum(map(abs, shape)) > tokens:
+            break
+        with sequence.document():
+            runs(sequence, *shape[:-1])
+            with sequence.branch():
+                runs(sequence, shape[-1])
+
+
+def tree(sequence, prompt, plans=8, plan=300, steps=4, image=1024):
+    with sequence.document():
+        runs(sequence, *prompt)
+        for _ in range(plans):
+            with sequence.branch():
+                runs(sequence, plan)
+                for _ in range(steps):
+                    with sequence.branch():
+                        runs(sequence, -image)
+
+
+def decoding(members=32, prompt=36864, room=256):
+    """One step: a query a member at the end of its own slots, on the prompt that all share."""
+    sequence = Sequence(Layout(0, 1, 2, 3, 64, 70))
+    with sequence.document():
+        runs(sequence, prompt)
+        for _ in range(members):
+            with sequence.branch():
+                sequence.reserve(room)
+    whole = sequence.pack()
+    slots = torch.tensor(sequence.reserved) + room - 1
+    return whole.decoding(slots, torch.zeros_like(slots)).mask
+
+
+def attention_cases():
+    return {
+        "causal 16k": forest(causal), "full 16k": forest(full), "BAGEL pack 36k": forest(bagel_pack),
+        "edit tree": forest(lambda sequence: tree(sequence, (-1026, -VIT, 60))),
+        "text-to-image tree": forest(lambda sequence: tree(sequence, (120,))),
+        "decode 32 on 36k": decoding(),
+    }  # fmt: skip
+
+
+def visible_pairs(mask, rows=1024):
+    """Visible (query, key) pairs, in pieces of the dense mask."""
+    total = 0
+    for start in range(0, len(mask.q_hi), rows):
+        part = slice(start, start + rows)
+        total += int(Mask(mask.q_hi[part], mask.k_hi, mask.positions()[part]).dense().sum())
+    return total
+
+
+def bench_attention(config):
+    return attention_on_gpu(config) if torch.cuda.is_available() else attention_metadata(config)
+
+
+def attention_metadata(config):
+    """Milliseconds to build the tile lists of one pack, and how many more pairs the tiles compute than are visible."""
+    from kernels import attention as A
+
+    group, result = HEADS // KEY_HEADS, {}
+    print(f"{'':22s}{'tokens':>8s}{'pairs':>10s}{'lists, ms':>11s}{'forward':>9s}{'dk/dv':>8s}   computed / visible")
+    for name, mask in attention_cases().items():
+        pairs = visible_pairs(mask)
+        rows, keys, _, _ = A.tile_config("few" if len(mask.q_hi) * group <= A.FEW_ROWS else "forward", HEAD_DIM,
+                                         torch.bfloat16, mask.device)  # fmt: skip
+        dk_rows, dk_keys, _, _ = A.tile_config("dkdv", HEAD_DIM, torch.bfloat16, mask.device)
+        q = torch.empty(len(mask.q_hi), HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(len(mask.k_hi), KEY_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
+
+        def build():
+            mask.cache.clear()
+            A.forward_lists(mask, q, k), A.backward_lists(mask, q, k)
+
+        seconds = best_of(config.repeats, build=build)["build"]
+        computed = []
+        for g, m, n in ((group, rows, keys), (1, dk_rows, dk_keys)):
+            whole, partly = A.classify_tiles(mask.q_hi, mask.positions(), mask.k_hi, g, m, n)
+            computed.append(int((whole | partly).sum()) * m * n / g / pairs)
+        print(f"{name:22s}{len(mask.q_hi):8d}{pairs:10.2e}{1e3 * seconds:11.2f}{computed[0]:9.2f}{computed[1]:8.2f}")
+        result[name] = {"ms": 1e3 * seconds, "forward": computed[0], "dkdv": computed[1]}
+    return result
+
+
+def gpu_best_of(repeats, **rivals):
+    """{name: least milliseconds} on the GPU, in alternating rounds; None for a rival that raises on its first call."""
+    best = {}
+    for name, function in rivals.items():
+        try:
+            function()
+            torch.cuda.synchronize()
+            best[name] = float("inf")
+        except (RuntimeError, ValueError, AssertionError) as error:
+            print(f"  {name}: {str(error).splitlines()[0][:100]}")
+            best[name] = None
+    for _ in range(repeats):
+        for name in [name for name, value in best.items() if value is not None]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(5):
+                rivals[name]()
+            end.record()
+            end.synchronize()
+            best[name] = min(best[name], start.elapsed_time(end) / 5)
+    return best
+
+
+def flex_as_bagel_builds_it(mask):
+    """FlexAttention with a BlockMask from `create_block_mask` over all heads, as the official training code does."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q_hi, q_pos, k_hi = mask.q_hi, mask.positions(), mask.k_hi
+    visible = lambda batch, head, i, j: (j < q_hi[i]) & (q_pos[i] < k_hi[j])
+    build = torch.compile(create_block_mask)
+    make = lambda: build(visible, 1, HEADS, len(q_hi), len(k_hi), device=mask.device, BLOCK_SIZE=128)
+    attend = torch.compile(flex_attention, dynamic=True)
+
+    def run(q, k, v, block_mask):
+        out = attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=block_mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return make, run
+
+
+def plain_sdpa(name):
+    """PyTorch's own attention where it needs no dense mask: a causal or a full sequence."""
+
+    def run(q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=name.startswith("causal"),
+                                              enable_gqa=True)[0].transpose(0, 1)  # fmt: skip
+
+    return run
+
+
+def attention_on_gpu(config):
+    """Correctness first, then TFLOP/s over visible pairs: forward 4 pairs H D, backward 2.5 times that."""
+    from kernels.attention import attention, backward_lists, forward_lists
+
+    g = torch.Generator("cuda").manual_seed(config.seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    a, b = draw(8192, 8192), draw(8192, 8192)
+    ceiling = 2 * 8192**3 / gpu_best_of(config.repeats, matmul=lambda: a @ b)["matmul"] / 1e9
+    print(f"matmul of 8192^3 in bfloat16, the ceiling: {ceiling:.0f} TFLOP/s")
+    result = {"matmul": ceiling}
+    for name, mask in attention_cases().items():
+        pairs, mask = visible_pairs(mask), mask.to("cuda")
+        q, k, v = draw(len(mask.q_hi), HEADS, HEAD_DIM), draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM), draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM)
+        make, bagel = flex_as_bagel_builds_it(mask)
+        rivals = {"triton": lambda: attention(q, k, v, mask, "triton"), "flex, our lists": lambda: attention(q, k, v, mask, "flex"),
+                  "sdpa by pieces": lambda: attention(q, k, v, mask, "sdpa")}  # fmt: skip
+        if name.endswith("16k"):
+            rivals["sdpa"] = lambda: plain_sdpa(name)(q, k, v)
+        block_mask = None
+        try:
+            block_mask = make()
+            rivals["flex, BAGEL"] = lambda: bagel(q, k, v, block_mask)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"  flex, BAGEL: {str(error).splitlines()[0][:100]}")
+        check_attention(name, q, k, v, mask)
+        forward = gpu_best_of(config.repeats, **{key: no_grad(run) for key, run in rivals.items()})
+        backward = {}
+        if not name.startswith("decode"):
+            both = gpu_best_of(config.repeats, **{key: with_backward(run, (q, k, v)) for key, run in rivals.items()})
+            backward = {key: None if both[key] is None or forward[key] is None else both[key] - forward[key] for key in both}
+
+        def lists():
+            mask.cache.clear()
+            forward_lists(mask, q, k), backward_lists(mask, q, k)
+
+        metadata = gpu_best_of(config.repeats, **{"our lists": lists} | ({"BAGEL's mask": make} if block_mask is not None else {}))
+        print(f"{name}: {len(mask.q_hi)} queries, {len(mask.k_hi)} keys, {pairs:.2e} visible pairs; masks, ms: "
+              + ", ".join(f"{key} {value:.2f}" for key, value in metadata.items() if value is not None))
+        flop = 4 * pairs * HEADS * HEAD_DIM
+        for key in rivals:
+            speeds = [None if not ms else factor * flop / ms / 1e9 for ms, factor in ((forward.get(key), 1), (backward.get(key), 2.5))]
+            print(f"  {key:18s}" + "".join(f"{label} {'-' if speed is None else f'{speed:.0f}':>6s}   " for label, speed in
+                                           zip(("forward", "backward"), speeds)) + (f"({forward[key]:.3f} ms)" if forward[key] else ""))
+            result[f"{name}, {key}"] = speeds
+    return result
+
+
+def no_grad(run):
+    def call():
+        with torch.no_grad():
+            run()
+
+    return call
+
+
+def with_backward(run, inputs):
+    gradient = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(run(), inputs, gradient)
+
+
+def check_attention(name, q, k, v, mask, rows=64):
+    """A few rows against float64."""
+    from kernels.attention import attention, reference
+
+    some = torch.linspace(0, len(mask.q_hi) - 1, rows, device=q.device).long()
+    part = Mask(mask.q_hi[some], mask.k_hi, mask.positions()[some])
+    with torch.no_grad():
+        got = attention(q, k, v, mask, "triton")[some].double()
+        expected = reference(q[some].double(), k.double(), v.double(), part)
+    error = float((got - expected).norm() / expected.norm())
+    if not error < 1e-2:
+        raise ValueError(f"{name}: the Triton kernel is wrong by {error:.1e}")
+
+
+BENCHES = {"model": bench_model, "attention": bench_attention}
 
 
 def main(argv):

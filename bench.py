@@ -97,7 +97,7 @@ def bench_model(config):
         model.zero_grad()
 
     def steps(*scales):
-        paint(model, layout, [prompt], [[None]], [(14, 14)], Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)), g)
+        paint(model, layout, [prompt], [[None]], [(14, 14)], Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)), [g])
 
     prefill = lambda: think(model, layout, [prompt], 1, 1, 0.0)
     rivals = {"train forward": forward, "train forward + backward": backward, "prefill": prefill,

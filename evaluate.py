@@ -80,11 +80,11 @@ def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timestep
     for first in tqdm(range(0, len(samples), batch), disable=None, desc="evaluate", leave=False):
         part = samples[first : first + batch]
         prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in part]
+        generators = lambda purpose: [run.generator(seed, first + i, purpose) for i in range(len(part))]
         plans = [None] * len(part)
         if use_plan:
-            plans, _ = think(model, layout, prompts, 1, MAX_PLAN_TOKENS, temperature, run.generator(seed, first, 1))
-        x = paint(model, layout, prompts, [[plan] for plan in plans], [grid] * len(part), sampler,
-                  run.generator(seed, first, 2))  # fmt: skip
+            plans, _ = think(model, layout, prompts, 1, MAX_PLAN_TOKENS, temperature, generators(1))
+        x = paint(model, layout, prompts, [[plan] for plan in plans], [grid] * len(part), sampler, generators(2))
         for one, plan, tokens in zip(part, plans, x.split(grid[0] * grid[1])):
             text = "" if plan is None else tokenizer.decode(plan)
             read, problems = iccot.salvage(text, len(one.references)) if plan is not None else (None, [])

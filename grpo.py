@@ -26,17 +26,19 @@ distance to the rollout's own log-probability (KV cache, other shapes of matrix 
 Differences from the paper: its SDE, clip, window and KL are unpublished; these are Flow-GRPO's (arXiv 2505.05470), with
 the window of MixGRPO. Plan tokens get no policy gradient unless `train_text` asks for it: the caption is the target of
 the reward, and easy captions would win.
-Left out: more than one process, denoising trees, replay.
+Whole groups stay on one process. The reference of the KL is no second model: before a group's pass, the trained weights
+are exchanged for what they were (run.exchanged).
+Left out: denoising trees, replay.
 
     python grpo.py --config toy            trains the CLIPs and stage 1 first if they are missing; ends with a table
 Run the same command again to resume.
 """
 
-import copy
+import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,9 +52,10 @@ import iccot
 import run
 from config import exit_on_user_error, parse
 from kernels.attention import describe_backend
-from pretrained import load_model, save_model
+from lora import add_lora, merge_lora, reset_lora
+from pretrained import find_model, load_config, load_model, load_tokenizer, load_weights, save_model
 from reward import Clip, compare, train_toy_clip
-from sample import Sampler, guided, lay_out, make_prompt, paint, picture, prefill, think
+from sample import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
 
 # P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens of a picture
 
@@ -95,10 +98,18 @@ class Config:
     steps: int = 200  # iterations of rollout and update (paper)
     updates: int = 2  # optimiser steps an iteration, each on its share of the groups
     tokens_per_pack: int = 36_864  # of members in one forward and backward pass: bounds the memory, not the result
-    train: Literal["all", "gen"] = "all"  # gen: the generation expert and the latent layers only
+    train: Literal["all", "gen", "lora"] = "all"  # gen: the generation expert and the latent layers; lora: lora.py on it
+    lora_rank: int = 64
+    lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5
     max_grad_norm: float = 1.0
     average: float = 0.0  # decay of the moving average of the weights; 0: off
+    # machine
+    checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
+    sum_every_pass: bool = True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
+    timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     # run
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or the folder of a toy CLIP
@@ -111,7 +122,9 @@ class Config:
     out: str = "out/full-grpo"
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
-    save_every: int = 20
+    save_every: int = 20  # steps between training states
+    keep: int = 2  # training states that stay
+    async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
     sample_every: int = 20
 
     def __post_init__(self):
@@ -137,7 +150,7 @@ class Config:
 
 
 TOY = dict(clip_name="toy", metric_name="toy", tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
-           eval_timesteps=7)  # fmt: skip
+           eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False)  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
@@ -164,7 +177,7 @@ def last_start(config):
 
 @dataclass
 class Rollout:
-    """What one iteration sampled. Members are ordered group by group, plan by plan; tokens member by member."""
+    """What one iteration sampled, on the host. Members are ordered group by group, plan by plan; tokens member by member."""
 
     prompts: list  # P
     plans: list  # for each group the token ids of its J plans
@@ -179,28 +192,32 @@ class Rollout:
     grid: tuple  # (h, w) tokens of a picture
 
 
-def sample_groups(model, layout, tokenizer, samples, config, step):
-    """Roll out a group of pictures for each sample (data.Sample) under the current weights."""
-    generator = lambda purpose: run.generator(config.seed, step, purpose)
+def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
+    """Roll out a group of pictures for each sample (data.Sample) under the current weights.
+
+    numbers: of the samples; what is random in a group depends on its number, the window on the step alone.
+    """
+    generators = lambda purpose: [run.generator(config.seed, number, purpose) for number in numbers]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     prefix, each = prefill(model, layout, prompts), config.plans_per_group
-    written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature, generator(1),
+    written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature, generators(1),
                            prefix=prefix)  # fmt: skip
     plans = [written[i : i + each] for i in range(0, len(written), each)]
     grid = model.config.picture_grid(data.SIZE, data.SIZE)
     members, n = len(prompts) * config.group_size, grid[0] * grid[1]
-    image_of_token = torch.arange(members).repeat_interleave(n)
-    first = int(torch.randint(last_start(config) + 1, (), generator=generator(2)))
-    noise, kept = generator(3), []
+    image_of_token = torch.arange(members, device=run.device()).repeat_interleave(n)
+    first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
+    of_group, noises, kept = [config.group_size * n] * len(prompts), generators(3), []
 
     def sde_or_ode(k, x, v, t, t_next):
         if not first <= k < first + config.window:
             return flow.euler_step(x, v, t, t_next)
-        x_next, mean, std = flow.sde_step(x, v, t, t_next, config.noise_level, generator=noise, kind=config.sde)
+        noise = draw_noise(of_group, x.shape[1], noises)
+        x_next, mean, std = flow.sde_step(x, v, t, t_next, config.noise_level, noise, kind=config.sde)
         kept.append((x, x_next, t, t_next, flow.log_prob(x_next, mean, std, image_of_token, members)))
         return x_next
 
-    x = paint(model, layout, prompts, plans, [grid] * len(prompts), config.sampler, generator(4), sde_or_ode,
+    x = paint(model, layout, prompts, plans, [grid] * len(prompts), config.sampler, generators(4), sde_or_ode,
               prefix=prefix, pictures=config.group_size // each)  # fmt: skip
     captions = []
     for one, group in zip(samples, plans):
@@ -209,7 +226,7 @@ def sample_groups(model, layout, tokenizer, samples, config, step):
     befores, afters, starts, ends, log_probs = zip(*kept)
     return Rollout(
         prompts, plans, torch.tensor(ended), captions, torch.tensor([bool(caption) for caption in captions]),
-        torch.stack(befores), torch.stack(afters), torch.stack([*starts, ends[-1]]), torch.stack(log_probs, 1),
+        *(torch.stack(values).cpu() for values in (befores, afters, [*starts, ends[-1]])), torch.stack(log_probs, 1).cpu(),
         [picture(model, tokens, grid) for tokens in x.split(n)], grid,
     )  # fmt: skip
 
@@ -281,6 +298,10 @@ class Batch:
     t_next: torch.Tensor
     image_of_token: torch.Tensor  # (B * S * T,) which of the B * S steps
 
+    def to(self, device):
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved, packed=self.packed.to(device), rows={k: v.to(device) for k, v in self.rows.items()})
+
 
 def batches(layout, rollout, group, config):
     """(pack of the prompt, batches that need its keys and values) of one group, each within `tokens_per_pack`."""
@@ -337,12 +358,16 @@ class Policy:
     std: torch.Tensor  # (B * S * T, 1)
     text: torch.Tensor | None  # (labels,) log-probabilities of the plan tokens, with `train_text`
 
-    def detach(self):
-        return Policy(*(value if value is None else value.detach() for value in vars(self).values()))
+    def old(self, guard):
+        """What is needed of it as p_old."""
+        kept = ("log_prob", "text", "mean", "std") if guard else ("log_prob", "text")
+        return Policy(**{name: value.detach() if name in kept and value is not None else None
+                         for name, value in vars(self).items()})  # fmt: skip
 
 
 def policy(model, context, batch, config):
     """Policy of a batch, given the prompt's keys and values."""
+    batch = batch.to(run.device())
     und, gen = model(batch.packed, context=context)
     images = int(batch.image_of_token[-1]) + 1
     v = guided(model.velocity(batch.packed, gen), batch.rows, batch.t, config.sampler, batch.image_of_token, images)
@@ -365,84 +390,107 @@ def likelihood_ratio(new, old, batch, config):
     """
     log_ratio = new.log_prob - old.log_prob
     if config.guard:
-        shift = flow.kl_divergence(new.mean, old.mean, old.std, batch.image_of_token, log_ratio.numel())  # (B * S,)
-        std = flow.image_mean(old.std, batch.image_of_token, log_ratio.numel())
+        image_of_token = batch.image_of_token.to(log_ratio.device)
+        shift = flow.kl_divergence(new.mean, old.mean, old.std, image_of_token, log_ratio.numel())  # (B * S,)
+        std = flow.image_mean(old.std, image_of_token, log_ratio.numel())
         log_ratio = (log_ratio + shift.view_as(log_ratio)) * std.view_as(log_ratio)
     return log_ratio.exp()
 
 
 def text_loss(new, old, batch, rollout, advantage, config):
-    """Clipped loss of the plan tokens of a batch, their mean over all plan tokens of an optimiser step. advantage (P * J,)."""
-    lengths = torch.tensor([len(plan) + 1 for group in rollout.plans for plan in group])  # eos included
-    written = lengths - (~rollout.ended).long()  # the eos of a plan that was cut off was not written by the model
+    """Clipped loss summed over the plan tokens of a batch. advantage (P * J,)."""
+    lengths = plan_lengths(rollout)
     of_plan = batch.plans.repeat_interleave(lengths[batch.plans])  # (labels,)
     place = torch.cat([torch.arange(int(length)) for length in lengths[batch.plans]])  # (labels,) within its plan
-    pictures = config.group_size // config.plans_per_group
-    here = torch.isin(of_plan * pictures, batch.members)  # a plan in several batches counts where its first picture is
-    loss = clipped((new.text - old.text).exp(), advantage[of_plan], config.text_clip_range)
-    share = len(rollout.prompts) // config.updates * config.plans_per_group  # plans of an optimiser step
-    first = int(batch.plans[0]) // share * share
-    return (loss * (here & (place < written[of_plan]))).sum() / written[first : first + share].sum()
+    written = place < (lengths - (~rollout.ended).long())[of_plan]
+    here = torch.isin(of_plan * (config.group_size // config.plans_per_group), batch.members)
+    loss = clipped((new.text - old.text).exp(), advantage[of_plan].to(new.text), config.text_clip_range)
+    return (loss * (written & here).to(loss)).sum()  # a plan in several batches counts where its first picture is
 
 
-def update(model, reference, optimizer, layout, rollout, reward, config):
-    """All optimiser steps of one iteration. Returns the health numbers."""
+def plan_lengths(rollout):
+    """(P * J,) tokens of each plan with its eos; the model did not write the eos of a plan that was cut off."""
+    return torch.tensor([len(plan) + 1 for group in rollout.plans for plan in group])
+
+
+def update(model, anchor, optimizer, layout, rollout, reward, config):
+    """All optimiser steps of one iteration. anchor: {name: value} of the trained weights in stage 1, for the KL, or None.
+
+    Returns the health numbers, and whether all gradients were finite.
+    """
     groups, share = len(rollout.prompts), len(rollout.prompts) // config.updates
     trees = [batches(layout, rollout, group, config) for group in range(groups)]
+    passes = [int(count) for count in run.reduced([len(found) for _, found in trees], "max")]
     for_images, for_plans = (advantage.flatten() for advantage in advantages(reward, config))
     clip_range = config.clip_kappa / rollout.x[0, : rollout.grid[0] * rollout.grid[1]].numel() ** 0.5
     old = [[None] * len(found) for _, found in trees]
-    with torch.no_grad():  # p_old; the groups of the first optimiser step get it from that step's own forward pass
+    with run.gathered(model):  # p_old; the groups of the first optimiser step get it from that step's own forward pass
         for group in range(share, groups):
-            context = model.keys_and_values(trees[group][0])
-            old[group] = [policy(model, context, batch, config) for batch in trees[group][1]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    health, norms = [], []
+            context = model.keys_and_values(trees[group][0].to(run.device()))
+            old[group] = [policy(model, context, batch, config).old(config.guard) for batch in trees[group][1]]
+    words = plan_lengths(rollout) - (~rollout.ended).long()
+    health, norms, finite = [], [], True
     for first in range(0, groups, share):
-        scale = 1 / (share * config.group_size * config.window)
+        plans = slice(first * config.plans_per_group, (first + share) * config.plans_per_group)
+        text_scale = config.text_weight * run.size() / run.reduced([int(words[plans].sum())])[0]
+        scales = 1 / (share * config.group_size * config.window), text_scale, clip_range
         for group in range(first, first + share):
-            health += group_backward(model, reference, trees[group], old[group], rollout, for_images, for_plans, scale,
-                                     clip_range, config)  # fmt: skip
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    old_log_prob = torch.cat([one.log_prob for tree in old for one in tree])
-    return summary(health, norms, share * config.plans_per_group, clip_range) | {
-        "mismatch": (old_log_prob - rollout.log_prob).abs().mean().item()
-    }
+            health += group_backward(model, anchor, trees[group], old[group], rollout, for_images, for_plans, scales,
+                                     passes[group], group == first + share - 1, config)  # fmt: skip
+        norm, stepped = run.step_if_finite(optimizer, config.max_grad_norm)
+        norms.append(norm)
+        finite &= stepped
+    old_log_prob = torch.cat([one.log_prob for tree in old for one in tree]).cpu()
+    mismatch = (old_log_prob - rollout.log_prob).abs().mean().item()
+    return summary(health, norms, share * config.plans_per_group, clip_range) | {"mismatch": mismatch}, finite
 
 
-def group_backward(model, reference, tree, old, rollout, for_images, for_plans, scale, clip_range, config):
-    """Gradients of one group, the graph cut at the prompt's keys and values. Fills `old` where it is None."""
-    shared, found = tree
+def group_backward(model, anchor, tree, old, rollout, for_images, for_plans, scales, passes, last, config):
+    """Gradients of one group, the graph cut at the prompt's keys and values. Fills `old` where it is None.
+
+    passes: of all processes alike; one with fewer batches repeats its last one with weight 0. last: of this step.
+    """
+    (shared, found), (scale, text_scale, clip_range) = tree, scales
+    shared, health, anchors = shared.to(run.device()), [], [None] * len(found)
+    if anchor is not None:  # before any graph is built, since the weights are exchanged
+        with run.exchanged(model, anchor), run.gathered(model):
+            context = model.keys_and_values(shared)
+            anchors = [policy(model, context, batch, config) for batch in found]
+    run.sum_gradients(model, config.sum_every_pass)
     context = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in pair) for pair in context]
-    if reference is not None:
-        with torch.no_grad():
-            reference_context = reference.keys_and_values(shared)
-    health = []
-    for i, batch in enumerate(found):
+    for i in range(passes):
+        batch = found[min(i, len(found) - 1)]
         new = policy(model, leaves, batch, config)
-        old[i] = old[i] or new.detach()
+        if i >= len(found):
+            (new.log_prob.sum() * 0).backward()
+            continue
+        old[i] = old[i] or new.old(config.guard)
         ratio = likelihood_ratio(new, old[i], batch, config)
-        loss = clipped(ratio, for_images[batch.members][:, None], clip_range)  # (B, S)
+        loss = clipped(ratio, for_images[batch.members][:, None].to(ratio), clip_range)  # (B, S)
         if config.guard:
-            loss = loss / (rollout.times[:-1] - rollout.times[1:])
-        loss, kl = loss.sum() * scale, torch.zeros(())
-        if reference is not None:
-            with torch.no_grad():
-                anchor = policy(reference, reference_context, batch, config)
-            kl = flow.velocity_mse(new.v, anchor.v) if config.kl == "velocity" else \
-                flow.kl_divergence(new.mean, anchor.mean, new.std, batch.image_of_token, ratio.numel()).mean()  # fmt: skip
+            loss = loss / (rollout.times[:-1] - rollout.times[1:]).to(loss)
+        loss, kl = loss.sum() * scale, divergence(new, anchors[i], batch, config)
         total = loss + config.kl_beta * kl * ratio.numel() * scale
         if config.train_text:
-            total = total + config.text_weight * text_loss(new, old[i], batch, rollout, for_plans, config)
+            total = total + text_scale * text_loss(new, old[i], batch, rollout, for_plans, config)
         total.backward()
         health.append({"plans": batch.plans, "loss": loss.item(), "kl": kl.item(), "ratio": ratio.detach().flatten()})
     pairs = [(x, leaf.grad) for kept, own in zip(context, leaves) for x, leaf in zip(kept, own) if leaf.grad is not None]
+    run.sum_gradients(model, config.sum_every_pass or last)
     if pairs:
         torch.autograd.backward(*zip(*pairs))
     return health
+
+
+def divergence(new, anchor, batch, config):
+    """KL of the policy to the stage 1 model, in the form asked for, a mean over the batch; 0 without an anchor."""
+    if anchor is None:
+        return torch.zeros((), device=new.v.device)
+    if config.kl == "velocity":
+        return flow.velocity_mse(new.v, anchor.v)
+    image_of_token = batch.image_of_token.to(new.v.device)
+    return flow.kl_divergence(new.mean, anchor.mean, new.std, image_of_token, new.log_prob.numel()).mean()
 
 
 def summary(health, norms, plans_per_update, clip_range):
@@ -461,11 +509,12 @@ def summary(health, norms, plans_per_update, clip_range):
 
 
 def trained_parameters(model, what):
-    """The parameters that stage 2 changes; the others are frozen."""
+    """{name: parameter} of what stage 2 changes; the others are frozen."""
     gen = (".gen.", "norm_gen", "latent_in", "latent_out", "time_embedder")
+    parts = {"all": ("",), "gen": gen, "lora": (".lora_",)}[what]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(what == "all" or any(part in name for part in gen))
-    return [p for p in model.parameters() if p.requires_grad]
+        parameter.requires_grad_(any(part in name for part in parts))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,70 +522,126 @@ def trained_parameters(model, what):
 
 
 def prepare(config):
-    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model."""
-    if config.clip_name == "toy" and not (Path(config.clip) / "clip.json").is_file():
-        train_toy_clip(config.clip, seed=0, steps=config.clip_steps)
-    evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
-    if not (Path(config.init) / "model").is_dir() and not (Path(config.init) / "llm_config.json").is_file():
-        script = str(Path(__file__).with_name("sft.py"))
-        command = [sys.executable, script, "--config", config.config, "--out", config.init]
-        command += ["--threads", str(torch.get_num_threads())]
-        code = subprocess.run(command).returncode
-        if code:
-            sys.exit(code)
+    """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
+    if run.is_main():
+        if config.clip_name == "toy" and not (Path(config.clip) / "clip.json").is_file():
+            train_toy_clip(config.clip, seed=0, steps=config.clip_steps)
+        evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
+        if not (Path(config.init) / "model").is_dir() and not (Path(config.init) / "llm_config.json").is_file():
+            script = str(Path(__file__).with_name("sft.py"))
+            command = [sys.executable, script, "--config", config.config, "--out", config.init]
+            command += ["--threads", str(torch.get_num_threads())]
+            alone = {key: value for key, value in os.environ.items() if key not in run.OF_A_LAUNCHER}
+            code = subprocess.run(command, env=alone).returncode
+            if code:
+                sys.exit(code)
+    run.barrier()
 
 
+def build(config):
+    """(model, tokenizer, {name: trained parameter}) from the checkpoint of stage 1, sharded over the processes."""
+    folder = find_model(config.init)
+
+    def change(model):
+        if config.train == "lora":
+            add_lora(model, config.lora_rank, config.lora_alpha)
+        run.shard(model, config.precision, config.replicas)
+
+    model = load_weights(folder, load_config(folder), run.device(), prepare=change)
+    reset_lora(model, config.seed)
+    model.checkpointing = config.checkpointing
+    return model, load_tokenizer(folder), trained_parameters(model, config.train)
+
+
+@exit_on_user_error()
 def train(config):
     """The whole stage: prepares, resumes, trains, and compares stage 2 with stage 1 on held-out prompts."""
     begun = time.perf_counter()
     with exit_on_user_error(ValueError):
+        run.launch(config.timeout_minutes)
         folder = run.start(config)
+        each = run.share(config.prompts_per_step // config.updates, "prompts an update", "prompts_per_step") * config.updates
         prepare(config)
-        step, state = run.load_state(folder)
-        model, tokenizer = load_model(config.init)
-        clip = Clip(config.clip_name, config.clip)
+        step = run.newest_step(folder)
+        model, tokenizer, trained = build(config)
+        clip = Clip(config.clip_name, config.clip, run.device())
     layout = model.config.layout(tokenizer)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_beta else None
-    optimizer = torch.optim.AdamW(trained_parameters(model, config.train), config.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=True)  # fmt: skip
-    average = run.new_average(model)
-    if state is not None:
-        run.unpack_state(state, model, optimizer, average)
+    anchor = {name: p.detach().clone() for name, p in trained.items()} if config.kl_beta else None
+    optimizer = torch.optim.AdamW(trained.values(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    average = run.new_average(trained)
+    if step:
+        run.load_state(folder, step, trained, optimizer, average)
+    run.cut_log(folder, step)
     pictures = config.prompts_per_step * config.group_size
-    print(f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, "
-          f"RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
-    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, disable=None, desc="grpo")
+    run.say(f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, {each} prompts "
+            f"on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of "
+            f"{config.steps}")  # fmt: skip
+    stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
+    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="grpo",
+               disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
-        values = iteration(model, reference, optimizer, layout, tokenizer, clip, config, step)
-        run.update_average(average, model, config.average)
+        values, finite = iteration(model, anchor, optimizer, layout, tokenizer, clip, config, step)
+        bad = 0 if finite else bad + 1
+        if bad == run.BAD_STEPS:
+            run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
+        run.update_average(average, trained, config.average)
+        values = run.merged(values)
         run.log(folder, values)
         bar.set_postfix(reward=f"{values['reward']:.3f}")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            run.save_state(folder, step + 1, run.pack_state(model, optimizer, average))
+        saver.poll()
+        last, wanted = step + 1 == config.steps, stop.wanted()
+        if (step + 1) % config.save_every == 0 or last or wanted:
+            saver.save(step + 1, run.pack_state(trained, optimizer, average))
+        if wanted and not last:
+            saver.wait()
+            run.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0:
-            evaluate.save_strip(folder / "samples" / f"{step + 1:06d}.png", model, layout, tokenizer,
-                                config.max_references, shift=config.timestep_shift,
-                                num_timesteps=config.eval_timesteps)  # fmt: skip
-    save_model(model, tokenizer, folder / "model", average)
-    rows = compare_stages(config, folder)
-    print(f"grpo: {run.seconds(begun)} in this command; model in {folder}/model, pictures in {folder}/grid.png")
-    gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
-    if config.target is not None and gain < config.target:
-        print(f"Overall rose by {gain:.3f}, less than the target of {config.target}", file=sys.stderr)
-        sys.exit(1)
+            strip(folder, step + 1, model, layout, tokenizer, config)
+    saver.wait()
+    export(model, average, tokenizer, folder, config)
+    if run.is_main():
+        gain = compare_stages(config, folder)
+        run.say(f"grpo: {run.seconds(begun)} in this command; model in {folder}/model, pictures in {folder}/grid.png")
+        if config.target is not None and gain < config.target:
+            print(f"Overall rose by {gain:.3f}, less than the target of {config.target}", file=sys.stderr)
+            sys.exit(1)
 
 
-def iteration(model, reference, optimizer, layout, tokenizer, clip, config, step):
-    """One rollout and its updates. Returns the line of the log."""
+def strip(folder, step, model, layout, tokenizer, config):
+    """Pictures of the same held-out prompts from the same noise, in `samples`."""
+    with run.gathered(model):
+        if run.is_main():
+            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, config.max_references,
+                                shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
+    run.barrier()
+
+
+def export(model, average, tokenizer, folder, config):
+    """The finished model in BAGEL's layout: the averages of what was trained, adapters merged, the rest as it was."""
+    everything = dict(model.named_parameters()) | average
+    weights = run.whole_weights(merge_lora(everything, config.lora_rank, config.lora_alpha), getattr(torch, config.precision))
+    if run.is_main():
+        save_model(model, tokenizer, folder / "model", weights)
+    run.barrier()
+
+
+def sample_indices(config, step):
+    """Numbers of the samples whose groups this process rolls out; the first of them are for the first update."""
+    return list(range(step * config.prompts_per_step + run.rank(), (step + 1) * config.prompts_per_step, run.size()))
+
+
+def iteration(model, anchor, optimizer, layout, tokenizer, clip, config, step):
+    """One rollout and its updates. Returns the line of the log, and whether all gradients were finite."""
     clock = [(time.perf_counter(), model.tokens)]
-    indices = range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
+    indices = sample_indices(config, step)
     samples = [data.draw_sample("train", i, config.seed + 1, config.max_references) for i in indices]
-    rollout = sample_groups(model, layout, tokenizer, samples, config, step)
+    with run.gathered(model):
+        rollout = sample_groups(model, layout, tokenizer, samples, indices, config, step)
     clock.append((time.perf_counter(), model.tokens))
     truncated = clip.truncated
-    reward = rewards(clip, rollout, config)
+    reward = rewards(clip, rollout, config).cpu()
     clock.append((time.perf_counter(), model.tokens))
-    health = update(model, reference, optimizer, layout, rollout, reward, config)
+    health, finite = update(model, anchor, optimizer, layout, rollout, reward, config)
     clock.append((time.perf_counter(), model.tokens))
     seconds, tokens = ([b - a for a, b in zip(values, values[1:])] for values in zip(*clock))
     of_plan = reward.view(len(reward), config.plans_per_group, -1)  # (P, J, pictures)
@@ -547,26 +652,29 @@ def iteration(model, reference, optimizer, layout, tokenizer, clip, config, step
         "reward_std_within": of_plan.std(2, correction=0).mean().item(),
         "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
         "parse_failures": (~rollout.valid).float().mean().item(), "caption_words": sum(words) / max(1, len(words)),
-        "truncated": clip.truncated - truncated, **health, "rollout_seconds": seconds[0],
+        "truncated": clip.truncated - truncated, **health, "skipped": float(not finite), "rollout_seconds": seconds[0],
         "reward_seconds": seconds[1], "update_seconds": seconds[2], "rollout_tokens": tokens[0],
         "update_tokens": tokens[2],
-    }  # fmt: skip
+    }, finite  # fmt: skip
 
 
 def compare_stages(config, folder):
-    """The table: stage 1 and stage 2 on the same held-out prompts from the same noise, and a grid of pictures."""
+    """The table: stage 1 and stage 2 on the same held-out prompts from the same noise, and a grid of pictures.
+
+    Returns by how much Overall rose.
+    """
     metric = evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
     samples = [data.draw_sample("held_out", i, 0, config.max_references) for i in range(config.eval_samples)]
     rows = {}
     for name, path in (("SFT", config.init), ("SFT + GRPO", folder)):
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, run.device())
         results = evaluate.generate(model, model.config.layout(tokenizer), tokenizer, samples,
                                     shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
         rows[name] = evaluate.measure(samples, results, metric)
     evaluate.save_grid(folder / "grid.png", samples[:8], results[:8])
     run.write_text(folder / "table.json", run.json.dumps(rows, indent=1) + "\n")
     evaluate.print_table(rows)
-    return rows
+    return rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
 
 
 if __name__ == "__main__":

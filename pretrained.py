@@ -28,6 +28,8 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import ModelConfig, UnifiedModel
 
@@ -79,12 +81,12 @@ def official_name(name):
 
 
 def save_model(model, tokenizer, folder, weights=None):
-    """Write the model into `folder`. `weights` (our names -> tensors) replaces its own parameters, say by their EMA."""
+    """Write the model into `folder`. weights: {our name: tensor} in place of its parameters, say their averages."""
     folder = Path(folder)
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    named = dict(model.named_parameters()) | dict(weights or {}) | {name: getattr(model, name) for name in TABLES}
+    named = dict(weights or model.named_parameters()) | {name: getattr(model, name) for name in TABLES}
     write_tensors(hidden / "ema.safetensors", {official_name(name): tensor for name, tensor in named.items()})
     if model.config.codec == "flux":
         write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
@@ -189,10 +191,17 @@ def load_model(path, device="cpu", dtype=torch.float32):
     return load_weights(folder, load_config(folder), device, dtype), load_tokenizer(folder)
 
 
-def load_weights(folder, config, device="cpu", dtype=torch.float32):
-    """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in the official code."""
+def load_weights(folder, config, device="cpu", dtype=torch.float32, prepare=None):
+    """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in the official code.
+
+    prepare(model): called while the weights are on the meta device, to shard them (run.shard), so that each process
+    reads its own rows only, or to add adapters (lora.py), which no file holds and whose values are for the caller to set.
+    """
     with torch.device("meta"):
         model = UnifiedModel(config)
+    if prepare is not None:
+        prepare(model)
+        model.to_empty(device=device)
     tables = {name: config.position_table(getattr(config, side)) for name, side in TABLES.items()}
     for name, table in tables.items():
         setattr(model, name, table.to(device))
@@ -206,7 +215,7 @@ def read_tensors(path, module, rename, device, dtype, tables):
     """Fill a module on the meta device. rename: our name -> the file's; tables: what else the file may hold, and how."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout")
-    parameters = {rename(name): (name, parameter) for name, parameter in module.named_parameters()}
+    parameters = {rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name}
     tables = {rename(name): table for name, table in tables.items()}
     try:
         with safe_open(path, "pt") as file:
@@ -214,9 +223,13 @@ def read_tensors(path, module, rename, device, dtype, tables):
             check_keys(path, found, {key: tuple(p.shape) for key, (_, p) in parameters.items()},
                        {key: tuple(table.shape) for key, table in tables.items()})  # fmt: skip
             for key, (name, parameter) in parameters.items():
-                tensor = file.get_tensor(key)
+                sharded = isinstance(parameter, DTensor)
+                tensor = file.get_slice(key)[own_rows(parameter)] if sharded else file.get_tensor(key)
                 if not tensor.is_floating_point():
                     raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point numbers")
+                if sharded:
+                    parameter.to_local().detach().copy_(tensor)
+                    continue
                 owner, _, leaf = name.rpartition(".")
                 tensor = nn.Parameter(tensor.to(device, dtype, copy=True), parameter.requires_grad)
                 setattr(module.get_submodule(owner), leaf, tensor)
@@ -225,6 +238,12 @@ def read_tensors(path, module, rename, device, dtype, tables):
                     raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); the file is torn: copy or train it again") from None
+
+
+def own_rows(parameter):
+    """The slices of a whole tensor that this process keeps of it."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + length) for start, length in zip(offset, shape))
 
 
 def check_keys(path, found, wanted, optional):

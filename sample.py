@@ -137,11 +137,12 @@ def prefill(model, layout, prompts):
 
 
 @torch.no_grad()
-def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, generator=None, top_p=1.0, prefix=None):
+def think(model, layout, prompts, group_size, max_tokens, temperature=0.0, generators=None, top_p=1.0, prefix=None):
     """Decode `group_size` plans for each prompt, all together. prefix: what `prefill` gave for these prompts.
 
     Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
-    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`.
+    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`, with the
+    generator of their prompt, so that what a prompt gets does not depend on its company.
     """
     prefix = prefill(model, layout, prompts) if prefix is None else prefix
     sequence = Sequence(layout)
@@ -162,7 +163,7 @@ def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, gener
     for step in range(max_tokens):
         hidden, _ = model(packed.decoding(slots + step, fed), cache)  # (G, W)
         logits = model.lm_head(hidden).float()  # (G, vocabulary)
-        fed = choose(logits, temperature, top_p, generator)
+        fed = choose(logits, temperature, top_p, generators)
         tokens.append(fed)
         ended |= fed == layout.eos
         if bool(ended.all()):
@@ -172,8 +173,11 @@ def think(model, layout, prompts, group_size, max_tokens, temperature=1.0, gener
     return plans, ended.tolist()
 
 
-def choose(logits, temperature, top_p, generator):
-    """The next token of each row. (G, vocabulary) -> (G,). Drawn on the CPU, so that a seed means the same everywhere."""
+def choose(logits, temperature, top_p, generators):
+    """The next token of each row, (G, vocabulary) -> (G,), an equal number of rows for each generator.
+
+    Drawn on the CPU, so that a seed means the same everywhere.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
@@ -181,16 +185,24 @@ def choose(logits, temperature, top_p, generator):
         ordered, index = probabilities.sort(-1, descending=True)
         behind = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones make up top_p already
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+    parts = probabilities.cpu().chunk(len(generators))
+    drawn = [torch.multinomial(part, 1, generator=generator) for part, generator in zip(parts, generators)]
+    return torch.cat(drawn).squeeze(1).to(logits.device)
+
+
+def draw_noise(lengths, channels, generators):
+    """Standard normal (sum of lengths, C), each stretch from its own generator, on the CPU."""
+    return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in zip(lengths, generators)])
 
 
 @torch.no_grad()
-def paint(model, layout, prompts, plans, grids, sampler, generator=None, step=None, x=None, prefix=None, pictures=1):
+def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None, pictures=1):
     """Paint `pictures` pictures for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
 
     plans: for each prompt a list with the token ids of each plan, or None to paint without a plan.
     grids: for each prompt the (h, w) token grid of its pictures. `step(k, x, v, t, t_next) -> x` replaces the Euler
-    step (GRPO's SDE window). x: the initial noise, drawn if it is not given. prefix: of `prefill` for these prompts.
+    step (GRPO's SDE window). x: the initial noise; if it is not given it is drawn, with a generator for each prompt.
+    prefix: what `prefill` gave for these prompts.
     """
     model_device, channels = model.embed_tokens.weight.device, model.config.token_channels
     noised = [[[(torch.zeros(h * w, channels), (h, w), 1.0)] * pictures for _ in group] for (h, w), group in zip(grids, plans)]
@@ -203,7 +215,9 @@ def paint(model, layout, prompts, plans, grids, sampler, generator=None, step=No
     token = torch.empty_like(canvas.noised)  # of x, behind each noised token
     for index in rows.values():
         token[index] = torch.arange(len(index), device=model_device)
-    x = torch.randn(sum(lengths), channels, generator=generator) if x is None else x
+    if x is None:
+        of_prompt = [h * w * len(group) * pictures for (h, w), group in zip(grids, plans)]
+        x = draw_noise(of_prompt, channels, generators)
     x = x.to(model_device)
     grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
@@ -324,13 +338,13 @@ def main(config):
         prompts, plan = [make_prompt(model, tokenizer, references, config.prompt, system)], None
     run.choose_threads(config.threads)
     if config.plan:
-        plans, _ = think(model, layout, prompts, 1, config.max_plan_tokens, config.temperature, run.generator(config.seed, 1),
-                         config.top_p)  # fmt: skip
+        plans, _ = think(model, layout, prompts, 1, config.max_plan_tokens, config.temperature,
+                         [run.generator(config.seed, 1)], config.top_p)  # fmt: skip
         plan = plans[0]
         print_plan(tokenizer.decode(plan), len(references))
     sampler = Sampler(config.num_timesteps, config.timestep_shift, config.text_guidance, config.image_guidance,
                       (config.guidance_low, config.guidance_high), config.renorm, config.renorm_min)  # fmt: skip
-    x = paint(model, layout, prompts, [[plan]], [grid], sampler, run.generator(config.seed, 2))
+    x = paint(model, layout, prompts, [[plan]], [grid], sampler, [run.generator(config.seed, 2)])
     picture(model, x, grid).save(config.out)
     print(f"picture    {config.out}")
 

@@ -98,6 +98,9 @@ class Packed:
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
     def to(self, device):
+        """The same pack on another device; itself where it is already there."""
+        if self.positions.device == torch.device(device):
+            return self
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         moved = {k: v for k, v in moved.items() if k not in ("order", "inverse")}
         return replace(self, **moved, mask=self.mask.to(device))

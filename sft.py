@@ -11,7 +11,7 @@ both, so that the model can still draw directly), and conditions are dropped as 
 sample carries `noise_copies` noised copies of its target, at different times and mutually invisible: its prompt and
 plan are computed once for all of them.
 
-Left out: more than one process.
+Left out: model-specific tricks of large batches (nothing here depends on the number of processes).
 
     python sft.py --config toy             draws the toy world, trains on a CPU, writes out/toy-sft
     python sft.py --config smoke           the same in seconds
@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,19 +68,26 @@ class Config(ModelConfig):
     ce_weight: float = 1.0  # weight of the text loss
     mse_weight: float = 1.0  # weight of the image loss
     timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
+    # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
+    sum_every_pass: bool = True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
+    timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     # run
     out: str = "out/full-sft"
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     save_every: int = 2000  # steps between training states
+    keep: int = 2  # training states that stay
+    async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
     sample_every: int = 2000  # steps between pictures of held-out prompts
     sample_timesteps: int = 50  # grid points of those pictures
     sample_shift: float = 3.0  # time shift of those pictures
 
 
 TOY = dict(text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0, checkpointing=False,
-           sample_timesteps=7, sample_shift=10.0)  # fmt: skip
+           precision="float32", sum_every_pass=False, sample_timesteps=7, sample_shift=10.0)  # fmt: skip
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
         samples_per_step=8, noise_copies=3, plan_dropout=0.1, steps=2200, lr=4e-3, warmup=100, average=0.99,
@@ -182,90 +190,132 @@ def pack(layout, examples, tokens_per_pack):
 def losses(model, packed, target):
     """(cross entropy summed over the plan tokens, squared velocity error: mean over channels, summed over tokens)."""
     und, gen = model(packed)
-    ce = model.cross_entropy(und, packed).sum() if len(packed.labels) else und.sum() * 0
+    ce = model.cross_entropy(und, packed).sum() if len(packed.labels) else model.lm_head(und[:1]).sum() * 0
     return ce, F.mse_loss(model.velocity(packed, gen).float(), target, reduction="sum") / target.shape[-1]
 
 
 def backward(model, packs, config):
-    """Gradients of one step over all its packs. Returns the mean losses: cross entropy, velocity error."""
-    labels = max(1, sum(len(packed.labels) for packed, _ in packs))
-    latents = sum(len(target) for _, target in packs)
-    means = torch.zeros(2)
-    for packed, target in packs:
-        ce, mse = losses(model, packed, target)
-        (config.ce_weight * ce / labels + config.mse_weight * mse / latents).backward()
-        means += torch.stack([ce.detach() / labels, mse.detach() / latents])
-    return means.tolist()
+    """Gradients of one step over all packs of all processes. Returns the mean losses: cross entropy, velocity error.
+
+    Sharding averages gradients over the processes, hence the factor. A process with fewer packs than another repeats
+    its last one with weight 0, so that all make the same number of passes.
+    """
+    counts = [sum(len(packed.labels) for packed, _ in packs), sum(len(target) for _, target in packs)]
+    labels, latents = run.reduced(counts)
+    passes = int(run.reduced([len(packs)], "max")[0])
+    means = torch.zeros(2, dtype=torch.float64)
+    for i in range(passes):
+        packed, target = packs[min(i, len(packs) - 1)]
+        run.sum_gradients(model, config.sum_every_pass or i == passes - 1)
+        ce, mse = losses(model, packed.to(run.device()), target.to(run.device()))
+        weight = float(i < len(packs))
+        loss = config.ce_weight * ce / max(1, labels) + config.mse_weight * mse / latents
+        (loss * weight * run.size()).backward()
+        means += weight * torch.stack([ce.detach() / max(1, labels), mse.detach() / latents]).cpu()
+    return run.reduced(means.tolist())
 
 
+def build(config, folder):
+    """(model, tokenizer) to start from: the checkpoint `init`, or fresh weights; sharded over the processes."""
+    shape = model_config(config)
+    shard = lambda model: run.shard(model, config.precision, config.replicas)
+    if config.init:
+        model = load_weights(find_model(config.init), shape, run.device(), prepare=shard)
+        tokenizer = load_tokenizer(find_model(config.init))
+    else:
+        model = shard(UnifiedModel(shape).initialise(config.seed).to(run.device()))
+        tokenizer = toy_tokenizer(folder, shape.vocab_size)
+    model.checkpointing = config.checkpointing
+    return model, tokenizer
+
+
+@exit_on_user_error()
 def train(config):
     """The whole stage: resumes, trains, and writes the averaged model to `out`/model."""
     with exit_on_user_error(ValueError):
+        run.launch(config.timeout_minutes)
         folder = run.start(config)
-        shape = model_config(config)
-        step, state = run.load_state(folder)
+        each = run.share(config.samples_per_step, "samples a step", "samples_per_step")
+        step = run.newest_step(folder)
         if (folder / "model").is_dir() and step >= config.steps:
-            print(f"{folder}/model is finished ({step} steps); raise --steps to train on")
+            run.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
-        if config.init:
-            model = load_weights(find_model(config.init), shape)
-        else:
-            model = UnifiedModel(shape).initialise(config.seed)
-        model.checkpointing = config.checkpointing
-        tokenizer = load_tokenizer(find_model(config.init)) if config.init else toy_tokenizer(folder, shape.vocab_size)
-        layout = shape.layout(tokenizer)
+        model, tokenizer = build(config, folder)
+        layout = model.config.layout(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
                                   fused=True)  # fmt: skip
-    average = run.new_average(model)
-    if state is not None:
-        run.unpack_state(state, model, optimizer, average)
+    parameters = dict(model.named_parameters())
+    average = run.new_average(parameters)
+    if step:
+        run.load_state(folder, step, parameters, optimizer, average)
+    run.cut_log(folder, step)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"sft: {millions:.1f}M parameters, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}")
-    begun = time.perf_counter()
-    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, disable=None, desc="sft")
+    run.say(f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
+            f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
+    begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
+    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="sft",
+               disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
-        values = iteration(model, optimizer, layout, tokenizer, config, step)
-        run.update_average(average, model, min(config.average, (step + 1) / (step + 10)))
+        values, finite = iteration(model, optimizer, layout, tokenizer, config, step)
+        bad = 0 if finite else bad + 1
+        if bad == run.BAD_STEPS:
+            run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
+        if finite:
+            run.update_average(average, parameters, min(config.average, (step + 1) / (step + 10)))
+        values = run.merged(values)
         run.log(folder, values)
         bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            run.save_state(folder, step + 1, run.pack_state(model, optimizer, average))
-        if (step + 1) % config.sample_every == 0 and step + 1 < config.steps:
+        saver.poll()
+        last, wanted = step + 1 == config.steps, stop.wanted()
+        if (step + 1) % config.save_every == 0 or last or wanted:
+            saver.save(step + 1, run.pack_state(parameters, optimizer, average))
+        if wanted and not last:
+            saver.wait()
+            run.stop_here(step + 1)
+        if (step + 1) % config.sample_every == 0 or last:
             strip(folder, step + 1, model, average, layout, tokenizer, config)
-    save_model(model, tokenizer, folder / "model", average)
-    strip(folder, config.steps, model, average, layout, tokenizer, config)
-    print(f"sft: done in {run.seconds(begun)}; model in {folder}/model, pictures in {folder}/samples")
+    saver.wait()
+    weights = run.whole_weights(average, getattr(torch, config.precision))
+    if run.is_main():
+        save_model(model, tokenizer, folder / "model", weights)
+    run.say(f"sft: done in {run.seconds(begun)}; model in {folder}/model, pictures in {folder}/samples")
+
+
+def sample_indices(config, step):
+    """Numbers of the samples that this process takes in a step."""
+    return list(range(step * config.samples_per_step + run.rank(), (step + 1) * config.samples_per_step, run.size()))
 
 
 def iteration(model, optimizer, layout, tokenizer, config, step):
-    """One optimiser step. Returns the line of the log."""
+    """One optimiser step. Returns the line of the log, and whether the gradient was finite."""
     begun = time.perf_counter()
-    indices = range(step * config.samples_per_step, (step + 1) * config.samples_per_step)
     examples = [encode(model, tokenizer, data.draw_sample("train", i, config.seed, config.max_references), config,
-                       run.generator(config.seed, i)) for i in indices]  # fmt: skip
+                       run.generator(config.seed, i)) for i in sample_indices(config, step)]  # fmt: skip
     packs = pack(layout, examples, config.tokens_per_pack)
     ce, mse = backward(model, packs, config)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"step": step, "ce": ce, "mse": mse, "grad_norm": norm.item(), "lr": group["lr"],
-            "tokens": sum(len(packed) for packed, _ in packs), "seconds": time.perf_counter() - begun}  # fmt: skip
+    norm, finite = run.step_if_finite(optimizer, config.max_grad_norm)
+    return {"step": step, "ce": ce, "mse": mse, "grad_norm": norm, "skipped": float(not finite), "lr": group["lr"],
+            "tokens": sum(len(packed) for packed, _ in packs), "seconds": time.perf_counter() - begun}, finite  # fmt: skip
 
 
 def toy_tokenizer(folder, vocab_size):
-    """The tokenizer of the run, trained once on toy texts."""
+    """The tokenizer of the run, trained once on toy texts by the first process."""
     path = Path(folder) / "tokenizer"
-    return load_tokenizer(path) if path.is_dir() else data.train_tokenizer(path, vocab_size)
+    if run.is_main() and not path.is_dir():
+        data.train_tokenizer(path, vocab_size)
+    run.barrier()
+    return load_tokenizer(path)
 
 
 def strip(folder, step, model, average, layout, tokenizer, config):
     """Pictures of the same held-out prompts from the same noise, by the averaged weights, in `samples`."""
-    run.swap_average(model, average)
-    evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, config.max_references,
-                        shift=config.sample_shift, num_timesteps=config.sample_timesteps)  # fmt: skip
-    run.swap_average(model, average)
+    with run.exchanged(model, average), run.gathered(model):
+        if run.is_main():
+            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, config.max_references,
+                                shift=config.sample_shift, num_timesteps=config.sample_timesteps)  # fmt: skip
+    run.barrier()
 
 
 if __name__ == "__main__":

@@ -107,17 +107,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, script, options, tmp
     folder = cwd / "out" / f"again-{script}"
     config = dataclasses.replace(parse(module.Config, module.PRESETS, ["--config", "smoke", "--threads", "1"]), out=str(folder))
     half = {"sft": 10, "grpo": 1}[script]
-    saved = run.save_state
+    saved = run.Saver.save
 
-    def stop(folder, step, *rest):
-        saved(folder, step, *rest)
+    def stop(self, step, tensors):
+        saved(self, step, tensors)
         if step == half:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "save_state", stop)
+    monkeypatch.setattr(run.Saver, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         module.train(config)
-    monkeypatch.setattr(run, "save_state", saved)
+    monkeypatch.setattr(run.Saver, "save", saved)
     run.log(folder, {"step": half, "torn": True})  # a line written after the state: cut away on resume
     module.train(config)
     a = load_file(cwd / "out" / f"smoke-{script}" / "model" / "ema.safetensors")
@@ -210,10 +210,13 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
 
     shutil.copytree(trained[0] / "out/smoke-sft", tmp_path / "out/smoke-sft")
     monkeypatch.chdir(tmp_path)
-    newest = sorted(Path("out/smoke-sft").glob("state-*"))[-1]
-    (newest / "state.safetensors").write_bytes(b"torn")
-    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), "--config", "smoke", "--threads", "1")
+    newest = run.states("out/smoke-sft")[-1]
+    (newest / "__0_0.distcp").write_bytes(b"torn")
+    again = ["--config", "smoke", "--threads", "1", "--steps", "21"]
+    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *again)
     assert newest.name in error and "torn" in error
+    (newest / ".metadata").unlink()  # a state without its index is no state: the one before is taken
+    assert run.newest_step("out/smoke-sft") == 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

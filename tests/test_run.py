@@ -1,0 +1,120 @@
+"""One process and several: the same losses and gradients, states that any number of processes can read, staying alive."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo
+import run
+import worker
+from config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(*words, processes=2, timeout=300, code=0):
+    """Start processes as torchrun does, on a port of its own; they are killed when the time is over."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, words)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout, cwd=ROOT)
+    assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """The work of tests/worker.py by one process, by two, and the rest of it by one again."""
+    folder = tmp_path_factory.mktemp("worlds")
+    try:
+        (folder / "tokenizer-run").mkdir()
+        worker.train(folder, "first", steps=3)
+        os.rename(folder / "first" / "model", folder / "init")
+        worker.work(folder)
+        torchrun("tests/worker.py", folder)
+        worker.train(folder, "handed-on-by-2")
+    finally:
+        grpo.think = worker.REAL_THINK
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model" / "ema.safetensors")
+
+
+def close(a, b, tolerance):
+    """Relative to a tensor's size, or to a thousandth of the largest (some gradients are zero but for rounding)."""
+    assert a.keys() == b.keys()
+    largest = max(tensor.float().norm() for tensor in a.values())
+    for name in a:
+        error = (a[name] - b[name]).float().norm() / a[name].float().norm().clamp_min(1e-3 * largest)
+        assert error <= tolerance, (name, float(error))
+
+
+def test_stage_1_has_the_same_losses_and_gradients(worlds):
+    one = load_file(worlds / "sft-True-1.safetensors")
+    for flag in (True, False):
+        two = load_file(worlds / f"sft-{flag}-2.safetensors")
+        assert one.pop("packs", 0) != two.pop("packs")  # cut otherwise, and still
+        torch.testing.assert_close(two["means"], one["means"], rtol=1e-5, atol=0)
+        close(two, one, 1e-4)
+
+
+@pytest.mark.parametrize("what", ["all", "gen", "lora", "text"])
+def test_stage_2_has_the_same_gradients(worlds, what):
+    one, two = (load_file(worlds / f"grpo-{what}-{world}.safetensors") for world in (1, 2))
+    assert max(gradient.norm() for gradient in one.values()) > 0
+    close(one, two, 1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(worlds, world):
+    whole, half = weights(worlds / f"whole-{world}"), weights(worlds / f"half-{world}")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    background = weights(worlds / f"background-{world}")
+    assert all(torch.equal(whole[name], background[name]) for name in whole)
+    assert [line["step"] for line in run.read_log(worlds / f"half-{world}")] == list(range(6))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_number_of_processes_goes_on(worlds, world):
+    """Began by `world` processes, finished by the other number: as if nothing had happened, but for rounding."""
+    close(weights(worlds / f"handed-on-by-{world}"), weights(worlds / "whole-1"), 2e-3)
+
+
+def test_stage_2_runs_on_two_processes(worlds):
+    lines = run.read_log(worlds / "grpo")
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
+    init, after = weights(worlds / "whole-2"), weights(worlds / "grpo")
+    moved = {name for name in init if not torch.equal(init[name], after[name])}
+    assert moved and all("moe_gen" in name for name in moved)  # the adapters, merged
+
+
+def test_placement():
+    torchrun_names = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    assert run.placement(torchrun_names) == {"rank": 3, "local_rank": 1, "size": 4, "address": "tcp://h:1"}
+    alone = {"rank": 0, "local_rank": 0, "size": 1, "address": None}
+    assert run.placement({}) == alone
+    batch_shell = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": ""}
+    assert run.placement(batch_shell) == alone
+    step = batch_shell | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+                          "SLURM_STEP_NODELIST": "gpu[003-004,010]"}  # fmt: skip
+    assert run.placement(step) == {"rank": 5, "local_rank": 1, "size": 8, "address": "tcp://gpu003:20700"}
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("gpu[001-004,010]", "gpu001"), ("rack[1-2]n[3-4]", "rack1n3"), ("a,b", "a"), ("node7", "node7"), ("n[5,7-9],m1", "n5"),
+])  # fmt: skip
+def test_first_host_of_a_list(nodes, first):
+    assert run.first_host(nodes) == first
+
+
+def test_work_that_cannot_be_shared_is_refused(monkeypatch):
+    monkeypatch.setattr(run, "size", lambda: 5)
+    with pytest.raises(UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"):
+        run.share(48, "prompts", "prompts_per_step")

@@ -10,12 +10,20 @@ What a checkpoint can do: held-out prompts of the toy world, planned, painted an
 Plans are greedy, pictures start from noise that depends on `seed` alone, so two checkpoints are compared on the same
 prompts and the same noise.
 
+The ablation of the paper (its rows are ROWS) trains what is missing, measures every row over several seeds and prints
+mean and standard deviation beside the paper's numbers, which are of another world and another judge: compare the order.
+There is no BAGEL at toy size, so "base" is a model that saw neither IC-CoT nor in-context pairs: prompts with several
+references became text to image with the caption as the instruction; those with one reference it saw as they are.
+
 Left out: OmniContext and DreamOmni2Bench, which need a judge model.
 
     python evaluate.py --config toy --checkpoint out/toy-grpo --json
+    python evaluate.py --config toy --ablation --seeds 3           hours; finished runs are picked up
 """
 
 import json
+import math
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +60,16 @@ class Config:
     threads: int = 0  # CPU threads; 0 measures
     grid: str = ""  # write a picture grid of the first samples to this file
     json: bool = False  # end with one line of JSON
+    config: str = ""  # name of the preset
+    ablation: bool = False  # train and measure all rows of the paper's ablation instead of one checkpoint
+    seeds: int = 3  # of the ablation
+    runs: str = "out/ablation"  # where its runs are kept
+
+    def __post_init__(self):
+        if self.num_samples < 1 or self.seeds < 1:
+            raise ValueError(f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1")
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
 
 
 PRESETS = {
@@ -73,7 +91,7 @@ class Result:
 
 def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timesteps=7, text_guidance=1.0, use_plan=True,
              temperature=0.0, batch=50):  # fmt: skip
-    """Plan and paint `samples` (data.Sample, or anything with references and instruction). Returns a Result for each."""
+    """Plan and paint `samples` (anything with references and an instruction). Returns a Result for each."""
     sampler = Sampler(num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0))
     grid = model.config.picture_grid(data.SIZE, data.SIZE)
     results = []
@@ -88,7 +106,8 @@ def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timestep
         for one, plan, tokens in zip(part, plans, x.split(grid[0] * grid[1])):
             text = "" if plan is None else tokenizer.decode(plan)
             read, problems = iccot.salvage(text, len(one.references)) if plan is not None else (None, [])
-            results.append(Result(text, read, plan is not None and is_valid(text, len(one.references)), picture(model, tokens, grid)))
+            valid = plan is not None and is_valid(text, len(one.references))
+            results.append(Result(text, read, valid, picture(model, tokens, grid)))
     return results
 
 
@@ -101,7 +120,7 @@ def is_valid(text, references):
 
 
 def metric_clip(name, weights, steps):
-    """The CLIP of CLIP_out. The toys' is trained if it is missing: other seed, other picture tower than the reward's."""
+    """The CLIP of CLIP_out. The toys' is trained if it is missing: another seed and picture tower than the reward's."""
     if name == "toy" and not (Path(weights) / "clip.json").is_file():
         train_toy_clip(weights, seed=1, steps=steps, patch_size=8, width=128)
     return Clip(name, weights)
@@ -118,7 +137,7 @@ def measure(samples, results, clip):
         "Overall": mean([v.overall for v in verdicts]),
         "CLIP_out": float(clip_out.mean()),
         "format_ok": mean([result.valid for result in results]),
-        "caption_ok": mean([result.plan is not None and result.plan.caption == one.plan.caption for one, result in zip(samples, results)]),
+        "caption_ok": mean([r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]),
         "plan_ok": mean([result.plan == one.plan for one, result in zip(samples, results)]),
         "n": len(samples),
     }  # fmt: skip
@@ -164,11 +183,120 @@ def print_table(rows):
         print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in keys))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the ablation
+
+ROWS = {  # name: (script, options, whether it plans, the paper's PF, SC, Overall and CLIP_out)
+    "base": ("sft.py", ["--plan_dropout", "1", "--in_context", "false"], False, (6.92, 5.47, 5.80, 32.44)),
+    "SFT without IC-CoT": ("sft.py", ["--plan_dropout", "1"], False, None),
+    "SFT": ("sft.py", [], True, (7.51, 6.46, 6.77, 33.32)),
+    "SFT + RGA": ("grpo.py", ["--rid", "false"], True, (7.46, 6.54, 6.80, 33.50)),
+    "SFT + RGA + RID": ("grpo.py", [], True, (7.61, 6.57, 6.89, 33.90)),
+}
+COLUMNS = ("PF", "SC", "Overall", "CLIP_out")
+
+
+def run_folder(config, name, seed):
+    return Path(config.runs) / f"{config.config}-{name.lower().replace(' + ', '-').replace(' ', '-')}-{seed}"
+
+
+def train_row(config, name, seed):
+    """Train one row of the ablation unless its model is there."""
+    script, options, _, _ = ROWS[name]
+    folder = run_folder(config, name, seed)
+    if (folder / "model").is_dir():
+        return
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--config", config.config, "--out", str(folder),
+               "--seed", str(seed), "--threads", str(torch.get_num_threads()), *options]  # fmt: skip
+    if script == "grpo.py":
+        command += ["--init", str(run_folder(config, "SFT", seed)), "--eval_samples", "8"]
+    print(f"ablation: {name}, seed {seed}", flush=True)
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(code)
+
+
+def measure_row(config, name, seed, samples, clip):
+    """Table row of one trained model; measured once, then read from evaluation.json."""
+    folder, how = run_folder(config, name, seed), [config.num_samples, config.num_timesteps, config.timestep_shift, config.data_seed]
+    path = folder / "evaluation.json"
+    if path.is_file() and (found := run.read_json(path))["how"] == how:
+        return found["row"]
+    model, tokenizer = load_model(folder)
+    results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
+                       config.num_timesteps, use_plan=ROWS[name][2])  # fmt: skip
+    row = measure(samples, results, clip)
+    run.write_text(path, json.dumps({"how": how, "row": row}) + "\n")
+    return row
+
+
+def ablation(config):
+    """All rows, over all seeds. Returns {name: [row of each seed]}."""
+    clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
+    samples = held_out(config)
+    rows = {name: [] for name in ROWS}
+    for seed in range(config.seeds):
+        for name in ROWS:
+            train_row(config, name, seed)
+            rows[name].append(measure_row(config, name, seed, samples, clip))
+    text = ablation_table(rows)
+    print(text)
+    run.write_text(Path(config.runs) / f"{config.config}.md", text + "\n")
+    plot_rewards(config, Path(config.runs) / f"{config.config}.png")
+    print(f"table in {config.runs}/{config.config}.md, rewards in {config.runs}/{config.config}.png")
+    return rows
+
+
+def ablation_table(rows):
+    """Markdown: mean ± standard deviation over seeds, the values of all seeds, the paper's numbers in brackets."""
+    lines = ["| | " + " | ".join(COLUMNS) + " | Overall of each seed |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name, found in rows.items():
+        cells = []
+        for i, column in enumerate(COLUMNS):
+            values = [row[column] for row in found]
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+            paper = f" ({ROWS[name][3][i]:.2f})" if ROWS[name][3] else ""
+            cells.append(f"{mean:.2f} ± {std:.2f}{paper}")
+        cells.append(", ".join(f"{row['Overall']:.2f}" for row in found))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In brackets: the paper's numbers, of other pictures and another judge."])
+
+
+def plot_rewards(config, path):
+    """Mean reward and its standard deviation within groups, with and without RID, a thin line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, key, title in zip(axes, ("reward", "reward_std"), ("mean reward", "standard deviation within a group")):
+        for name, colour in (("SFT + RGA", "tab:orange"), ("SFT + RGA + RID", "tab:blue")):
+            for seed in range(config.seeds):
+                values = [line[key] for line in run.read_log(run_folder(config, name, seed))]
+                axis.plot(values, color=colour, linewidth=0.8, alpha=0.7, label=name if seed == 0 else None)
+        axis.set(title=title, xlabel="iteration")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def held_out(config):
+    return [data.draw_sample("held_out", i, config.data_seed, config.max_references) for i in range(config.num_samples)]
+
+
 def main(config):
+    if config.ablation:
+        with exit_on_user_error(ValueError):
+            run.check_writable(config.runs)
+            run.choose_threads(config.threads)
+            ablation(config)
+        return
     with exit_on_user_error(ValueError):
         model, tokenizer = load_model(config.checkpoint)
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-        samples = [data.draw_sample("held_out", i, config.data_seed, config.max_references) for i in range(config.num_samples)]
+        samples = held_out(config)
     run.choose_threads(config.threads)
     results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
                        config.num_timesteps, config.text_guidance, config.use_plan)  # fmt: skip

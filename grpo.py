@@ -545,6 +545,10 @@ def build(config):
     def change(model):
         if config.train == "lora":
             add_lora(model, config.lora_rank, config.lora_alpha)
+        trained_parameters(model, config.train)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # what is not trained needs no float32
+                parameter.data = parameter.data.to(getattr(torch, config.precision))
         run.shard(model, config.precision, config.replicas)
 
     model = load_weights(folder, load_config(folder), run.device(), prepare=change)

@@ -198,21 +198,24 @@ def load_weights(folder, config, device="cpu", dtype=torch.float32, prepare=None
     reads its own rows only, or to add adapters (lora.py), which no file holds and whose values are for the caller to set.
     """
     with torch.device("meta"):
-        model = UnifiedModel(config)
+        model = UnifiedModel(config).to(dtype)
     if prepare is not None:
         prepare(model)
         model.to_empty(device=device)
     tables = {name: config.position_table(getattr(config, side)) for name, side in TABLES.items()}
     for name, table in tables.items():
         setattr(model, name, table.to(device))
-    read_tensors(Path(folder) / "ema.safetensors", model, official_name, device, dtype, tables)
+    read_tensors(Path(folder) / "ema.safetensors", model, official_name, device, tables)
     if config.codec == "flux":
-        read_tensors(Path(folder) / "ae.safetensors", model.codec.weights, str, device, torch.float32, {})
+        read_tensors(Path(folder) / "ae.safetensors", model.codec.weights, str, device, {})
     return model
 
 
-def read_tensors(path, module, rename, device, dtype, tables):
-    """Fill a module on the meta device. rename: our name -> the file's; tables: what else the file may hold, and how."""
+def read_tensors(path, module, rename, device, tables):
+    """Fill a module on the meta device; its parameters keep their type, whatever the file has.
+
+    rename: our name -> the file's; tables: what else the file may hold, and its values.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout")
     parameters = {rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name}
@@ -231,7 +234,7 @@ def read_tensors(path, module, rename, device, dtype, tables):
                     parameter.to_local().detach().copy_(tensor)
                     continue
                 owner, _, leaf = name.rpartition(".")
-                tensor = nn.Parameter(tensor.to(device, dtype, copy=True), parameter.requires_grad)
+                tensor = nn.Parameter(tensor.to(device, parameter.dtype, copy=True), parameter.requires_grad)
                 setattr(module.get_submodule(owner), leaf, tensor)
             for key, table in tables.items():
                 if key in found and not torch.allclose(file.get_tensor(key).float(), table, rtol=0, atol=1e-2):

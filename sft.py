@@ -52,6 +52,7 @@ class Config(ModelConfig):
     samples_per_step: int = 512  # samples of one optimiser step
     tokens_per_pack: int = 36_864  # at most in one forward and backward pass: bounds the memory, not the result (BAGEL)
     noise_copies: int = 1  # noised copies of each target, sharing prompt and plan
+    in_context: bool = True  # false: several references become text to image, with the caption as the instruction
     plan_dropout: float = 0.2  # share of samples without IC-CoT (unpublished in the paper)
     text_dropout: float = 0.1  # share of samples that lose instruction and plan (BAGEL's fine-tuning recipe)
     vae_dropout: float = 0.3  # share of references that lose their latents
@@ -150,6 +151,8 @@ class Example:
 
 def encode(model, tokenizer, one, config, generator):
     """data.Sample -> Example. What is dropped, the noise and its times come from the generator."""
+    if len(one.references) > 1 and not config.in_context:
+        one = replace(one, references=(), instruction=one.plan.caption)
     chance = lambda probability: float(torch.rand((), generator=generator)) < probability
     without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
     items = []

@@ -49,9 +49,11 @@ import data
 import evaluate
 import flow
 import iccot
+import plan
 import run
 from config import exit_on_user_error, parse
 from kernels.attention import describe_backend
+from model import MODELS, ModelConfig
 from lora import add_lora, merge_lora, reset_lora
 from pretrained import find_model, load_config, load_model, load_tokenizer, load_weights, save_model
 from reward import Clip, compare, train_toy_clip
@@ -67,6 +69,8 @@ class Config:
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
     max_references: int = 4
     prompts_per_step: int = 8  # groups
+    groups_at_once: int = 1  # rolled out together, and
+    pictures_at_once: int = 8  # members of them painted together: both bound the memory, not the result
     group_size: int = 32  # members of a group (paper)
     # rollout
     rid: bool = True  # every member writes its own plan; false: one plan a group
@@ -110,6 +114,9 @@ class Config:
     sum_every_pass: bool = True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
     replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
+    plan: bool = False  # print what each GPU would hold, and stop
+    gpus: int = 8  # of that plan
+    gpu_memory: float = 80.0  # GB of each, 10^9 bytes
     # run
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or the folder of a toy CLIP
@@ -150,7 +157,8 @@ class Config:
 
 
 TOY = dict(clip_name="toy", metric_name="toy", tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
-           eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False)  # fmt: skip
+           eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False,
+           groups_at_once=8, pictures_at_once=1000)  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
@@ -193,42 +201,74 @@ class Rollout:
 
 
 def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
-    """Roll out a group of pictures for each sample (data.Sample) under the current weights.
+    """Roll out a group of pictures for each sample (data.Sample) under the current weights, `groups_at_once`.
 
     numbers: of the samples; what is random in a group depends on its number, the window on the step alone.
     """
-    generators = lambda purpose: [run.generator(config.seed, number, purpose) for number in numbers]
+    parts = [roll_out(model, layout, tokenizer, samples[i : i + config.groups_at_once], numbers[i : i + config.groups_at_once],
+                      config, step) for i in range(0, len(samples), config.groups_at_once)]  # fmt: skip
+    joined = {}
+    for name, value in vars(parts[0]).items():
+        values = [getattr(part, name) for part in parts]
+        if isinstance(value, list):
+            joined[name] = sum(values, [])
+        elif isinstance(value, torch.Tensor) and name != "times":
+            joined[name] = torch.cat(values, 1 if name in ("x", "x_next") else 0)
+        else:
+            joined[name] = value  # the same in all parts
+    return Rollout(**joined)
+
+
+def roll_out(model, layout, tokenizer, samples, numbers, config, step):
+    """Roll out these groups together."""
+    generators = lambda purpose, many: [[run.generator(config.seed, number, purpose, i) for i in range(many)] for number in numbers]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     prefix, each = prefill(model, layout, prompts), config.plans_per_group
-    written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature, generators(1),
-                           prefix=prefix)  # fmt: skip
+    written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature,
+                           sum(generators(1, each), []), prefix=prefix)  # fmt: skip
     plans = [written[i : i + each] for i in range(0, len(written), each)]
-    grid = model.config.picture_grid(data.SIZE, data.SIZE)
-    members, n = len(prompts) * config.group_size, grid[0] * grid[1]
-    image_of_token = torch.arange(members, device=run.device()).repeat_interleave(n)
-    first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
-    of_group, noises, kept = [config.group_size * n] * len(prompts), generators(3), []
-
-    def sde_or_ode(k, x, v, t, t_next):
-        if not first <= k < first + config.window:
-            return flow.euler_step(x, v, t, t_next)
-        noise = draw_noise(of_group, x.shape[1], noises)
-        x_next, mean, std = flow.sde_step(x, v, t, t_next, config.noise_level, noise, kind=config.sde)
-        kept.append((x, x_next, t, t_next, flow.log_prob(x_next, mean, std, image_of_token, members)))
-        return x_next
-
-    x = paint(model, layout, prompts, plans, [grid] * len(prompts), config.sampler, generators(4), sde_or_ode,
-              prefix=prefix, pictures=config.group_size // each)  # fmt: skip
     captions = []
     for one, group in zip(samples, plans):
         texts = [tokenizer.decode(plan) for plan in group]
         captions += [iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else "" for text in texts]
-    befores, afters, starts, ends, log_probs = zip(*kept)
-    return Rollout(
-        prompts, plans, torch.tensor(ended), captions, torch.tensor([bool(caption) for caption in captions]),
-        *(torch.stack(values).cpu() for values in (befores, afters, [*starts, ends[-1]])), torch.stack(log_probs, 1).cpu(),
-        [picture(model, tokens, grid) for tokens in x.split(n)], grid,
-    )  # fmt: skip
+    grid = model.config.picture_grid(data.SIZE, data.SIZE)
+    first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
+    of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
+    noises, starts, painted = generators(3, config.group_size), generators(4, config.group_size), []
+    for some in (slice(i, i + config.pictures_at_once) for i in range(0, config.group_size, config.pictures_at_once)):
+        painted.append(paint_members(model, layout, prompts, *([rows[some] for rows in group] for group in
+                                     (of_member, starts, noises)), grid, first, prefix, config))  # fmt: skip
+    x, before, after, log_prob = (torch.cat(parts, dim) for parts, dim in zip(zip(*painted), (1, 2, 2, 1)))
+    times = flow.time_grid(config.num_timesteps, config.timestep_shift)[first : first + config.window + 1]
+    images = [picture(model, tokens, grid) for tokens in x.flatten(0, 1)]
+    return Rollout(prompts, plans, torch.tensor(ended), captions, torch.tensor([bool(caption) for caption in captions]),
+                   before.flatten(1, 3).cpu(), after.flatten(1, 3).cpu(), times, log_prob.flatten(0, 1).cpu(), images, grid)  # fmt: skip
+
+
+def paint_members(model, layout, prompts, plans, starts, noises, grid, first, prefix, config):
+    """Paint some members of each group; the steps first ... first + window - 1 are stochastic.
+
+    plans, and the generators of the initial (`starts`) and of the SDE's noise (`noises`): for each group, for each of
+    these members. Returns x (P, members, T, C), before and after each stochastic step (S, P, members, T, C), and the
+    log-probabilities of these steps (P, members, S).
+    """
+    n, count = grid[0] * grid[1], len(plans[0])
+    members, kept, noises = len(prompts) * count, [], sum(noises, [])
+    image_of_token = torch.arange(members, device=run.device()).repeat_interleave(n)
+
+    def sde_or_ode(k, x, v, t, t_next):
+        if not first <= k < first + config.window:
+            return flow.euler_step(x, v, t, t_next)
+        noise = draw_noise([n] * members, x.shape[1], noises)
+        x_next, mean, std = flow.sde_step(x, v, t, t_next, config.noise_level, noise, kind=config.sde)
+        kept.append((x, x_next, flow.log_prob(x_next, mean, std, image_of_token, members)))
+        return x_next
+
+    x = paint(model, layout, prompts, plans, [grid] * len(prompts), config.sampler, sum(starts, []), sde_or_ode, prefix=prefix)
+    before, after, log_prob = (torch.stack(values) for values in zip(*kept))
+    shape = (len(prompts), count, n, x.shape[1])
+    return (x.view(shape), before.view(-1, *shape), after.view(-1, *shape),
+            log_prob.view(-1, *shape[:2]).permute(1, 2, 0))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,6 +561,11 @@ def trained_parameters(model, what):
 # the whole stage
 
 
+def plan_shape(config):
+    """The model's shape where there is no checkpoint yet: the one of that name in model.py."""
+    return ModelConfig(**MODELS[config.config])
+
+
 def prepare(config):
     """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
     if run.is_main():
@@ -561,6 +606,9 @@ def build(config):
 def train(config):
     """The whole stage: prepares, resumes, trains, and compares stage 2 with stage 1 on held-out prompts."""
     begun = time.perf_counter()
+    if config.plan:
+        plan.print_plan(config, load_config(find_model(config.init)) if Path(config.init).exists() else plan_shape(config))
+        return
     with exit_on_user_error(ValueError):
         run.launch(config.timeout_minutes)
         folder = run.start(config)
@@ -572,7 +620,7 @@ def train(config):
     layout = model.config.layout(tokenizer)
     anchor = {name: p.detach().clone() for name, p in trained.items()} if config.kl_beta else None
     optimizer = torch.optim.AdamW(trained.values(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
-    average = run.new_average(trained)
+    average = run.new_average(trained) if config.average else {}
     if step:
         run.load_state(folder, step, trained, optimizer, average)
     run.cut_log(folder, step)
@@ -588,7 +636,8 @@ def train(config):
         bad = 0 if finite else bad + 1
         if bad == run.BAD_STEPS:
             run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
-        run.update_average(average, trained, config.average)
+        if average and finite:
+            run.update_average(average, trained, config.average)
         values = run.merged(values)
         run.log(folder, values)
         bar.set_postfix(reward=f"{values['reward']:.3f}")
@@ -621,7 +670,7 @@ def strip(folder, step, model, layout, tokenizer, config):
 
 
 def export(model, average, tokenizer, folder, config):
-    """The finished model in BAGEL's layout: the averages of what was trained, adapters merged, the rest as it was."""
+    """The finished model in BAGEL's layout: what was trained, or its average, adapters merged, and the rest as it was."""
     everything = dict(model.named_parameters()) | average
     weights = run.whole_weights(merge_lora(everything, config.lora_rank, config.lora_alpha), getattr(torch, config.precision))
     if run.is_main():

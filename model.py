@@ -289,7 +289,7 @@ class UnifiedModel(nn.Module):
         if c.codec == "flux":
             self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
                                    c.vae_shift)  # fmt: skip
-        self.checkpointing = False  # recompute each block in the backward pass to save memory
+        self.checkpointing = False  # recompute each block, and each layer of the eye, in the backward pass to save memory
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
@@ -321,7 +321,8 @@ class UnifiedModel(nn.Module):
         """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W)."""
         und = self.embed_tokens(packed.text_ids)  # (T, W)
         if len(packed.vit_index):
-            features = self.eye(packed.vit_patches.to(und.dtype), packed.vit_position_ids, packed.vit_lengths)
+            patches = packed.vit_patches.to(und.dtype)
+            features = self.eye(patches, packed.vit_position_ids, packed.vit_lengths, self.checkpointing)
             seen = self.connector(features) + self.vit_positions[packed.vit_position_ids].to(und.dtype)  # (V, W)
             und = torch.cat([und, seen])
         if not len(packed.latent_index):

@@ -411,11 +411,12 @@ def load_state(folder, step, parameters, optimizer, average):
 
 
 def pack_state(parameters, optimizer, average):
-    """{name: tensor} of the trained parameters, their averages and AdamW's moments; the tensors themselves, not copies."""
+    """{name: tensor} of trained parameters, averages (if there are any) and AdamW's moments; not copies."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"model.{name}"] = parameter.detach()
-        tensors[f"average.{name}"] = average[name]
+        if name in average:
+            tensors[f"average.{name}"] = average[name]
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     return tensors

@@ -141,8 +141,8 @@ def think(model, layout, prompts, group_size, max_tokens, temperature=0.0, gener
     """Decode `group_size` plans for each prompt, all together. prefix: what `prefill` gave for these prompts.
 
     Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
-    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`, with the
-    generator of their prompt, so that what a prompt gets does not depend on its company.
+    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`, with a
+    generator for each member, so that what a member gets does not depend on its company.
     """
     prefix = prefill(model, layout, prompts) if prefix is None else prefix
     sequence = Sequence(layout)
@@ -174,10 +174,7 @@ def think(model, layout, prompts, group_size, max_tokens, temperature=0.0, gener
 
 
 def choose(logits, temperature, top_p, generators):
-    """The next token of each row, (G, vocabulary) -> (G,), an equal number of rows for each generator.
-
-    Drawn on the CPU, so that a seed means the same everywhere.
-    """
+    """The next token of each row, (G, vocabulary) -> (G,). Drawn on the CPU: a seed means the same everywhere."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
@@ -185,27 +182,28 @@ def choose(logits, temperature, top_p, generators):
         ordered, index = probabilities.sort(-1, descending=True)
         behind = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones make up top_p already
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    parts = probabilities.cpu().chunk(len(generators))
-    drawn = [torch.multinomial(part, 1, generator=generator) for part, generator in zip(parts, generators)]
-    return torch.cat(drawn).squeeze(1).to(logits.device)
+    rows = probabilities.cpu()
+    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(rows, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)
 
 
 def draw_noise(lengths, channels, generators):
-    """Standard normal (sum of lengths, C), each stretch from its own generator, on the CPU."""
-    return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in zip(lengths, generators)])
+    """Standard normal (sum of lengths, C) on the CPU, a picture from each generator."""
+    pairs = zip(lengths, generators, strict=True)
+    return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in pairs])
 
 
 @torch.no_grad()
-def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None, pictures=1):
-    """Paint `pictures` pictures for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
+def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None):
+    """Paint a picture for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
 
     plans: for each prompt a list with the token ids of each plan, or None to paint without a plan.
     grids: for each prompt the (h, w) token grid of its pictures. `step(k, x, v, t, t_next) -> x` replaces the Euler
-    step (GRPO's SDE window). x: the initial noise; if it is not given it is drawn, with a generator for each prompt.
+    step (GRPO's SDE window). x: the initial noise; if it is not given it is drawn, with a generator for each picture.
     prefix: what `prefill` gave for these prompts.
     """
     model_device, channels = model.embed_tokens.weight.device, model.config.token_channels
-    noised = [[[(torch.zeros(h * w, channels), (h, w), 1.0)] * pictures for _ in group] for (h, w), group in zip(grids, plans)]
+    noised = [[[(torch.zeros(h * w, channels), (h, w), 1.0)] for _ in group] for (h, w), group in zip(grids, plans)]
     packed, rows = lay_out(layout, prompts, plans, noised, sampler.contexts)
     packed, rows = packed.to(model_device), {name: index.to(model_device) for name, index in rows.items()}
     lengths = [len(image) for group in noised for images in group for image, *_ in images]  # tokens of each picture
@@ -215,10 +213,7 @@ def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=N
     token = torch.empty_like(canvas.noised)  # of x, behind each noised token
     for index in rows.values():
         token[index] = torch.arange(len(index), device=model_device)
-    if x is None:
-        of_prompt = [h * w * len(group) * pictures for (h, w), group in zip(grids, plans)]
-        x = draw_noise(of_prompt, channels, generators)
-    x = x.to(model_device)
+    x = (draw_noise(lengths, channels, generators) if x is None else x).to(model_device)
     grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         canvas.latents = x[token]

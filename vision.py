@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.mask import Mask
@@ -304,10 +305,11 @@ class Eye(nn.Module):
         self.layers = nn.ModuleList(EyeLayer(hidden_size, intermediate_size, num_heads) for _ in range(num_layers))
         self.post_layernorm = nn.LayerNorm(hidden_size, 1e-6)
 
-    def forward(self, patches, position_ids, lengths):
+    def forward(self, patches, position_ids, lengths, checkpointing=False):
         ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths)).to(patches.device)  # (V,)
         mask = Mask(ends, ends)  # a forest of one-run documents: every picture sees itself
         x = self.patch_embedding(patches) + self.position_embedding(position_ids)  # (V, W)
         for layer in self.layers:
-            x = layer(x, mask)
+            recompute = checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         return self.post_layernorm(x)

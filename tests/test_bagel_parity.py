@@ -401,7 +401,7 @@ def test_a_prefix_changes_nothing(bagel):
     assert plans[0] == plans[1]
     pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
     sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
-    x = [sample.paint(bagel.model, bagel.layout, prompts, pairs, grids, sampler, [torch.Generator().manual_seed(i) for i in range(len(prompts))], prefix=one)
+    x = [sample.paint(bagel.model, bagel.layout, prompts, pairs, grids, sampler, [torch.Generator().manual_seed(i) for i in range(2 * len(prompts))], prefix=one)
          for one in (None, prefix)]  # fmt: skip
     close(*x, 2e-5)
 

@@ -82,8 +82,9 @@ def placement(environment):
                 "address": f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}"}  # fmt: skip
     if int(e.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 20_000
+        host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
         return {"rank": int(e["SLURM_PROCID"]), "local_rank": int(e["SLURM_LOCALID"]),
-                "size": int(e["SLURM_STEP_NUM_TASKS"]), "address": f"tcp://{first_host(e['SLURM_STEP_NODELIST'])}:{port}"}  # fmt: skip
+                "size": int(e["SLURM_STEP_NUM_TASKS"]), "address": f"tcp://{host}:{port}"}  # fmt: skip
     return {"rank": 0, "local_rank": 0, "size": 1, "address": None}
 
 

@@ -118,3 +118,11 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(run, "size", lambda: 5)
     with pytest.raises(UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"):
         run.share(48, "prompts", "prompts_per_step")
+
+
+def test_killed_processes_change_nothing():
+    """The short form of tests/faults.py."""
+    import faults
+
+    counts = faults.main(faults.Config(rounds=1, hang=False))
+    assert counts["kills"] == 1 and counts["finished runs"] >= 1 and counts["torn states chosen"] == 0

@@ -1,0 +1,125 @@
+"""A real SLURM of two virtual nodes on this machine: srun, the batch script, a job that is told to stop and goes on.
+
+Skipped where SLURM and munge are not installed (Debian: slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins) or
+where this is not root. .ci/run installs them.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = all(map(shutil.which, ("slurmctld", "slurmd", "srun", "munged"))) and os.geteuid() == 0
+pytestmark = pytest.mark.skipif(not HERE, reason="needs root and SLURM's daemons")
+OPTIONS = ["--config", "smoke", "--steps", "60", "--save_every", "1000", "--sample_every", "1000"]
+
+
+def wait_for(what, condition, seconds=60):
+    begun = time.time()
+    while not condition():
+        assert time.time() - begun < seconds, f"{what} took longer than {seconds} s"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Environment of a two-node cluster; its daemons are stopped at the end."""
+    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    for name in ("spool-n1", "spool-n2", "state"):
+        (folder / name).mkdir()
+    (folder / "cgroup.conf").touch()
+    base = 17_000 + os.getpid() % 1000 * 4
+    (folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={base}
+SlurmUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+AccountingStorageType=accounting_storage/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+KillWait=5
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={base + 1} CPUs=2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={base + 2} CPUs=2
+PartitionName=main Nodes=n1,n2 Default=YES State=UP
+""")
+    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", SLURM_CONF=str(folder / "slurm.conf"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
+    os.makedirs("/run/munge", exist_ok=True)
+    shutil.chown("/run/munge", "munge", "munge")
+    if subprocess.run(["pgrep", "munged"], capture_output=True).returncode:
+        subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "munged"], check=True)
+    daemons = [subprocess.Popen(["slurmctld", "-D", "-f", folder / "slurm.conf"], env=environment)]
+    daemons += [subprocess.Popen(["slurmd", "-D", "-f", folder / "slurm.conf", "-N", node], env=environment) for node in ("n1", "n2")]
+    ask = lambda: subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True).stdout
+    try:
+        wait_for("SLURM's start", lambda: ask().strip() == "2")
+        yield environment, folder
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def weights(folder):
+    return load_file(folder / "model" / "ema.safetensors")
+
+
+def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluster):
+    """srun over two nodes; then launch/slurm.sh, which is signalled in the middle, requeued, and ends with the same bits."""
+    environment, folder = cluster
+    command = ["srun", "-N2", "-n2", "--ntasks-per-node=1", sys.executable, str(ROOT / "sft.py"), *OPTIONS, "--out", "whole"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: done") == 1
+
+    script = (ROOT / "launch/slurm.sh").read_text()
+    for line in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--output=out/slurm-%j.log"):
+        script = script.replace(line, {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(line, "--comment=x"))
+    script = script.replace(" python ", f" {sys.executable} ").replace("${SCRIPT:-grpo.py}", str(ROOT / "sft.py"))
+    (folder / "job.sh").write_text(script.replace("--config \"${CONFIG:-full}\"", ""))
+    made = subprocess.run(["sbatch", "--parsable", "--output", str(folder / "job.log"), "job.sh", *OPTIONS, "--out", "stopped"],
+                          env=environment, cwd=folder, capture_output=True, text=True, check=True)  # fmt: skip
+    job, log = made.stdout.strip(), folder / "stopped" / "metrics.jsonl"
+    wait_for("the first steps", lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 120)
+    subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
+    text = lambda: (folder / "job.log").read_text()
+    wait_for("the stop", lambda: "stopped by a signal" in text(), 60)
+    step = run.newest_step(folder / "stopped")
+    assert 5 < step < 60
+    subprocess.run(["scontrol", "release", job], env=environment)
+    begin = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # a requeued job waits two minutes otherwise
+    subprocess.run(begin, env=environment, capture_output=True)
+
+    def finished():
+        subprocess.run(begin, env=environment, capture_output=True)
+        return "sft: done" in text()
+
+    wait_for("the second go", finished, 240)
+    assert f"step {step} of 60" in text()
+    a, b = weights(folder / "whole"), weights(folder / "stopped")
+    assert all(torch.equal(a[name], b[name]) for name in a)

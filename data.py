@@ -16,9 +16,11 @@ Left out: perspective, occlusion, more than four things. Captions never say what
 do not determine, so "caption exactly right" is a fair measure.
 
     python data.py --show                     draws out/samples.png: references, target, instruction, IC-CoT, judgement
+    python data.py --show PATH                the same for samples on disk (shards.py);  --check PATH lists what is wrong
 """
 import hashlib
 import math
+import sys
 import textwrap
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import iccot
-from config import exit_on_user_error, parse
+from config import BOOLEANS, UserError, exit_on_user_error, parse
 
 SIZE, HALF = 32, 16                       # pixels: a picture or scene; a thing or the reference picture of a subject
 SPLITS = ("train", "held_out")
@@ -176,7 +178,7 @@ class Sample:
     instruction: str
     plan: iccot.ICCoT
     target: Image.Image
-    truth: Truth
+    truth: Truth | None = None            # known only of what the toy world drew
 
 
 @dataclass(frozen=True)
@@ -707,6 +709,8 @@ def train_tokenizer(folder, vocab_size: int = 1024):
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # slow to import: only here
     from transformers import PreTrainedTokenizerFast
+
+    from pretrained import load_tokenizer
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size={vocab_size} is too small; {256 + len(SPECIAL_TOKENS)} hold the bytes alone")
     tokenizer = Tokenizer(models.BPE())
@@ -726,20 +730,14 @@ def train_tokenizer(folder, vocab_size: int = 1024):
     return load_tokenizer(folder)
 
 
-def load_tokenizer(folder):
-    """The tokenizer in `folder`, never from the network. FileNotFoundError if there is none."""
-    from transformers import AutoTokenizer
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"no tokenizer.json in {folder}; make one with data.train_tokenizer(folder)")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # looking at it
 
 @dataclass(frozen=True)
 class Config:
-    show: bool = False                    # draw a sheet of samples; without it this help is all there is
+    show: bool = False                    # draw a sheet of samples
+    check: bool = False                   # read every sample at `path` and list what is wrong; status 1 if anything is
+    path: str = ""                        # samples on disk; "": the toy world. --show PATH says the same
     split: str = "train"                  # train or held_out
     index: int = 0                        # number of the first sample to look at
     count: int = 21                       # samples to show, evenly of the seven tasks
@@ -753,43 +751,49 @@ class Config:
                              "count must be positive, index and seed not negative")
         if Path(self.out).suffix.lower() != ".png":
             raise ValueError(f"out={self.out}: the sheet is a PNG file; give a name that ends in .png")
+        if self.check and not self.path:
+            raise ValueError("check needs samples on disk: --check PATH; those of the toy world are drawn and right")
         _check(self.split, self.max_references)
 
 
 PRESETS = {"toy": {}}
 
 
-def picture_sheet(samples: list[Sample], scale: int = 4) -> Image.Image:
+def picture_sheet(samples: list[Sample], side: int = 128) -> Image.Image:
     """One row a sample: references, target, and in words task, judgement, instruction and IC-CoT."""
-    cell = SIZE * scale + 8
+    cell = side + 8
     columns = max(len(sample.references) for sample in samples)
     sheet = Image.new("RGB", (cell * (columns + 1) + 640, cell * len(samples) + 8), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, sample in enumerate(samples):
         top = 8 + row * cell
         for column, image in enumerate(sample.references):
-            sheet.paste(_enlarged(image, scale), (8 + column * cell, top))
+            sheet.paste(fitted(image, side), (8 + column * cell, top))
         left = 8 + columns * cell
         pen.rectangle((left - 4, top - 4, left + cell - 5, top + cell - 5), fill=(40, 40, 40))
-        sheet.paste(_enlarged(sample.target, scale), (left, top))
-        verdict = judge(sample.target, sample.truth)
-        lines = [f"{sample.task}   (target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})",
+        sheet.paste(fitted(sample.target, side), (left, top))
+        verdict = judge(sample.target, sample.truth) if sample.truth else None
+        judged = f"   (target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})" if verdict else f"   {sample.key}"
+        lines = [sample.task + judged,
                  *textwrap.wrap(sample.instruction, 92), *textwrap.wrap("> " + sample.plan.caption, 92),
                  *(f"> {i}: {relation}" for i, relation in enumerate(sample.plan.relations, 1))]
-        for i, line in enumerate(lines):
+        for i, line in enumerate(lines[:side // 15]):
             colour = (150, 150, 150) if i == 0 else (0, 90, 60) if line.startswith(">") else (0, 0, 0)
             pen.text((left + cell + 8, top + 15 * i), line, fill=colour, font=font)
     return sheet
 
 
-def _enlarged(image: Image.Image, scale: int) -> Image.Image:
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """A toy picture enlarged four times, so that subjects keep their size beside scenes; any other fitted into a square."""
+    if max(image.size) <= SIZE:
+        return image.resize((image.width * side // SIZE, image.height * side // SIZE), Image.Resampling.NEAREST)
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, PRESETS, argv)
-    if not config.show:
-        parse(Config, PRESETS, ["--help"])
+def _first_of_each_task(config: Config) -> list[Sample]:
+    """`count` toy samples from `index` on, evenly of the seven tasks."""
     shown: dict[str, list[Sample]] = {task: [] for task in TASKS}
     index = config.index
     while sum(map(len, shown.values())) < config.count:
@@ -797,11 +801,49 @@ def main(argv: list[str] | None = None) -> None:
         if len(shown[sample.task]) < math.ceil(config.count / len(TASKS)):
             shown[sample.task].append(sample)
         index += 1
+    return [sample for group in shown.values() for sample in group]
+
+
+def _check_all(path: str) -> None:
+    """Print what is wrong with the samples at `path`; exit status 1 if anything is."""
+    from tqdm import tqdm
+
+    from shards import Source, problems_of
+    source = Source(path)
+    bar = tqdm(range(len(source)), disable=None, desc="check")
+    problems = [problem for number in bar for problem in problems_of(source, number)]
+    for problem in problems:
+        print(problem)
+    print(f"{path}: {len(source)} samples, {len(problems)} problems")
+    if problems:
+        sys.exit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(argv[:-1]):                  # --show PATH is --show --path PATH
+        if word in ("--show", "--check") and not argv[i + 1].startswith("--") and argv[i + 1].lower() not in BOOLEANS:
+            argv[i + 1:i + 1] = ["--path"]
+            break
+    config = parse(Config, PRESETS, argv)
+    if not config.show and not config.check:
+        parse(Config, PRESETS, ["--help"])
     with exit_on_user_error():
-        out = Path(config.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        picture_sheet([sample for group in shown.values() for sample in group]).save(out)
-    print(f"wrote {out}: {config.count} samples of the {config.split} split")
+        if config.check:
+            _check_all(config.path)
+        if config.show:
+            if config.path:
+                from shards import Source
+                source = Source(config.path, config.seed)
+                samples = [source.sample(i) for i in range(config.index, min(len(source), config.index + config.count))]
+                if not samples:
+                    raise UserError(f"--index={config.index}: {config.path} holds {len(source)} samples")
+            else:
+                samples = _first_of_each_task(config)
+            out = Path(config.out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            picture_sheet(samples).save(out)
+            print(f"wrote {out}: {len(samples)} samples of {config.path or f'the {config.split} split'}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from config import exit_on_user_error, parse
 from pretrained import load_model
 from reward import Clip, train_toy_clip
 from sample import Sampler, make_prompt, paint, picture, think
+from shards import Source
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 
@@ -46,7 +47,9 @@ MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
-    num_samples: int = 200  # held-out prompts
+    side: int = data.SIZE  # pixels of the pictures, before the codec's resize rule
+    data: str = "toy"  # held-out prompts of the toy world, or samples on disk (shards.py), which have no exact judge
+    num_samples: int = 200  # prompts
     max_references: int = 4
     num_timesteps: int = 7  # grid points of the sampler; one more than model evaluations
     timestep_shift: float = 10.0
@@ -90,10 +93,13 @@ class Result:
 
 
 def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timesteps=7, text_guidance=1.0, use_plan=True,
-             temperature=0.0, batch=50):  # fmt: skip
-    """Plan and paint `samples` (anything with references and an instruction). Returns a Result for each."""
+             temperature=0.0, batch=50, side=data.SIZE):  # fmt: skip
+    """Plan and paint `samples` (anything with references and an instruction). Returns a Result for each.
+
+    side: pixels of the square pictures, before the codec's resize rule.
+    """
     sampler = Sampler(num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0))
-    grid = model.config.picture_grid(data.SIZE, data.SIZE)
+    grid = model.config.picture_grid(side, side)
     results = []
     for first in tqdm(range(0, len(samples), batch), disable=None, desc="evaluate", leave=False):
         part = samples[first : first + batch]
@@ -127,10 +133,10 @@ def metric_clip(name, weights, steps):
 
 
 def measure(samples, results, clip):
-    """The table row of a checkpoint: means over samples."""
-    verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results)]
+    """The table row of a checkpoint: means over samples; PF and SC where the truth is known, which is in the toy world."""
+    verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth]
     clip_out = clip.clip_out([result.image for result in results], [one.plan.caption for one in samples])
-    mean = lambda values: sum(values) / len(values)
+    mean = lambda values: sum(values) / len(values) if values else math.nan
     return {
         "PF": mean([v.pf for v in verdicts]),
         "SC": mean([v.sc for v in verdicts]),
@@ -147,32 +153,38 @@ def by_task(samples, results):
     """{task: (PF, SC, Overall, count)}."""
     table = {}
     for task in data.TASKS:
-        verdicts = [data.judge(r.image, one.truth) for one, r in zip(samples, results) if one.task == task]
+        verdicts = [data.judge(r.image, one.truth) for one, r in zip(samples, results) if one.truth and one.task == task]
         if verdicts:
             n = len(verdicts)
             table[task] = tuple(sum(getattr(v, key) for v in verdicts) / n for key in ("pf", "sc", "overall")) + (n,)
     return table
 
 
-def save_grid(path, samples, results, scale=4, pad=4):
-    """One row a sample: references, the true target, the painted picture in a frame."""
+def save_grid(path, samples, results, side=128, pad=4):
+    """One row a sample: references, the true target, the painted picture."""
     columns = max(len(one.references) for one in samples) + 2
-    cell = data.SIZE * scale + pad
+    cell = side + pad
     sheet = Image.new("RGB", (columns * cell + pad, len(samples) * cell + pad), (255, 255, 255))
     for row, (one, result) in enumerate(zip(samples, results)):
         pictures = [*one.references, *[None] * (columns - 2 - len(one.references)), one.target, result.image]
         for column, image in enumerate(pictures):
             if image is not None:
-                image = image.resize((image.width * scale, image.height * scale), Image.NEAREST)
-                sheet.paste(image, (pad + column * cell, pad + row * cell))
+                sheet.paste(data.fitted(image, side), (pad + column * cell, pad + row * cell))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def save_strip(path, model, layout, tokenizer, max_references, count=8, **how):
-    """The grid of the first held-out prompts, always the same ones from the same noise."""
-    samples = [data.draw_sample("held_out", i, 0, max_references) for i in range(count)]
+def save_strip(path, model, layout, tokenizer, samples, **how):
+    """The grid of these prompts, from the same noise every time."""
     save_grid(path, samples, generate(model, layout, tokenizer, samples, **how))
+
+
+def test_samples(path, count, max_references, seed=0):
+    """The first `count` held-out samples of the toy world, or those of samples on disk."""
+    if path == "toy":
+        return [data.draw_sample("held_out", i, seed, max_references) for i in range(count)]
+    source = Source(path)
+    return [source.sample(i) for i in range(min(count, len(source)))]
 
 
 def print_table(rows):
@@ -233,7 +245,7 @@ def measure_row(config, name, seed, samples, clip):
 def ablation(config):
     """All rows, over all seeds. Returns {name: [row of each seed]}."""
     clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    samples = held_out(config)
+    samples = test_samples("toy", config.num_samples, config.max_references, config.data_seed)
     rows = {name: [] for name in ROWS}
     for seed in range(config.seeds):
         for name in ROWS:
@@ -282,10 +294,6 @@ def plot_rewards(config, path):
     pyplot.close(figure)
 
 
-def held_out(config):
-    return [data.draw_sample("held_out", i, config.data_seed, config.max_references) for i in range(config.num_samples)]
-
-
 def main(config):
     if config.ablation:
         with exit_on_user_error(ValueError):
@@ -296,10 +304,10 @@ def main(config):
     with exit_on_user_error(ValueError):
         model, tokenizer = load_model(config.checkpoint)
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-        samples = held_out(config)
+        samples = test_samples(config.data, config.num_samples, config.max_references, config.data_seed)
     run.choose_threads(config.threads)
     results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
-                       config.num_timesteps, config.text_guidance, config.use_plan)  # fmt: skip
+                       config.num_timesteps, config.text_guidance, config.use_plan, side=config.side)  # fmt: skip
     row = measure(samples, results, clip)
     print_table({Path(config.checkpoint).name: row})
     for task, (pf, sc, overall, n) in by_task(samples, results).items():

@@ -57,6 +57,7 @@ from model import MODELS, ModelConfig
 from lora import add_lora, merge_lora, reset_lora
 from pretrained import find_model, load_config, load_model, load_tokenizer, load_weights, save_model
 from reward import Clip, compare, train_toy_clip
+from shards import open_source
 from sample import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
 
 # P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens of a picture
@@ -67,6 +68,7 @@ class Config:
     config: str = ""  # name of the preset; stage 1 is trained with the same one
     # data
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
+    data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
     max_references: int = 4
     prompts_per_step: int = 8  # groups
     groups_at_once: int = 1  # rolled out together, and
@@ -77,6 +79,7 @@ class Config:
     images_per_cot: int = 1  # pictures of each plan; above 1, pictures compete with those of the same plan only
     cot_temperature: float = 1.0  # of the plans
     max_plan_tokens: int = 256
+    picture_side: int = 1024  # pixels of the square pictures, before the codec's resize rule
     num_timesteps: int = 17  # grid points; one more than denoising steps
     timestep_shift: float = 3.0
     sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
@@ -123,7 +126,8 @@ class Config:
     metric_name: str = "ViT-B-32"  # the same for the CLIP that measures CLIP_out
     metric: str = "openai"
     clip_steps: int = 0  # training steps of the two toy CLIPs, if they are missing
-    eval_samples: int = 200  # held-out prompts of the final table
+    eval_data: str = "toy"  # prompts of the final table: held-out ones of the toy world, or samples on disk
+    eval_samples: int = 200  # how many
     eval_timesteps: int = 50
     target: float | None = None  # exit with status 1 unless Overall rises by this much, held out
     out: str = "out/full-grpo"
@@ -158,7 +162,7 @@ class Config:
 
 TOY = dict(clip_name="toy", metric_name="toy", tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
            eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False,
-           groups_at_once=8, pictures_at_once=1000)  # fmt: skip
+           picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000)  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
@@ -231,7 +235,7 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     for one, group in zip(samples, plans):
         texts = [tokenizer.decode(plan) for plan in group]
         captions += [iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else "" for text in texts]
-    grid = model.config.picture_grid(data.SIZE, data.SIZE)
+    grid = model.config.picture_grid(config.picture_side, config.picture_side)
     first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
     of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
     noises, starts, painted = generators(3, config.group_size), generators(4, config.group_size), []
@@ -615,6 +619,7 @@ def train(config):
         each = run.share(config.prompts_per_step // config.updates, "prompts an update", "prompts_per_step") * config.updates
         prepare(config)
         step = run.newest_step(folder)
+        source = open_source(config.data, config.seed + 1, config.max_references)
         model, tokenizer, trained = build(config)
         clip = Clip(config.clip_name, config.clip, run.device())
     layout = model.config.layout(tokenizer)
@@ -632,7 +637,7 @@ def train(config):
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="grpo",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
-        values, finite = iteration(model, anchor, optimizer, layout, tokenizer, clip, config, step)
+        values, finite = iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config, step)
         bad = 0 if finite else bad + 1
         if bad == run.BAD_STEPS:
             run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
@@ -661,11 +666,12 @@ def train(config):
 
 
 def strip(folder, step, model, layout, tokenizer, config):
-    """Pictures of the same held-out prompts from the same noise, in `samples`."""
+    """Pictures of the same prompts from the same noise, in `samples`."""
     with run.gathered(model):
         if run.is_main():
-            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, config.max_references,
-                                shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
+            samples = evaluate.test_samples(config.eval_data, 8, config.max_references)
+            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, samples,
+                                side=config.picture_side, shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
     run.barrier()
 
 
@@ -683,11 +689,11 @@ def sample_indices(config, step):
     return list(range(step * config.prompts_per_step + run.rank(), (step + 1) * config.prompts_per_step, run.size()))
 
 
-def iteration(model, anchor, optimizer, layout, tokenizer, clip, config, step):
+def iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config, step):
     """One rollout and its updates. Returns the line of the log, and whether all gradients were finite."""
     clock = [(time.perf_counter(), model.tokens)]
     indices = sample_indices(config, step)
-    samples = [data.draw_sample("train", i, config.seed + 1, config.max_references) for i in indices]
+    samples = [source[i] for i in indices]
     with run.gathered(model):
         rollout = sample_groups(model, layout, tokenizer, samples, indices, config, step)
     clock.append((time.perf_counter(), model.tokens))
@@ -712,16 +718,16 @@ def iteration(model, anchor, optimizer, layout, tokenizer, clip, config, step):
 
 
 def compare_stages(config, folder):
-    """The table: stage 1 and stage 2 on the same held-out prompts from the same noise, and a grid of pictures.
+    """The table: stage 1 and stage 2 on the same prompts from the same noise, and a grid of pictures.
 
     Returns by how much Overall rose.
     """
     metric = evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
-    samples = [data.draw_sample("held_out", i, 0, config.max_references) for i in range(config.eval_samples)]
+    samples = evaluate.test_samples(config.eval_data, config.eval_samples, config.max_references)
     rows = {}
     for name, path in (("SFT", config.init), ("SFT + GRPO", folder)):
         model, tokenizer = load_model(path, run.device())
-        results = evaluate.generate(model, model.config.layout(tokenizer), tokenizer, samples,
+        results = evaluate.generate(model, model.config.layout(tokenizer), tokenizer, samples, side=config.picture_side,
                                     shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
         rows[name] = evaluate.measure(samples, results, metric)
     evaluate.save_grid(folder / "grid.png", samples[:8], results[:8])

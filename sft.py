@@ -40,6 +40,7 @@ from model import MODELS, ModelConfig, UnifiedModel
 from pretrained import find_model, load_config, load_tokenizer, load_weights, save_model
 from sample import Prompt
 from sequence import Sequence
+from shards import open_source, stream
 from vision import transform
 
 
@@ -48,6 +49,8 @@ class Config(ModelConfig):
     config: str = ""  # name of the preset
     init: str = ""  # checkpoint to start from: a folder, or owner/name on Hugging Face; "": fresh weights
     # data
+    data: str = "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them, or a folder with records.jsonl
+    workers: int = 0  # processes that read samples ahead
     max_references: int = 4  # pictures in a prompt, at most
     samples_per_step: int = 512  # samples of one optimiser step
     tokens_per_pack: int = 36_864  # at most in one forward and backward pass: bounds the memory, not the result (BAGEL)
@@ -82,13 +85,14 @@ class Config(ModelConfig):
     save_every: int = 2000  # steps between training states
     keep: int = 2  # training states that stay
     async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
-    sample_every: int = 2000  # steps between pictures of held-out prompts
-    sample_timesteps: int = 50  # grid points of those pictures
-    sample_shift: float = 3.0  # time shift of those pictures
+    sample_every: int = 2000  # steps between pictures of the same eight prompts
+    sample_side: int = 1024  # pixels of those pictures
+    sample_timesteps: int = 50  # grid points of their sampler
+    sample_shift: float = 3.0  # its time shift
 
 
 TOY = dict(text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0, checkpointing=False,
-           precision="float32", sum_every_pass=False, sample_timesteps=7, sample_shift=10.0)  # fmt: skip
+           precision="float32", sum_every_pass=False, sample_side=data.SIZE, sample_timesteps=7, sample_shift=10.0)  # fmt: skip
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
         samples_per_step=8, noise_copies=3, plan_dropout=0.1, steps=2200, lr=4e-3, warmup=100, average=0.99,
@@ -151,6 +155,8 @@ class Example:
 
 def encode(model, tokenizer, one, config, generator):
     """data.Sample -> Example. What is dropped, the noise and its times come from the generator."""
+    if len(one.references) > config.max_references:
+        raise UserError(f"sample {one.key} has {len(one.references)} references, max_references={config.max_references}; raise it")
     if len(one.references) > 1 and not config.in_context:
         one = replace(one, references=(), instruction=one.plan.caption)
     chance = lambda probability: float(torch.rand((), generator=generator)) < probability
@@ -243,6 +249,7 @@ def train(config):
         if (folder / "model").is_dir() and step >= config.steps:
             run.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
+        source = open_source(config.data, config.seed, config.max_references)
         model, tokenizer = build(config, folder)
         layout = model.config.layout(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
@@ -256,10 +263,12 @@ def train(config):
     run.say(f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
             f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
     begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
+    positions = [i for later in range(step, config.steps) for i in sample_indices(config, later)]
+    samples = stream(source, positions, config.workers)
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="sft",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
-        values, finite = iteration(model, optimizer, layout, tokenizer, config, step)
+        values, finite = iteration(model, optimizer, layout, tokenizer, samples, config, step)
         bad = 0 if finite else bad + 1
         if bad == run.BAD_STEPS:
             run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
@@ -289,11 +298,11 @@ def sample_indices(config, step):
     return list(range(step * config.samples_per_step + run.rank(), (step + 1) * config.samples_per_step, run.size()))
 
 
-def iteration(model, optimizer, layout, tokenizer, config, step):
-    """One optimiser step. Returns the line of the log, and whether the gradient was finite."""
+def iteration(model, optimizer, layout, tokenizer, samples, config, step):
+    """One optimiser step on the next samples. Returns the line of the log, and whether the gradient was finite."""
     begun = time.perf_counter()
-    examples = [encode(model, tokenizer, data.draw_sample("train", i, config.seed, config.max_references), config,
-                       run.generator(config.seed, i)) for i in sample_indices(config, step)]  # fmt: skip
+    examples = [encode(model, tokenizer, next(samples), config, run.generator(config.seed, i))
+                for i in sample_indices(config, step)]  # fmt: skip
     packs = pack(layout, examples, config.tokens_per_pack)
     ce, mse = backward(model, packs, config)
     for group in optimizer.param_groups:
@@ -313,10 +322,11 @@ def toy_tokenizer(folder, vocab_size):
 
 
 def strip(folder, step, model, average, layout, tokenizer, config):
-    """Pictures of the same held-out prompts from the same noise, by the averaged weights, in `samples`."""
+    """Pictures of the same prompts from the same noise, by the averaged weights, in `samples`."""
     with run.exchanged(model, average), run.gathered(model):
         if run.is_main():
-            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, config.max_references,
+            samples = evaluate.test_samples(config.data, 8, config.max_references)
+            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, samples, side=config.sample_side,
                                 shift=config.sample_shift, num_timesteps=config.sample_timesteps)  # fmt: skip
     run.barrier()
 

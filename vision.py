@@ -71,16 +71,20 @@ class Reference:
         return sum(len(part) + 2 for part in (self.latents, self.patches) if part is not None)
 
 
-def open_image(path):
-    """A PIL RGB picture from a file of any size and mode: EXIF rotation applied, first frame, transparency on white."""
+def open_image(path, name=None):
+    """A PIL RGB picture from a file of any size and mode: EXIF rotation applied, first frame, transparency on white.
+
+    path: or an open binary file, which errors call `name`.
+    """
+    name = name or path
     try:
         with Image.open(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"reference picture not found: {path}; give the path of a PNG, JPEG or WebP file") from None
+        raise FileNotFoundError(f"picture not found: {name}; give the path of a PNG, JPEG or WebP file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP") from None
+        raise ValueError(f"{name} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP") from None
 
 
 def to_rgb(image):

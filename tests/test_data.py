@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 
 import data
 import iccot
+from pretrained import load_tokenizer
 
 PINNED = ("A robot in yellow (the first image) at the top left, in a city.",
           "A city with a robot in yellow at the top left.")
@@ -354,7 +355,7 @@ def test_the_nearest_subject_is_the_brute_force_one(samples):
 
 def test_tokenizer_round_trips(tmp_path, samples):
     tokenizer = data.train_tokenizer(tmp_path / "tokenizer")
-    assert tokenizer.get_vocab() == data.load_tokenizer(tmp_path / "tokenizer").get_vocab()
+    assert tokenizer.get_vocab() == load_tokenizer(tmp_path / "tokenizer").get_vocab()
     assert 260 < len(tokenizer) <= 1024
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     texts = [iccot.render(sample.plan) for sample in samples[:100]] + [sample.instruction for sample in samples[:100]]
@@ -371,8 +372,8 @@ def test_tokenizer_round_trips(tmp_path, samples):
 def test_tokenizer_mistakes(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=100 is too small"):
         data.train_tokenizer(tmp_path, vocab_size=100)
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json in"):
-        data.load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+        load_tokenizer(tmp_path / "nothing")
 
 
 def test_show_writes_a_sheet(tmp_path, capsys):

@@ -87,6 +87,17 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
     return config
 
 
+def with_path(argv: list[str], flags: tuple[str, ...], words: int, option: str) -> list[str]:
+    """`--flag … PATH` written as `--flag … --option PATH`: PATH is the word after a flag and its `words` values."""
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        place = i + 1 + words
+        if word in flags and place < len(argv) and not argv[place].startswith("--") and argv[place].lower() not in BOOLEANS:
+            argv.insert(place, option)
+            break
+    return argv
+
+
 def to_dict(config) -> dict:
     """The resolved options, ready for JSON."""
     return {key: list(value) if isinstance(value, tuple) else value

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import iccot
-from config import BOOLEANS, UserError, exit_on_user_error, parse
+from config import UserError, exit_on_user_error, parse, with_path
 
 SIZE, HALF = 32, 16                       # pixels: a picture or scene; a thing or the reference picture of a subject
 SPLITS = ("train", "held_out")
@@ -820,11 +820,7 @@ def _check_all(path: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for i, word in enumerate(argv[:-1]):                  # --show PATH is --show --path PATH
-        if word in ("--show", "--check") and not argv[i + 1].startswith("--") and argv[i + 1].lower() not in BOOLEANS:
-            argv[i + 1:i + 1] = ["--path"]
-            break
+    argv = with_path(sys.argv[1:] if argv is None else argv, ("--show", "--check"), 0, "--path")
     config = parse(Config, PRESETS, argv)
     if not config.show and not config.check:
         parse(Config, PRESETS, ["--help"])

@@ -15,9 +15,11 @@ mean and standard deviation beside the paper's numbers, which are of another wor
 There is no BAGEL at toy size, so "base" is a model that saw neither IC-CoT nor in-context pairs: prompts with several
 references became text to image with the caption as the instruction; those with one reference it saw as they are.
 
-Left out: OmniContext and DreamOmni2Bench, which need a judge model.
+The benchmarks of the paper, OmniContext and DreamOmni2Bench, need pictures of 1024 x 1024 and an MLLM as the judge: see
+benchmarks.py.
 
     python evaluate.py --config toy --checkpoint out/toy-grpo --json
+    python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --checkpoint out/full-grpo --result_dir results/bench
     python evaluate.py --config toy --ablation --seeds 3           hours; finished runs are picked up
 """
 
@@ -26,7 +28,9 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -35,7 +39,8 @@ from tqdm import tqdm
 import data
 import iccot
 import run
-from config import exit_on_user_error, parse
+from benchmarks import bench
+from config import exit_on_user_error, parse, with_path
 from pretrained import load_model
 from reward import Clip, train_toy_clip
 from sample import Sampler, make_prompt, paint, picture, think
@@ -64,6 +69,24 @@ class Config:
     grid: str = ""  # write a picture grid of the first samples to this file
     json: bool = False  # end with one line of JSON
     config: str = ""  # name of the preset
+    # benchmarks
+    bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint and judge this benchmark; its data follow: --bench omnicontext PATH
+    bench_path: str = ""  # its data: a folder, a parquet file, or owner/name on Hugging Face
+    result_dir: str = "out/bench"
+    model_name: str = "realign"  # folder of this model's pictures and scores
+    generate_only: bool = False  # paint, and do not judge
+    clip_out: bool = False  # CLIP_out, where the benchmark has ground-truth captions
+    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible base URL; a local server does too
+    judge_model: str = "gpt-4.1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    judge_workers: int = 16  # questions at a time
+    image_guidance: float = 1.0
+    guidance_low: float = 0.0  # guidance acts at times above this
+    renorm: Literal["global", "channel", "text_channel"] = "text_channel"
+    max_plan_tokens: int = MAX_PLAN_TOKENS
+    device: str = "cpu"  # or cuda
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation instead of one checkpoint
     seeds: int = 3  # of the ablation
     runs: str = "out/ablation"  # where its runs are kept
@@ -73,12 +96,16 @@ class Config:
             raise ValueError(f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
+        if bool(self.bench) != bool(self.bench_path):
+            raise ValueError("--bench needs the name of a benchmark and its data: --bench omnicontext PATH")
 
 
 PRESETS = {
     "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
     "smoke": dict(checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
                   metric="out/smoke-clip-metric", clip_steps=20),
+    "full": dict(checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0, text_guidance=4.0, image_guidance=2.0,
+                 max_plan_tokens=1000, device="cuda", dtype="bfloat16"),
 }
 
 
@@ -301,8 +328,14 @@ def main(config):
             run.choose_threads(config.threads)
             ablation(config)
         return
+    if config.bench:
+        with exit_on_user_error(ValueError):
+            run.choose_threads(config.threads)
+            bench(config, partial(load_model, config.checkpoint, config.device, getattr(torch, config.dtype)),
+                  partial(metric_clip, config.metric_name, config.metric, config.clip_steps))  # fmt: skip
+        return
     with exit_on_user_error(ValueError):
-        model, tokenizer = load_model(config.checkpoint)
+        model, tokenizer = load_model(config.checkpoint, config.device, getattr(torch, config.dtype))
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
         samples = test_samples(config.data, config.num_samples, config.max_references, config.data_seed)
     run.choose_threads(config.threads)
@@ -320,4 +353,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:]))
+    main(parse(Config, PRESETS, with_path(sys.argv[1:], ("--bench",), 1, "--bench_path")))

@@ -819,9 +819,13 @@ def _check_all(path: str) -> None:
         sys.exit(1)
 
 
+def arguments(argv: list[str]) -> list[str]:
+    """`--show PATH` and `--check PATH` in the parser's words."""
+    return with_path(argv, ("--show", "--check"), 0, "--path")
+
+
 def main(argv: list[str] | None = None) -> None:
-    argv = with_path(sys.argv[1:] if argv is None else argv, ("--show", "--check"), 0, "--path")
-    config = parse(Config, PRESETS, argv)
+    config = parse(Config, PRESETS, arguments(sys.argv[1:] if argv is None else argv))
     if not config.show and not config.check:
         parse(Config, PRESETS, ["--help"])
     with exit_on_user_error():

@@ -321,6 +321,11 @@ def plot_rewards(config, path):
     pyplot.close(figure)
 
 
+def arguments(argv):
+    """`--bench NAME PATH` in the parser's words."""
+    return with_path(argv, ("--bench",), 1, "--bench_path")
+
+
 def main(config):
     if config.ablation:
         with exit_on_user_error(ValueError):
@@ -353,4 +358,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, with_path(sys.argv[1:], ("--bench",), 1, "--bench_path")))
+    main(parse(Config, PRESETS, arguments(sys.argv[1:])))

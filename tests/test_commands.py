@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,26 @@ def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
         assert picture.size == (32, 32)
 
 
+def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_path, capsys):
+    cwd, _ = trained
+    for name in "ab":
+        Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / f"{name}.png")
+    lines = [{"prompt": "Put it in a meadow.", "ref": ["a.png"], "key": "one"}, {"prompt": "They meet.", "ref": ["a.png", "b.png"]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--checkpoint", str(cwd / "out/smoke-grpo"), "--prompts", str(tmp_path / "prompts.jsonl"), "--seeds", "2",
+             "--out", str(tmp_path / "many"), "--threads", "1", "--max_plan_tokens", "12"]  # fmt: skip
+    sample_main(words)
+    pictures = sorted((tmp_path / "many").glob("*.png"))
+    assert [path.name for path in pictures] == ["0002-0.png", "0002-1.png", "one-0.png", "one-1.png"]
+    about = json.loads((tmp_path / "many/one-1.json").read_text())
+    assert about["seed"] == 1 and about["prompt"] == "Put it in a meadow." and "plan" in about and "text" in about
+    assert pictures[2].read_bytes() != pictures[3].read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in pictures}
+    pictures[0].unlink()
+    sample_main(words)
+    assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [pictures[0]]
+
+
 @pytest.mark.parametrize("script, options", [("sft", {}), ("grpo", {})])
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, script, options, tmp_path, monkeypatch, capsys):
     """Bit for bit: stop after the first state, go on, compare the final weights with those of the unbroken run."""
@@ -174,6 +195,10 @@ def test_bad_reference(trained, pictures, capsys, name, words):
     (["--prompt", "A", "--out", "picture.txt"], "picture.txt"),
     (["--prompt", "A", "--checkpoint", "nowhere"], "nowhere"),
     (["--promt", "A"], "did you mean --prompt"),
+    (["--prompts", "nothing.jsonl", "--out", "many"], "file of prompts not found"),
+    (["--prompts", "text.png", "--out", "many"], "line 1"),
+    (["--prompts", "text.png", "--prompt", "A"], "leave --prompt"),
+    (["--prompt", "A", "--seeds", "2"], "several pictures go into a folder"),
     (["--prompt", "A", "--seed", "one"], "--seed"),
 ])  # fmt: skip
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
@@ -224,27 +249,38 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
 
 
 def documented():
-    """Every `python file.py …` line of the README and of the module docstrings."""
+    """Every `python file.py …` and `torchrun … file.py …` line of the README, the launch scripts and the docstrings.
+
+    A command ends at two spaces, a line's end, or a character of the shell or of Markdown.
+    """
     found = []
-    texts = {"README.md": (ROOT / "README.md").read_text()}
+    texts = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("launch/*.sh"))}
     texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in ROOT.glob("**/*.py")}
+    word = r"(?:\"[^\"]*\"|[^\s`|;&#\"]+)"
     for source, text in texts.items():
-        for match in re.finditer(r"python (\w[\w/]*\.py)((?: +(?:--?[\w-]+(?:[= ](?:\"[^\"]*\"|[^\s`|;&]+))?))*)", text):
+        for match in re.finditer(rf"(?:python|torchrun(?: --?[\w-]+(?:[= ][\w.:]+)?)*) (\w[\w/]*\.py)((?: {word})*)", text):
             found.append((source, match[1], match[2].strip()))
     return found
+
+
+def as_parsed(module, words):
+    """The options of a documented command, as its script would hand them to the parser."""
+    given = shlex.split(words)
+    if hasattr(module, "BENCHES"):
+        assert not given or given[0] in module.BENCHES, given
+        return given[1:]
+    return module.arguments(given) if hasattr(module, "arguments") else given
 
 
 @pytest.mark.parametrize("source, script, words", documented())
 def test_documented_commands_exist(source, script, words):
     assert (ROOT / script).is_file(), f"{source} names {script}"
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if not hasattr(module, "Config"):
-        return
-    import shlex
-
-    given = shlex.split(words)
-    if "--help" not in given:
-        parse(module.Config, module.PRESETS, given)  # exits on an unknown option or preset
+    if script.startswith("tests/"):
+        module = importlib.import_module(Path(script).stem)
+    else:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "Config") and "$" not in words and "…" not in words and "[" not in words:
+        parse(module.Config, module.PRESETS, as_parsed(module, words))  # exits on an unknown option or preset
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -27,7 +27,7 @@ import iccot
 import run
 import sft
 import toyserver
-from config import UserError, parse, with_path
+from config import UserError, parse
 from endpoint import Endpoint, Question, Refused, Unusable
 from reward import train_toy_clip
 from shards import Source
@@ -312,9 +312,9 @@ def write_parquet(folder, count=16):
 
 
 def bench_words(folder, model, url, *words):
-    return with_path(["--config", "smoke", "--bench", "omnicontext", str(folder / "bench"), "--checkpoint", str(model), "--result_dir",
+    return evaluate.arguments(["--config", "smoke", "--bench", "omnicontext", str(folder / "bench"), "--checkpoint", str(model), "--result_dir",
                       str(folder / "results"), "--model_name", "ours", "--judge_url", url, "--judge_model", "toy", "--threads", "1",
-                      "--max_plan_tokens", "20", *words], ("--bench",), 1, "--bench_path")  # fmt: skip
+                      "--max_plan_tokens", "20", *words])  # fmt: skip
 
 
 def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):

@@ -3,6 +3,9 @@ Every speed that this project quotes, measured beside its rival in one run. Not 
 
     python bench.py model          one thread of a CPU: training, prefill, denoising, decoding of a mid-size model
     python bench.py attention      on a GPU: TFLOP/s of our kernel and its rivals; on a CPU: what the masks cost
+    python bench.py grpo           rollouts and updates of whole groups against one member, one step at a time; 7B computed
+    python bench.py data           samples a second read from shards at 1024 px, against decoding alone
+    python bench.py scale          one process against two; what 8 and 64 GPUs would have to send, computed
 
 A figure is the best of `repeats` rounds; the rounds of rivals alternate, so that a noisy machine is noisy for all of
 them. On a CPU it is CPU time, not wall time. Nothing here is a test: a test that measures time fails by chance.
@@ -355,7 +358,279 @@ def check_attention(name, q, k, v, mask, rows=64):
         raise ValueError(f"{name}: the Triton kernel is wrong by {error:.1e}")
 
 
-BENCHES = {"model": bench_model, "attention": bench_attention}
+# ---------------------------------------------------------------------------------------------------------------------
+# grpo: groups over the tree against the naive loop
+
+
+def grpo_case(shape, prompts, words, plan_tokens, side, config):
+    """(model, layout, rollout function, config of grpo.py) for `prompts` made of references and words."""
+    import grpo
+
+    model = UnifiedModel(ModelConfig(**shape) if isinstance(shape, dict) else shape).initialise(config.seed)
+    torch.nn.init.normal_(model.latent_out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    settings = grpo.Config(config="toy", **grpo.PRESETS["toy"] | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1))
+    return model, Layout(0, 1, 2, 3, model.config.latent_side, model.config.vit_side), settings
+
+
+def naive_rollout(model, layout, prompts, settings, generator):
+    """One member at a time: the prompt is read anew for its plan and for its picture."""
+    grid = model.config.picture_grid(settings.picture_side, settings.picture_side)
+    for prompt in prompts:
+        for _ in range(settings.group_size):
+            plan, _ = think(model, layout, [prompt], 1, settings.max_plan_tokens, 1.0, [generator])
+            paint(model, layout, [prompt], [plan], [grid], settings.sampler, [generator])
+
+
+def tree_rollout(model, layout, prompts, settings, generator):
+    """All members of all groups together."""
+    from sample import prefill
+
+    prefix, size = prefill(model, layout, prompts), settings.group_size
+    plans, _ = think(model, layout, prompts, size, settings.max_plan_tokens, 1.0, [generator] * size * len(prompts), prefix=prefix)
+    grid = model.config.picture_grid(settings.picture_side, settings.picture_side)
+    plans = [plans[i : i + size] for i in range(0, len(plans), size)]
+    paint(model, layout, prompts, plans, [grid] * len(prompts), settings.sampler, [generator] * size * len(prompts), prefix=prefix)
+    return plans
+
+
+def a_rollout(model, prompts, plans, settings, generator):
+    """What the update needs of a rollout, with latents drawn at random."""
+    import flow
+    import grpo
+
+    grid = model.config.picture_grid(settings.picture_side, settings.picture_side)
+    tokens = len(prompts) * settings.group_size * grid[0] * grid[1]
+    x = torch.randn(settings.window, tokens, model.config.token_channels, generator=generator)
+    times = flow.time_grid(settings.num_timesteps, settings.timestep_shift)[1 : settings.window + 2]
+    count = len(prompts) * settings.group_size
+    return grpo.Rollout(prompts, plans, torch.ones(count, dtype=torch.bool), ["x"] * count, torch.ones(count, dtype=torch.bool), x,
+                        x + 0.1 * torch.randn(x.shape, generator=generator), times, torch.zeros(count, settings.window), [], grid)  # fmt: skip
+
+
+def naive_update(model, layout, rollout, advantage, settings):
+    """One member and one step at a time."""
+    import flow
+
+    n, size = rollout.grid[0] * rollout.grid[1], settings.group_size
+    for group, prompt in enumerate(rollout.prompts):
+        for i in range(size):
+            span = slice((group * size + i) * n, (group * size + i + 1) * n)
+            for k in range(settings.window):
+                sequence = Sequence(layout)
+                with sequence.document():
+                    prompt.write(sequence)
+                    sequence.text(rollout.plans[group][i])
+                    sequence.noise(rollout.x[k, span], rollout.grid, rollout.times[k])
+                packed = sequence.pack()
+                v = model.velocity(packed, model(packed)[1])
+                mean, std = flow.transition(rollout.x[k, span], v, rollout.times[k], rollout.times[k + 1], settings.noise_level)
+                log_prob = flow.log_prob(rollout.x_next[k, span], mean, std, torch.zeros(n, dtype=torch.long), 1)
+                (-advantage[group, i] * (log_prob - log_prob.detach()).exp().sum()).backward()
+    model.zero_grad()
+
+
+def tree_update(model, layout, rollout, reward, settings):
+    """grpo.update, with an optimiser that changes nothing."""
+    import grpo
+
+    grpo.update(model, None, torch.optim.SGD(model.parameters(), 0.0), layout, rollout, reward, settings)
+
+
+def kept_for_backward(model, layout, rollout, settings):
+    """Bytes that autograd keeps at a time: for one member and step, and for one pack of members with its prompt."""
+    import grpo
+    from plan import kept_bytes
+
+    sequence, n = Sequence(layout), rollout.grid[0] * rollout.grid[1]
+    with sequence.document():
+        rollout.prompts[0].write(sequence)
+        sequence.text(rollout.plans[0][0])
+        sequence.noise(rollout.x[0, :n], rollout.grid, rollout.times[0])
+    packed = sequence.pack()
+    with kept_bytes(model.parameters()) as alone:
+        model.velocity(packed, model(packed)[1])
+    shared, found = grpo.batches(layout, rollout, 0, settings)
+    with kept_bytes(model.parameters()) as together:
+        grpo.policy(model, model.keys_and_values(shared), found[0], settings)
+    return alone.total, together.total
+
+
+def bench_grpo(config):
+    from dataclasses import replace
+
+    from model import TOY
+
+    g, result = torch.Generator().manual_seed(config.seed), {}
+    toy = ModelConfig(**TOY)
+    side, patch = toy.latent_side, toy.vit_patch
+    picture = lambda: Reference(torch.randn(side**2, toy.token_channels, generator=g), (side, side),
+                                torch.randn(4, 3 * patch**2, generator=g), (2, 2))  # fmt: skip
+    words = lambda n, vocabulary: torch.randint(4, vocabulary, (n,), generator=g).tolist()
+    cases = {
+        "toy": (toy, lambda: Prompt((picture(), picture(), words(20, 512))), 50, 32, dict(group_size=16, window=2)),
+        "mid, 4 references": (MID, lambda: Prompt((*[random_reference(g) for _ in range(4)], words(40, 512))), 60, 112, dict(group_size=8, window=2)),
+    }
+    for name, (shape, prompt, plan_tokens, pixels, options) in cases.items():
+        model, layout, settings = grpo_case(shape, 1, 0, plan_tokens, pixels, config)
+        settings = replace(settings, prompts_per_step=1, tokens_per_pack=4096, **options)
+        prompts = [prompt()]
+        plans = [[words(plan_tokens, 512) for _ in range(settings.group_size)]]
+        rollout, reward = a_rollout(model, prompts, plans, settings, g), torch.randn(1, settings.group_size, generator=g)
+        counted, kept = {}, kept_for_backward(model, layout, rollout, settings)
+
+        def counting(key, function):
+            def call():
+                model.tokens = 0
+                function()
+                counted[key] = model.tokens
+
+            return call
+
+        rivals = {
+            "rollout, naive": lambda: naive_rollout(model, layout, prompts, settings, g),
+            "rollout, tree": lambda: tree_rollout(model, layout, prompts, settings, g),
+            "update, naive": lambda: naive_update(model, layout, rollout, reward, settings),
+            "update, tree": lambda: tree_update(model, layout, rollout, reward, settings),
+        }
+        best = best_of(config.repeats, **{key: counting(key, function) for key, function in rivals.items()})
+        print(f"{name}: prompt {len(prompts[0])} tokens, {settings.group_size} members, plans of {plan_tokens}, {settings.window} trained steps")
+        for phase in ("rollout", "update"):
+            naive, tree = best[f"{phase}, naive"], best[f"{phase}, tree"]
+            memory = "" if phase == "rollout" else f", kept for backward {kept[0] / 1e6:.1f} and {kept[1] / 1e6:.1f} MB"
+            print(f"  {phase:8s} naive {naive:7.2f} s  tree {tree:7.2f} s  {naive / tree:5.1f} times faster; tokens "
+                  f"{counted[f'{phase}, naive']:,} and {counted[f'{phase}, tree']:,}{memory}")  # fmt: skip
+            result[f"{name.split(',')[0]}_{phase}_speedup"] = round(naive / tree, 2)
+    print_seven_billion()
+    return {"update_speedup": result["toy_update_speedup"], "rollout_speedup": result["toy_rollout_speedup"], **result}
+
+
+def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
+    """FLOPs of one group at 1024 px and BAGEL's size: every pass of a member on its own, and over the tree; and its cache."""
+    shape = ModelConfig()
+    active = shape.hidden_size * (2 * shape.hidden_size + 2 * shape.num_key_value_heads * shape.head_dim) + 3 * shape.hidden_size * shape.intermediate_size
+    active *= shape.num_hidden_layers
+    pair = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    flop = lambda tokens, keys: 2 * active * tokens + pair * tokens * keys  # keys: visible to a token, on average
+    picture, kv = IMAGE + 2, 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    print(f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, {window} of them trained, plans of {plan}; PFLOP a group")
+    print(f"{'references':>12s}{'prompt':>9s}{'rollout':>10s}{'tree':>8s}{'update':>10s}{'tree':>8s}{'KV cache, naive and tree, GB':>32s}")
+    for references in range(1, 5):
+        prompt = references * (picture + VIT + 2) + 60
+        once, own = flop(prompt, prompt / 2), flop(plan, prompt + plan / 2)
+        image = flop(picture, prompt + plan + picture)
+        naive = group_size * (2 * once + own + steps * image)
+        tree = once + group_size * (own + steps * image)
+        naive_update_, tree_update_ = 3 * group_size * window * (once + own + image), 3 * (once + group_size * (own + window * image))
+        cache = [kv * group_size * (prompt + plan + picture) / 1e9, kv * (prompt + group_size * (plan + picture)) / 1e9]
+        print(f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{tree / 1e15:8.0f}{naive_update_ / 1e15:10.0f}{tree_update_ / 1e15:8.0f}"
+              f"{cache[0]:22.1f}{cache[1]:10.1f}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: how fast samples come from disk
+
+
+def bench_data(config):
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from data import draw_sample
+    from shards import ShardWriter, Source, stream, to_png
+
+    rng, count = np.random.default_rng(config.seed), 24
+    noisy = lambda image: Image.fromarray((np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) * 0.9 + rng.integers(0, 24, (1024, 1024, 3))).astype(np.uint8))
+    with tempfile.TemporaryDirectory() as folder:
+        with ShardWriter(folder, 8) as writer:
+            for i in range(count):
+                one = draw_sample("train", i)
+                record = {"key": one.key, "task": one.task, "instruction": one.instruction,
+                          "plan": {"out_caption": one.plan.caption, "relations": [{f"relation_{j}": r} for j, r in enumerate(one.plan.relations, 1)]}}  # fmt: skip
+                writer.write(record, [to_png(noisy(image)) for image in one.references], to_png(noisy(one.target)))
+        source = Source(folder)
+        pictures = sum(len(source.sample(i).references) + 1 for i in range(count))
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        encoded = [source._read(part, place) for part, _, files in source.entries for name, place in files.items() if name != "json"]
+
+        def wall(function):
+            begun = time.perf_counter()
+            function()
+            return time.perf_counter() - begun
+
+        def decode():
+            import io
+
+            for content in encoded:
+                Image.open(io.BytesIO(content)).convert("RGB").load()
+
+        def read(workers):
+            for _ in stream(source, range(count), workers):
+                pass
+
+        rivals = {"decoding alone": decode, "loader, no worker": lambda: read(0), "loader, 1 worker": lambda: read(1), "loader, 2 workers": lambda: read(2)}
+        best = {name: min(wall(function) for _ in range(config.repeats)) for name, function in rivals.items()}
+    print(f"{count} samples of 1024 px, {pictures} pictures, {size / count / 1e6:.1f} MB a sample")
+    for name, seconds in best.items():
+        print(f"  {name:20s}{count / seconds:8.1f} samples/s{pictures / seconds:8.1f} pictures/s")
+    tokens = 2.7 * (IMAGE + VIT + 4) + IMAGE + 300  # of a sample: 2.7 pictures on average, its references seen twice
+    need = 0.4 * 989e12 / (6 * 6.5e9 * tokens)
+    print(f"a step at 7B consumes {need:.2f} samples/s on each GPU (40 % of 989 TFLOP/s, {tokens:,.0f} tokens a sample): one worker feeds "
+          f"{count / best['loader, 1 worker'] / need:.0f} GPUs")  # fmt: skip
+    return {name.replace(",", "").replace(" ", "_"): round(count / seconds, 2) for name, seconds in best.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scale: processes
+
+
+def bench_scale(config):
+    """Tokens a second of stage 1 on the toy preset by one process and by two, one thread each, in alternating runs."""
+    import os
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    import run
+
+    here, best = Path(__file__).resolve().parent, {1: 0.0, 2: 0.0}
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(config.repeats):
+            for processes in best:
+                out = f"{folder}/{processes}-{repeat}"
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+                command = [sys.executable, *launcher, str(here / "sft.py"), "--config", "toy", "--threads", "1", "--steps", "30",
+                           "--save_every", "1000", "--sample_every", "1000", "--out", out]  # fmt: skip
+                subprocess.run(command, env=environment, check=True, capture_output=True)
+                lines = run.read_log(Path(out))[10:]
+                best[processes] = max(best[processes], sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines))
+    print(f"sft.py --config toy, tokens/s: one process {best[1]:,.0f}, two {best[2]:,.0f}, {best[2] / best[1]:.2f} times as many")
+    print_communication()
+    return {"one": round(best[1]), "two": round(best[2]), "speedup": round(best[2] / best[1], 3)}
+
+
+def print_communication(tokens=36_864, tflops=400, intra=360e9, inter=45e9):
+    """Sharded training at 7B: bytes that each GPU sends for one pack, and the time of it beside the arithmetic.
+
+    Every pass gathers all weights (bfloat16) and the backward pass gathers them again and scatters float32 gradients;
+    a GPU moves (n - 1) / n of each. Assumed: `tflops` reached, NVLink `intra` bytes/s in a node of 8, `inter` between.
+    """
+    values, seconds = 14.59e9, 6 * 6.5e9 * tokens * 4 / 3 / (tflops * 1e12)
+    print(f"computed for BAGEL-7B, all weights trained, one pack of {tokens:,} tokens a pass, {seconds:.2f} s of arithmetic "
+          f"(recomputation included) at {tflops} TFLOP/s")  # fmt: skip
+    for gpus in (8, 64):
+        sent = (2 * 2 + 4) * values * (gpus - 1) / gpus
+        flat = sent / (intra if gpus <= 8 else inter)
+        line = f"  {gpus:3d} GPUs, sharded over all: {sent / 1e9:6.1f} GB, {flat:5.2f} s"
+        if gpus > 8:
+            inside, across = (2 * 2 + 4) * values * 7 / 8, 2 * 4 * values / 8 * (gpus // 8 - 1) / (gpus // 8)
+            line += f"; replicas={gpus // 8}: {inside / 1e9:6.1f} GB in the node and {across / 1e9:5.1f} GB between, {inside / intra + across / inter:5.2f} s"
+        print(line)
+
+
+BENCHES = {"model": bench_model, "attention": bench_attention, "grpo": bench_grpo, "data": bench_data, "scale": bench_scale}
 
 
 def main(argv):

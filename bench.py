@@ -3,7 +3,7 @@ Every speed that this project quotes, measured beside its rival in one run. Not 
 
     python bench.py model          one thread of a CPU: training, prefill, denoising, decoding of a mid-size model
     python bench.py attention      on a GPU: TFLOP/s of our kernel and its rivals; on a CPU: what the masks cost
-    python bench.py grpo           rollouts and updates of whole groups against one member, one step at a time; 7B computed
+    python bench.py grpo           whole groups against one member and one step at a time; 7B computed
     python bench.py data           samples a second read from shards at 1024 px, against decoding alone
     python bench.py scale          one process against two; what 8 and 64 GPUs would have to send, computed
 
@@ -66,7 +66,9 @@ OFFICIAL = {  # CPU seconds of the official code on the same case, one thread of
 
 def random_reference(generator, side=16):
     patches = torch.randn(side * side, 3 * MID.vit_patch**2, generator=generator)
-    return Reference(torch.randn(side * side, MID.token_channels, generator=generator), (side, side), patches, (side, side))
+    return Reference(
+        torch.randn(side * side, MID.token_channels, generator=generator), (side, side), patches, (side, side)
+    )
 
 
 def bench_model(config):
@@ -100,7 +102,9 @@ def bench_model(config):
         model.zero_grad()
 
     def steps(*scales):
-        paint(model, layout, [prompt], [[None]], [(14, 14)], Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)), [g])
+        paint(
+            model, layout, [prompt], [[None]], [(14, 14)], Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)), [g]
+        )
 
     prefill = lambda: think(model, layout, [prompt], 1, 1, 0.0)
     rivals = {"train forward": forward, "train forward + backward": backward, "prefill": prefill,
@@ -109,7 +113,10 @@ def bench_model(config):
     ours = best_of(config.repeats, **rivals)
     for name in ("10 steps", "10 steps, guidance", "64 greedy tokens"):  # the official figures have the prefill apart
         ours[name] -= ours["prefill"]
-    print(f"{len(packed)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.threads} thread")
+    print(
+        f"{len(packed)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{config.threads} thread"
+    )
     print(f"{'CPU seconds':28s}{'ours':>8s}{'official*':>11s}{'ratio':>8s}")
     for name, seconds in ours.items():
         print(f"{name:28s}{seconds:8.3f}{OFFICIAL[name]:11.2f}{seconds / OFFICIAL[name]:8.2f}")
@@ -278,8 +285,9 @@ def plain_sdpa(name):
     """PyTorch's own attention where it needs no dense mask: a causal or a full sequence."""
 
     def run(q, k, v):
-        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=name.startswith("causal"),
-                                              enable_gqa=True)[0].transpose(0, 1)  # fmt: skip
+        return F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=name.startswith("causal"), enable_gqa=True
+        )[0].transpose(0, 1)
 
     return run
 
@@ -296,10 +304,17 @@ def attention_on_gpu(config):
     result = {"matmul": ceiling}
     for name, mask in attention_cases().items():
         pairs, mask = visible_pairs(mask), mask.to("cuda")
-        q, k, v = draw(len(mask.q_hi), HEADS, HEAD_DIM), draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM), draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM)
+        q, k, v = (
+            draw(len(mask.q_hi), HEADS, HEAD_DIM),
+            draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM),
+            draw(len(mask.k_hi), KEY_HEADS, HEAD_DIM),
+        )
         make, bagel = flex_as_bagel_builds_it(mask)
-        rivals = {"triton": lambda: attention(q, k, v, mask, "triton"), "flex, our lists": lambda: attention(q, k, v, mask, "flex"),
-                  "sdpa by pieces": lambda: attention(q, k, v, mask, "sdpa")}  # fmt: skip
+        rivals = {
+            "triton": lambda: attention(q, k, v, mask, "triton"),
+            "flex, our lists": lambda: attention(q, k, v, mask, "flex"),
+            "sdpa by pieces": lambda: attention(q, k, v, mask, "sdpa"),
+        }
         if name.endswith("16k"):
             rivals["sdpa"] = lambda: plain_sdpa(name)(q, k, v)
         block_mask = None
@@ -313,20 +328,35 @@ def attention_on_gpu(config):
         backward = {}
         if not name.startswith("decode"):
             both = gpu_best_of(config.repeats, **{key: with_backward(run, (q, k, v)) for key, run in rivals.items()})
-            backward = {key: None if both[key] is None or forward[key] is None else both[key] - forward[key] for key in both}
+            backward = {
+                key: None if both[key] is None or forward[key] is None else both[key] - forward[key] for key in both
+            }
 
         def lists():
             mask.cache.clear()
             forward_lists(mask, q, k), backward_lists(mask, q, k)
 
-        metadata = gpu_best_of(config.repeats, **{"our lists": lists} | ({"BAGEL's mask": make} if block_mask is not None else {}))
-        print(f"{name}: {len(mask.q_hi)} queries, {len(mask.k_hi)} keys, {pairs:.2e} visible pairs; masks, ms: "
-              + ", ".join(f"{key} {value:.2f}" for key, value in metadata.items() if value is not None))
+        metadata = gpu_best_of(
+            config.repeats, **{"our lists": lists} | ({"BAGEL's mask": make} if block_mask is not None else {})
+        )
+        print(
+            f"{name}: {len(mask.q_hi)} queries, {len(mask.k_hi)} keys, {pairs:.2e} visible pairs; masks, ms: "
+            + ", ".join(f"{key} {value:.2f}" for key, value in metadata.items() if value is not None)
+        )
         flop = 4 * pairs * HEADS * HEAD_DIM
         for key in rivals:
-            speeds = [None if not ms else factor * flop / ms / 1e9 for ms, factor in ((forward.get(key), 1), (backward.get(key), 2.5))]
-            print(f"  {key:18s}" + "".join(f"{label} {'-' if speed is None else f'{speed:.0f}':>6s}   " for label, speed in
-                                           zip(("forward", "backward"), speeds)) + (f"({forward[key]:.3f} ms)" if forward[key] else ""))
+            speeds = [
+                None if not ms else factor * flop / ms / 1e9
+                for ms, factor in ((forward.get(key), 1), (backward.get(key), 2.5))
+            ]
+            print(
+                f"  {key:18s}"
+                + "".join(
+                    f"{label} {'-' if speed is None else f'{speed:.0f}':>6s}   "
+                    for label, speed in zip(("forward", "backward"), speeds)
+                )
+                + (f"({forward[key]:.3f} ms)" if forward[key] else "")
+            )
             result[f"{name}, {key}"] = speeds
     return result
 
@@ -368,7 +398,9 @@ def grpo_case(shape, prompts, words, plan_tokens, side, config):
 
     model = UnifiedModel(ModelConfig(**shape) if isinstance(shape, dict) else shape).initialise(config.seed)
     torch.nn.init.normal_(model.latent_out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    settings = grpo.Config(config="toy", **grpo.PRESETS["toy"] | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1))
+    settings = grpo.Config(
+        config="toy", **grpo.PRESETS["toy"] | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1)
+    )
     return model, Layout(0, 1, 2, 3, model.config.latent_side, model.config.vit_side), settings
 
 
@@ -386,10 +418,21 @@ def tree_rollout(model, layout, prompts, settings, generator):
     from sample import prefill
 
     prefix, size = prefill(model, layout, prompts), settings.group_size
-    plans, _ = think(model, layout, prompts, size, settings.max_plan_tokens, 1.0, [generator] * size * len(prompts), prefix=prefix)
+    plans, _ = think(
+        model, layout, prompts, size, settings.max_plan_tokens, 1.0, [generator] * size * len(prompts), prefix=prefix
+    )
     grid = model.config.picture_grid(settings.picture_side, settings.picture_side)
     plans = [plans[i : i + size] for i in range(0, len(plans), size)]
-    paint(model, layout, prompts, plans, [grid] * len(prompts), settings.sampler, [generator] * size * len(prompts), prefix=prefix)
+    paint(
+        model,
+        layout,
+        prompts,
+        plans,
+        [grid] * len(prompts),
+        settings.sampler,
+        [generator] * size * len(prompts),
+        prefix=prefix,
+    )
     return plans
 
 
@@ -403,8 +446,19 @@ def a_rollout(model, prompts, plans, settings, generator):
     x = torch.randn(settings.window, tokens, model.config.token_channels, generator=generator)
     times = flow.time_grid(settings.num_timesteps, settings.timestep_shift)[1 : settings.window + 2]
     count = len(prompts) * settings.group_size
-    return grpo.Rollout(prompts, plans, torch.ones(count, dtype=torch.bool), ["x"] * count, torch.ones(count, dtype=torch.bool), x,
-                        x + 0.1 * torch.randn(x.shape, generator=generator), times, torch.zeros(count, settings.window), [], grid)  # fmt: skip
+    return grpo.Rollout(
+        prompts,
+        plans,
+        torch.ones(count, dtype=torch.bool),
+        ["x"] * count,
+        torch.ones(count, dtype=torch.bool),
+        x,
+        x + 0.1 * torch.randn(x.shape, generator=generator),
+        times,
+        torch.zeros(count, settings.window),
+        [],
+        grid,
+    )
 
 
 def naive_update(model, layout, rollout, advantage, settings):
@@ -423,7 +477,9 @@ def naive_update(model, layout, rollout, advantage, settings):
                     sequence.noise(rollout.x[k, span], rollout.grid, rollout.times[k])
                 packed = sequence.pack()
                 v = model.velocity(packed, model(packed)[1])
-                mean, std = flow.transition(rollout.x[k, span], v, rollout.times[k], rollout.times[k + 1], settings.noise_level)
+                mean, std = flow.transition(
+                    rollout.x[k, span], v, rollout.times[k], rollout.times[k + 1], settings.noise_level
+                )
                 log_prob = flow.log_prob(rollout.x_next[k, span], mean, std, torch.zeros(n, dtype=torch.long), 1)
                 (-advantage[group, i] * (log_prob - log_prob.detach()).exp().sum()).backward()
     model.zero_grad()
@@ -468,14 +524,23 @@ def bench_grpo(config):
     words = lambda n, vocabulary: torch.randint(4, vocabulary, (n,), generator=g).tolist()
     cases = {
         "toy": (toy, lambda: Prompt((picture(), picture(), words(20, 512))), 50, 32, dict(group_size=16, window=2)),
-        "mid, 4 references": (MID, lambda: Prompt((*[random_reference(g) for _ in range(4)], words(40, 512))), 60, 112, dict(group_size=8, window=2)),
+        "mid, 4 references": (
+            MID,
+            lambda: Prompt((*[random_reference(g) for _ in range(4)], words(40, 512))),
+            60,
+            112,
+            dict(group_size=8, window=2),
+        ),
     }
     for name, (shape, prompt, plan_tokens, pixels, options) in cases.items():
         model, layout, settings = grpo_case(shape, 1, 0, plan_tokens, pixels, config)
         settings = replace(settings, prompts_per_step=1, tokens_per_pack=4096, **options)
         prompts = [prompt()]
         plans = [[words(plan_tokens, 512) for _ in range(settings.group_size)]]
-        rollout, reward = a_rollout(model, prompts, plans, settings, g), torch.randn(1, settings.group_size, generator=g)
+        rollout, reward = (
+            a_rollout(model, prompts, plans, settings, g),
+            torch.randn(1, settings.group_size, generator=g),
+        )
         counted, kept = {}, kept_for_backward(model, layout, rollout, settings)
 
         def counting(key, function):
@@ -493,7 +558,10 @@ def bench_grpo(config):
             "update, tree": lambda: tree_update(model, layout, rollout, reward, settings),
         }
         best = best_of(config.repeats, **{key: counting(key, function) for key, function in rivals.items()})
-        print(f"{name}: prompt {len(prompts[0])} tokens, {settings.group_size} members, plans of {plan_tokens}, {settings.window} trained steps")
+        print(
+            f"{name}: prompt {len(prompts[0])} tokens, {settings.group_size} members, plans of {plan_tokens}, "
+            f"{settings.window} trained steps"
+        )
         for phase in ("rollout", "update"):
             naive, tree = best[f"{phase}, naive"], best[f"{phase}, tree"]
             memory = "" if phase == "rollout" else f", kept for backward {kept[0] / 1e6:.1f} and {kept[1] / 1e6:.1f} MB"
@@ -505,25 +573,40 @@ def bench_grpo(config):
 
 
 def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
-    """FLOPs of one group at 1024 px and BAGEL's size: every pass of a member on its own, and over the tree; and its cache."""
+    """FLOPs of one group at 1024 px and BAGEL's size, each pass of a member on its own and over the tree; its cache."""
     shape = ModelConfig()
-    active = shape.hidden_size * (2 * shape.hidden_size + 2 * shape.num_key_value_heads * shape.head_dim) + 3 * shape.hidden_size * shape.intermediate_size
+    active = (
+        shape.hidden_size * (2 * shape.hidden_size + 2 * shape.num_key_value_heads * shape.head_dim)
+        + 3 * shape.hidden_size * shape.intermediate_size
+    )
     active *= shape.num_hidden_layers
     pair = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     flop = lambda tokens, keys: 2 * active * tokens + pair * tokens * keys  # keys: visible to a token, on average
     picture, kv = IMAGE + 2, 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    print(f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, {window} of them trained, plans of {plan}; PFLOP a group")
-    print(f"{'references':>12s}{'prompt':>9s}{'rollout':>10s}{'tree':>8s}{'update':>10s}{'tree':>8s}{'KV cache, naive and tree, GB':>32s}")
+    print(
+        f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, {window} of them trained, "
+        f"plans of {plan}; PFLOP a group"
+    )
+    print(
+        f"{'references':>12s}{'prompt':>9s}{'rollout':>10s}{'tree':>8s}{'update':>10s}{'tree':>8s}"
+        f"{'KV cache, naive and tree, GB':>32s}"
+    )
     for references in range(1, 5):
         prompt = references * (picture + VIT + 2) + 60
         once, own = flop(prompt, prompt / 2), flop(plan, prompt + plan / 2)
         image = flop(picture, prompt + plan + picture)
         naive = group_size * (2 * once + own + steps * image)
         tree = once + group_size * (own + steps * image)
-        naive_update_, tree_update_ = 3 * group_size * window * (once + own + image), 3 * (once + group_size * (own + window * image))
+        naive_update_, tree_update_ = (
+            3 * group_size * window * (once + own + image),
+            3 * (once + group_size * (own + window * image)),
+        )
         cache = [kv * group_size * (prompt + plan + picture) / 1e9, kv * (prompt + group_size * (plan + picture)) / 1e9]
-        print(f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{tree / 1e15:8.0f}{naive_update_ / 1e15:10.0f}{tree_update_ / 1e15:8.0f}"
-              f"{cache[0]:22.1f}{cache[1]:10.1f}")  # fmt: skip
+        print(
+            f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{tree / 1e15:8.0f}"
+            f"{naive_update_ / 1e15:10.0f}{tree_update_ / 1e15:8.0f}"
+            f"{cache[0]:22.1f}{cache[1]:10.1f}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,18 +624,35 @@ def bench_data(config):
     from shards import ShardWriter, Source, stream, to_png
 
     rng, count = np.random.default_rng(config.seed), 24
-    noisy = lambda image: Image.fromarray((np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) * 0.9 + rng.integers(0, 24, (1024, 1024, 3))).astype(np.uint8))
+    noisy = lambda image: Image.fromarray(
+        (
+            np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) * 0.9
+            + rng.integers(0, 24, (1024, 1024, 3))
+        ).astype(np.uint8)
+    )
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(folder, 8) as writer:
             for i in range(count):
                 one = draw_sample("train", i)
-                record = {"key": one.key, "task": one.task, "instruction": one.instruction,
-                          "plan": {"out_caption": one.plan.caption, "relations": [{f"relation_{j}": r} for j, r in enumerate(one.plan.relations, 1)]}}  # fmt: skip
+                record = {
+                    "key": one.key,
+                    "task": one.task,
+                    "instruction": one.instruction,
+                    "plan": {
+                        "out_caption": one.plan.caption,
+                        "relations": [{f"relation_{j}": r} for j, r in enumerate(one.plan.relations, 1)],
+                    },
+                }
                 writer.write(record, [to_png(noisy(image)) for image in one.references], to_png(noisy(one.target)))
         source = Source(folder)
         pictures = sum(len(source.sample(i).references) + 1 for i in range(count))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        encoded = [source._read(part, place) for part, _, files in source.entries for name, place in files.items() if name != "json"]
+        encoded = [
+            source._read(part, place)
+            for part, _, files in source.entries
+            for name, place in files.items()
+            if name != "json"
+        ]
 
         def wall(function):
             begun = time.perf_counter()
@@ -569,15 +669,23 @@ def bench_data(config):
             for _ in stream(source, range(count), workers):
                 pass
 
-        rivals = {"decoding alone": decode, "loader, no worker": lambda: read(0), "loader, 1 worker": lambda: read(1), "loader, 2 workers": lambda: read(2)}
+        rivals = {
+            "decoding alone": decode,
+            "loader, no worker": lambda: read(0),
+            "loader, 1 worker": lambda: read(1),
+            "loader, 2 workers": lambda: read(2),
+        }
         best = {name: min(wall(function) for _ in range(config.repeats)) for name, function in rivals.items()}
     print(f"{count} samples of 1024 px, {pictures} pictures, {size / count / 1e6:.1f} MB a sample")
     for name, seconds in best.items():
         print(f"  {name:20s}{count / seconds:8.1f} samples/s{pictures / seconds:8.1f} pictures/s")
     tokens = 2.7 * (IMAGE + VIT + 4) + IMAGE + 300  # of a sample: 2.7 pictures on average, its references seen twice
     need = 0.4 * 989e12 / (6 * 6.5e9 * tokens)
-    print(f"a step at 7B consumes {need:.2f} samples/s on each GPU (40 % of 989 TFLOP/s, {tokens:,.0f} tokens a sample): one worker feeds "
-          f"{count / best['loader, 1 worker'] / need:.0f} GPUs")  # fmt: skip
+    print(
+        f"a step at 7B consumes {need:.2f} samples/s on each GPU (40 % of 989 TFLOP/s, {tokens:,.0f} tokens a sample): "
+        f"one worker feeds "
+        f"{count / best['loader, 1 worker'] / need:.0f} GPUs"
+    )
     return {name.replace(",", "").replace(" ", "_"): round(count / seconds, 2) for name, seconds in best.items()}
 
 
@@ -600,13 +708,35 @@ def bench_scale(config):
         for repeat in range(config.repeats):
             for processes in best:
                 out = f"{folder}/{processes}-{repeat}"
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-                command = [sys.executable, *launcher, str(here / "sft.py"), "--config", "toy", "--threads", "1", "--steps", "30",
-                           "--save_every", "1000", "--sample_every", "1000", "--out", out]  # fmt: skip
+                launcher = (
+                    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+                )
+                command = [
+                    sys.executable,
+                    *launcher,
+                    str(here / "sft.py"),
+                    "--config",
+                    "toy",
+                    "--threads",
+                    "1",
+                    "--steps",
+                    "30",
+                    "--save_every",
+                    "1000",
+                    "--sample_every",
+                    "1000",
+                    "--out",
+                    out,
+                ]
                 subprocess.run(command, env=environment, check=True, capture_output=True)
                 lines = run.read_log(Path(out))[10:]
-                best[processes] = max(best[processes], sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines))
-    print(f"sft.py --config toy, tokens/s: one process {best[1]:,.0f}, two {best[2]:,.0f}, {best[2] / best[1]:.2f} times as many")
+                best[processes] = max(
+                    best[processes], sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines)
+                )
+    print(
+        f"sft.py --config toy, tokens/s: one process {best[1]:,.0f}, two {best[2]:,.0f}, "
+        f"{best[2] / best[1]:.2f} times as many"
+    )
     print_communication()
     return {"one": round(best[1]), "two": round(best[2]), "speedup": round(best[2] / best[1], 3)}
 
@@ -618,19 +748,29 @@ def print_communication(tokens=36_864, tflops=400, intra=360e9, inter=45e9):
     a GPU moves (n - 1) / n of each. Assumed: `tflops` reached, NVLink `intra` bytes/s in a node of 8, `inter` between.
     """
     values, seconds = 14.59e9, 6 * 6.5e9 * tokens * 4 / 3 / (tflops * 1e12)
-    print(f"computed for BAGEL-7B, all weights trained, one pack of {tokens:,} tokens a pass, {seconds:.2f} s of arithmetic "
-          f"(recomputation included) at {tflops} TFLOP/s")  # fmt: skip
+    print(
+        f"computed for BAGEL-7B, all weights trained, a pack of {tokens:,} tokens a pass, {seconds:.2f} s of "
+        f"arithmetic "
+        f"(recomputation included) at {tflops} TFLOP/s"
+    )
     for gpus in (8, 64):
         sent = (2 * 2 + 4) * values * (gpus - 1) / gpus
         flat = sent / (intra if gpus <= 8 else inter)
         line = f"  {gpus:3d} GPUs, sharded over all: {sent / 1e9:6.1f} GB, {flat:5.2f} s"
         if gpus > 8:
             inside, across = (2 * 2 + 4) * values * 7 / 8, 2 * 4 * values / 8 * (gpus // 8 - 1) / (gpus // 8)
-            line += f"; replicas={gpus // 8}: {inside / 1e9:6.1f} GB in the node and {across / 1e9:5.1f} GB between, {inside / intra + across / inter:5.2f} s"
+            line += f"; replicas={gpus // 8}: {inside / 1e9:6.1f} GB in the node and {across / 1e9:5.1f} GB between, "
+            line += f"{inside / intra + across / inter:5.2f} s"
         print(line)
 
 
-BENCHES = {"model": bench_model, "attention": bench_attention, "grpo": bench_grpo, "data": bench_data, "scale": bench_scale}
+BENCHES = {
+    "model": bench_model,
+    "attention": bench_attention,
+    "grpo": bench_grpo,
+    "data": bench_data,
+    "scale": bench_scale,
+}
 
 
 def main(argv):

@@ -1,20 +1,20 @@
 """
 The benchmarks of the paper (section 7): pictures for OmniContext and DreamOmni2Bench, and a judge of their protocol.
 
-    PF, SC    two questions to an MLLM for each picture, each 0 to 10: does it follow the instruction; are the subjects those
-              of the references.  Overall = sqrt(PF * SC) a sample; a task is the mean of its samples, the benchmark the mean
-              of its tasks (OmniContext's calculate_statistics.py)
+    PF, SC    two questions to an MLLM for each picture, each 0 to 10: does it follow the instruction; are the subjects
+              those of the references.  Overall = sqrt(PF * SC) a sample; a task is the mean of its samples, the
+              benchmark the mean of its tasks (OmniContext's calculate_statistics.py)
 
 Pictures go where the official scorer looks for them, so that the official scripts run on them unchanged:
 
     {result_dir}/{model_name}/fullset/{task_type}/{key}.png          1024 x 1024
     {result_dir}/{model_name}/{judge}/{task_type}/score.jsonl        a line a sample, with the official field names
 
-Our judge differs from the official scorer where that one is at fault: it asks each question once (there: three times, the
-last answer counts), and an answer that cannot be read is null and counted (there: a random number). Its prompts say the
-same in other words: numbers are comparable with the published ones only in so far as judge and prompts are; the table says
-which judge gave them. Pictures that are missing are counted, not skipped in silence.
-Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people).
+Our judge differs from the official scorer where that one is at fault: it asks each question once (there: three times,
+the last answer counts), and an answer that cannot be read is null and counted (there: a random number). Its prompts
+say the same in other words: numbers are comparable with the published ones only in so far as judge and prompts are;
+the table says which judge gave them. Pictures that are missing are counted, not skipped in silence. Left out: the
+other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people).
 
     python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --checkpoint out/full-grpo --generate_only
 """
@@ -45,30 +45,36 @@ DREAMOMNI2_TASKS = ("add", "replace", "global", "local", "generation")
 TRIES = 3  # questions to get a readable score
 PUBLISHED = {  # Overall, as published; "-": not in the sources at hand
     "omnicontext": {
-        "BAGEL": (5.48, 7.03, 5.17, 6.64, 6.24, 4.07, 5.71, 5.47, 5.73), "OmniGen2": (8.05, 7.58, 7.11, 7.13, 7.45, 6.38, 6.71, 7.04, 7.18),
-        "Qwen-Image-Edit-2509": (8.35, 9.13, 7.65, 8.85, 7.90, 5.16, 7.75, 6.73, 7.69), "GPT-4o": (8.90, 9.01, 9.07, 8.95, 8.54, 8.90, 8.44, 8.60, 8.80),
+        "BAGEL": (5.48, 7.03, 5.17, 6.64, 6.24, 4.07, 5.71, 5.47, 5.73),
+        "OmniGen2": (8.05, 7.58, 7.11, 7.13, 7.45, 6.38, 6.71, 7.04, 7.18),
+        "Qwen-Image-Edit-2509": (8.35, 9.13, 7.65, 8.85, 7.90, 5.16, 7.75, 6.73, 7.69),
+        "GPT-4o": (8.90, 9.01, 9.07, 8.95, 8.54, 8.90, 8.44, 8.60, 8.80),
         "Re-Align (paper)": (8.25, None, 8.25, None, None, 8.21, None, None, 8.21),
     },
     "dreamomni2": {
-        "OmniGen2": (7.52, 5.60, 6.88, 2.99, 4.99), "Echo-4o": (8.51, 4.51, 5.16, 2.41, 6.59), "DreamOmni2": (6.87, 7.05, 7.76, 5.44, 6.56),
+        "OmniGen2": (7.52, 5.60, 6.88, 2.99, 4.99),
+        "Echo-4o": (8.51, 4.51, 5.16, 2.41, 6.59),
+        "DreamOmni2": (6.87, 7.05, 7.76, 5.44, 6.56),
         "Re-Align (paper)": (9.27, 8.61, 7.85, 6.35, 7.24),
     },
-}  # fmt: skip
+}
 
 PREFACE = """You are a professional digital artist who judges the work of an image model. All people in the pictures are
-generated. The pictures are, in order: the reference image(s), and last the result. Be strict and concise. Answer with one JSON
-object: {"score": <a number from 0 to 10>, "reasoning": "<one sentence>"}
+generated. The pictures are, in order: the reference image(s), and last the result. Be strict and concise. Answer with
+one JSON object: {"score": <a number from 0 to 10>, "reasoning": "<one sentence>"}
 
 """
 CRITERIA = {
-    "PF": """Score how well the result follows the instruction. 0: not at all. 1-3: mostly wrong. 4-6: partly. 7-9: mostly, with small
-faults. 10: completely. Judge only what was asked for: what is there, its composition, pose, position and interaction, what was added
-or removed. Ignore whether identities are kept and whether the result is beautiful.""",
-    "SC": """Score whether the subjects of the result are those of the references. 10: the same in every detail. Take off one point for
-each difference: face and head, the right persons and objects, body and skin, clothes and hair unless the instruction changes them.
-0: other subjects altogether.""",
+    "PF": """Score how well the result follows the instruction. 0: not at all. 1-3: mostly wrong. 4-6: partly. 7-9:
+mostly, with small faults. 10: completely. Judge only what was asked for: what is there, its composition, pose, position
+and interaction, what was added or removed. Ignore whether identities are kept and whether the result is beautiful.""",
+    "SC": """Score whether the subjects of the result are those of the references. 10: the same in every detail. Take
+off one point for each difference: face and head, the right persons and objects, body and skin, clothes and hair unless
+the instruction changes them. 0: other subjects altogether.""",
 }
-SCENE = "\nThe surroundings must also be those of the reference that shows the scene, and the subjects must fit into them."
+SCENE = (
+    "\nThe surroundings must also be those of the reference that shows the scene, and the subjects must fit into them."
+)
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,20 @@ def read_omnicontext(path):
             raise UserError(f"{file} has no column {', '.join(missing)}; expected {', '.join(wanted)}")
         for batch in table.iter_batches(16):
             for row in batch.to_pylist():
-                pictures = [io.BytesIO(image["bytes"]) if image.get("bytes") else folder / image["path"] for image in row["input_images"]]
-                cases.append(Case(str(row["key"]), row["task_type"], row["instruction"], row.get("instruction_language") or "en",
-                                  tuple(open_image(image, f"an input image of {row['key']}") for image in pictures),
-                                  row.get("caption") or ""))  # fmt: skip
+                pictures = [
+                    io.BytesIO(image["bytes"]) if image.get("bytes") else folder / image["path"]
+                    for image in row["input_images"]
+                ]
+                cases.append(
+                    Case(
+                        str(row["key"]),
+                        row["task_type"],
+                        row["instruction"],
+                        row.get("instruction_language") or "en",
+                        tuple(open_image(image, f"an input image of {row['key']}") for image in pictures),
+                        row.get("caption") or "",
+                    )
+                )
     return cases
 
 
@@ -122,28 +138,42 @@ def download(name):
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.webp"]))
+        return Path(
+            snapshot_download(
+                name, repo_type="dataset", allow_patterns=["*.parquet", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.webp"]
+            )
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"benchmark not found: {name} is no folder here, and the Hugging Face hub does not give it ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"benchmark not found: {name} is no folder here, and the Hugging Face hub does not give it "
+            f"({str(error).splitlines()[0]})"
+        ) from None
 
 
 def read_dreamomni2(path):
-    """Cases from DreamOmni2Bench's folders: {editing,generation}_benchmark/CATEGORY/NUMBER/instruction.txt and pictures."""
+    """Cases from DreamOmni2Bench's folders: {editing,generation}_benchmark/CATEGORY/NUMBER with instruction.txt."""
     folder = Path(path) if Path(path).exists() else download(path)
     found = sorted(folder.glob("*_benchmark/*/*/instruction.txt"))
     if not found:
-        raise UserError(f"{folder} holds no */*/*/instruction.txt; expected DreamOmni2Bench's layout, editing_benchmark/add/1/instruction.txt")
+        raise UserError(
+            f"{folder} holds no */*/*/instruction.txt; expected DreamOmni2Bench's layout, "
+            f"editing_benchmark/add/1/instruction.txt"
+        )
     cases = []
     for text in found:
         category, group = text.parent.parent.name, text.parent.parent.parent.name
         task = "generation" if group.startswith("generation") else category.split("_")[0].lower()
         if task not in DREAMOMNI2_TASKS:
             raise UserError(f"{text.parent.parent}: the category {category} is none of {', '.join(DREAMOMNI2_TASKS)}")
-        names = [name for name in sorted(text.parent.iterdir()) if name.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+        names = [
+            name for name in sorted(text.parent.iterdir()) if name.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        ]
         inputs = [name for name in names if not name.stem.lower().startswith(("res", "target", "output", "gt"))]
         if not inputs:
             raise UserError(f"{text.parent} holds no reference picture")
-        cases.append(Case(f"{category}-{text.parent.name}", task, text.read_text().strip(), "en", tuple(map(open_image, inputs))))
+        cases.append(
+            Case(f"{category}-{text.parent.name}", task, text.read_text().strip(), "en", tuple(map(open_image, inputs)))
+        )
     return cases
 
 
@@ -168,7 +198,7 @@ def is_whole(path):
 
 @torch.no_grad()
 def paint_cases(model, tokenizer, cases, config):
-    """Paint what is missing, one case at a time, with its plan beside it; a run that was killed goes on where it was."""
+    """Paint what is missing, one case at a time, with its plan beside it; a killed run goes on where it was."""
     layout, side = model.config.layout(tokenizer), 1024
     largest = model.config.latent_side * model.config.token_pixels
     grid = (min(side, largest) // model.config.token_pixels,) * 2
@@ -189,7 +219,9 @@ def paint_cases(model, tokenizer, cases, config):
         about = {"text": text, "plan": json.loads(iccot.to_json(read)) if read else None, "problems": problems}
         run.write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
         hidden = path.with_suffix(".tmp")
-        image.resize((side, side), Image.Resampling.NEAREST if largest <= 64 else Image.Resampling.LANCZOS).save(hidden, "PNG")
+        image.resize((side, side), Image.Resampling.NEAREST if largest <= 64 else Image.Resampling.LANCZOS).save(
+            hidden, "PNG"
+        )
         os.replace(hidden, path)
     print(f"{len(left)} pictures painted, {len(cases)} in {Path(config.result_dir) / config.model_name / 'fullset'}")
 
@@ -203,7 +235,12 @@ def ask_score(judge, criterion, instruction, pictures, scene=False):
 
     pictures: PNG bytes, references and then the result. The protocol asks the scene's question for SC alone.
     """
-    prompt = PREFACE + CRITERIA[criterion] + (SCENE if scene and criterion == "SC" else "") + f"\n\nEditing instruction: {instruction}"
+    prompt = (
+        PREFACE
+        + CRITERIA[criterion]
+        + (SCENE if scene and criterion == "SC" else "")
+        + f"\n\nEditing instruction: {instruction}"
+    )
     for nonce in range(TRIES):
         try:
             return read_score(judge.text(Question(prompt, tuple(pictures), nonce=nonce)))
@@ -260,11 +297,18 @@ def judge_case(judge, config, case):
 
     path = picture_path(config, case)
     pictures = [*map(for_judge, case.references), to_png(open_image(path))]
-    row = {"key": case.key, "task_type": case.task, "instruction": case.instruction, "instruction_language": case.language,
-           "output_image_path": str(path)}  # fmt: skip
+    row = {
+        "key": case.key,
+        "task_type": case.task,
+        "instruction": case.instruction,
+        "instruction_language": case.language,
+        "output_image_path": str(path),
+    }
     for name in ("PF", "SC"):
         try:
-            row[f"{name}_score"], row[f"{name}_score_reason"] = ask_score(judge, name, case.instruction, pictures, "scene" in case.task)
+            row[f"{name}_score"], row[f"{name}_score_reason"] = ask_score(
+                judge, name, case.instruction, pictures, "scene" in case.task
+            )
         except Refused as error:
             row[f"{name}_score"], row[f"{name}_score_reason"] = None, f"refused: {error}"
     return row
@@ -279,13 +323,24 @@ def statistics(rows, tasks, language="en"):
     table = {}
     for task in tasks:
         mine = [row for row in rows if row["task_type"] == task and row["instruction_language"] == language]
-        scored = [(row["PF_score"], row["SC_score"]) for row in mine if row["PF_score"] is not None and row["SC_score"] is not None]
+        scored = [
+            (row["PF_score"], row["SC_score"])
+            for row in mine
+            if row["PF_score"] is not None and row["SC_score"] is not None
+        ]
         if mine:
             mean = lambda values: sum(values) / len(values) if values else math.nan
-            table[task] = {"PF": mean([pf for pf, _ in scored]), "SC": mean([sc for _, sc in scored]),
-                           "Overall": mean([math.sqrt(pf * sc) for pf, sc in scored]), "n": len(scored), "null": len(mine) - len(scored)}  # fmt: skip
+            table[task] = {
+                "PF": mean([pf for pf, _ in scored]),
+                "SC": mean([sc for _, sc in scored]),
+                "Overall": mean([math.sqrt(pf * sc) for pf, sc in scored]),
+                "n": len(scored),
+                "null": len(mine) - len(scored),
+            }
     if table:
-        table["average"] = {name: sum(row[name] for row in table.values()) / len(table) for name in ("PF", "SC", "Overall")}
+        table["average"] = {
+            name: sum(row[name] for row in table.values()) / len(table) for name in ("PF", "SC", "Overall")
+        }
         table["average"] |= {name: sum(row[name] for row in table.values() if name in row) for name in ("n", "null")}
     return table
 
@@ -299,9 +354,14 @@ def print_statistics(table, cases, tasks, config):
     missing = len(cases) - sum(row["n"] + row["null"] for name, row in table.items() if name != "average")
     if missing:
         print(f"{missing} of {len(cases)} cases have no picture or another language and are not in these means")
-    print("\nOverall, published; given by GPT-4.1 with the official prompts: another judge's numbers are not comparable with these")
+    print(
+        "\nOverall, published; given by GPT-4.1 with the official prompts: numbers of another judge are not comparable"
+    )
     columns = [*tasks, "average"] if config.bench == "omnicontext" else list(tasks)
-    print(f"{'':24s}" + "".join(f"{name.replace('character', 'char').replace('object', 'obj')[:13]:>15s}" for name in columns))
+    print(
+        f"{'':24s}"
+        + "".join(f"{name.replace('character', 'char').replace('object', 'obj')[:13]:>15s}" for name in columns)
+    )
     ours = {f"{config.model_name} (ours)": [table.get(name, {}).get("Overall") for name in columns]}
     for name, values in {**PUBLISHED[config.bench], **ours}.items():
         print(f"{name:24s}" + "".join(f"{'-' if value is None else f'{value:.2f}':>15s}" for value in values))
@@ -316,7 +376,11 @@ def save_sheets(cases, config, rows=8, side=192):
         columns = max(len(case.references) for case in mine) + 1
         sheet = Image.new("RGB", (columns * (side + 6) + 6, len(mine) * (side + 6) + 6), "white")
         for row, case in enumerate(mine):
-            pictures = [*case.references, *[None] * (columns - 1 - len(case.references)), open_image(picture_path(config, case))]
+            pictures = [
+                *case.references,
+                *[None] * (columns - 1 - len(case.references)),
+                open_image(picture_path(config, case)),
+            ]
             for column, image in enumerate(pictures):
                 if image is not None:
                     image = image.copy()
@@ -327,13 +391,20 @@ def save_sheets(cases, config, rows=8, side=192):
 
 def clip_out(cases, config, clip):
     """Mean 100 * cosine of pictures and true captions, over the cases that have one; None if there are none."""
-    pairs = [(open_image(picture_path(config, case)), case.caption) for case in cases if case.caption and is_whole(picture_path(config, case))]
+    pairs = [
+        (open_image(picture_path(config, case)), case.caption)
+        for case in cases
+        if case.caption and is_whole(picture_path(config, case))
+    ]
     return float(clip.clip_out(*map(list, zip(*pairs))).mean()) if pairs else None
 
 
 def bench(config, load_model, metric):
     """Paint, judge and tabulate. load_model() -> (model, tokenizer); metric() -> the CLIP of CLIP_out."""
-    read, tasks = {"omnicontext": (read_omnicontext, OMNICONTEXT_TASKS), "dreamomni2": (read_dreamomni2, DREAMOMNI2_TASKS)}[config.bench]
+    read, tasks = {
+        "omnicontext": (read_omnicontext, OMNICONTEXT_TASKS),
+        "dreamomni2": (read_dreamomni2, DREAMOMNI2_TASKS),
+    }[config.bench]
     cases = read(config.bench_path)
     run.check_writable(Path(config.result_dir) / config.model_name)
     if any(not is_whole(picture_path(config, case)) for case in cases):
@@ -346,5 +417,7 @@ def bench(config, load_model, metric):
         return {}
     table = statistics(judge_cases(cases, config), tasks)
     print_statistics(table, cases, tasks, config)
-    run.write_text(Path(config.result_dir) / config.model_name / f"{config.bench}.json", json.dumps(table, indent=1) + "\n")
+    run.write_text(
+        Path(config.result_dir) / config.model_name / f"{config.bench}.json", json.dumps(table, indent=1) + "\n"
+    )
     return table

@@ -92,7 +92,8 @@ def with_path(argv: list[str], flags: tuple[str, ...], words: int, option: str) 
     argv = list(argv)
     for i, word in enumerate(argv):
         place = i + 1 + words
-        if word in flags and place < len(argv) and not argv[place].startswith("--") and argv[place].lower() not in BOOLEANS:
+        value = argv[place] if place < len(argv) else "--"
+        if word in flags and not value.startswith("--") and value.lower() not in BOOLEANS:
             argv.insert(place, option)
             break
     return argv

@@ -9,9 +9,9 @@ The data pipeline of Re-Align-410K (paper section 6): from folders of pictures t
     scores        CLIP(caption, target), aesthetic score of the target, PF and SC by an MLLM judge
     shards        what passes the cuts, as tar shards (shards.py), with a report of what was dropped and why
 
-Each stage reads the file of the one before and appends to its own, a line a sample: it can be killed and repeated. Answers
-of models are kept in replies/ (endpoint.py), so nothing is asked twice; scores are kept apart from the cuts, so that
-thresholds can be changed without asking again. Without a network:
+Each stage reads the file of the one before and appends to its own, a line a sample: it can be killed and repeated.
+Answers of models are kept in replies/ (endpoint.py), so nothing is asked twice; scores are kept apart from the cuts,
+so that thresholds can be changed without asking again. Without a network:
 
     python curate.py --serve_toy                                 an endpoint that answers both routes by drawing
     python curate.py --config toy                                draws pools, runs all stages against it
@@ -19,12 +19,12 @@ thresholds can be changed without asking again. Without a network:
 
 With your own pictures and any OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY):
 
-    python curate.py --config full --pools pictures --count 1000 --dry_run        requests, tokens and pictures it would take
+    python curate.py --config full --pools pictures --count 1000 --dry_run     requests, tokens, pictures
     python curate.py --config full --pools pictures --count 1000 --chat_model gemini-2.5-pro --image_model gpt-image-2
 
-Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by default cuts are percentiles
-within a task, since CLIP's cosines differ between models and tasks.
-Left out: deduplication of pools, image search, human review.
+Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by default cuts are
+percentiles within a task, since CLIP's cosines differ between models and tasks. Left out: deduplication of pools,
+image search, human review.
 """
 
 import hashlib
@@ -96,16 +96,30 @@ class Config:
         if self.stage not in ("all", *STAGES):
             raise ValueError(f"stage={self.stage}: expected all or one of {', '.join(STAGES)}")
         if self.count < 1 or self.workers < 1 or not 2 <= self.max_references <= 4:
-            raise ValueError(f"count={self.count}, workers={self.workers}, max_references={self.max_references}: expected at least 1, "
-                             f"at least 1, and 2 to 4")  # fmt: skip
+            raise ValueError(
+                f"count={self.count}, workers={self.workers}, max_references={self.max_references}: expected "
+                f"1 or more, "
+                f"at least 1, and 2 to 4"
+            )
 
 
 TOY_URL = "http://127.0.0.1:8765/v1"
 PRESETS = {
     "full": {},
-    "toy": dict(pools="out/toy-pools", out="out/toy-curated", count=60, chat_url=TOY_URL, chat_model="toy", image_model="toy",
-                image_size="32x32", clip_name="toy", clip="out/toy-clip-metric", drop_aesthetic=0.0, shard_size=25),
-}  # fmt: skip
+    "toy": dict(
+        pools="out/toy-pools",
+        out="out/toy-curated",
+        count=60,
+        chat_url=TOY_URL,
+        chat_model="toy",
+        image_model="toy",
+        image_size="32x32",
+        clip_name="toy",
+        clip="out/toy-clip-metric",
+        drop_aesthetic=0.0,
+        shard_size=25,
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,13 +183,17 @@ def usable_answer(endpoint, question, read):
 
 
 def pools_of(config):
-    """{kind: [paths relative to the pools]}; UserError for a pool that is missing, empty, or holds what is no picture."""
+    """{kind: [paths relative to the pools]}; UserError for a pool that is missing or empty."""
     found = {}
     for kind in ("characters", "objects", "scenes"):
         folder = Path(config.pools) / kind
         if not config.pools or not folder.is_dir():
-            raise UserError(f"the pool {folder} is missing; --pools must hold characters/, objects/ and scenes/ with pictures")
-        found[kind] = sorted(str(path.relative_to(config.pools)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+            raise UserError(
+                f"the pool {folder} is missing; --pools must hold characters/, objects/ and scenes/ with pictures"
+            )
+        found[kind] = sorted(
+            str(path.relative_to(config.pools)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
+        )
         if not found[kind]:
             raise UserError(f"the pool {folder} holds no {', '.join(SUFFIXES)} picture")
     return found
@@ -191,15 +209,22 @@ def draw_references(pools, config):
     while len(records) < config.count:
         attempts += 1
         if attempts > 50 * config.count:
-            raise UserError(f"the pools have too few pictures for {config.count} different samples; use --count={len(records)}")
+            raise UserError(
+                f"the pools have too few pictures for {config.count} different samples; use --count={len(records)}"
+            )
         task = str(rng.choice(list(TASKS), p=shares))
         references = {
-            "add": lambda: [pick("scenes"), subject()], "replace": lambda: [pick("scenes"), subject()],
-            "attribute": lambda: [pick("objects"), pick("objects")], "scene": lambda: [subject(), pick("scenes")],
+            "add": lambda: [pick("scenes"), subject()],
+            "replace": lambda: [pick("scenes"), subject()],
+            "attribute": lambda: [pick("objects"), pick("objects")],
+            "scene": lambda: [subject(), pick("scenes")],
             "subject": lambda: [subject()],
             "subject_composition": lambda: [subject() for _ in range(int(rng.integers(2, config.max_references + 1)))],
-            "scene_composition": lambda: [*(subject() for _ in range(int(rng.integers(1, config.max_references)))), pick("scenes")],
-        }[task]()  # fmt: skip
+            "scene_composition": lambda: [
+                *(subject() for _ in range(int(rng.integers(1, config.max_references)))),
+                pick("scenes"),
+            ],
+        }[task]()
         if len(set(references)) < len(references):
             continue
         key = f"{task}-{hashlib.sha256(json.dumps([task, references]).encode()).hexdigest()[:16]}"
@@ -213,28 +238,30 @@ def draw_references(pools, config):
 ACTIONS = {
     "add": "Image 1 is a picture to edit. The instruction adds the subject of image 2 to it.",
     "replace": "Image 1 is a picture to edit. The instruction replaces something in it with the subject of image 2.",
-    "attribute": "Image 1 shows an object to edit. The instruction gives it an attribute of image 2: its colour, pattern, material "
-                 "or style.",
+    "attribute": "Image 1 shows an object to edit. The instruction gives it an attribute of image 2: its colour, "
+    "pattern, material or style.",
     "scene": "The instruction moves what image 1 shows into the scene of image 2.",
     "subject": "The instruction shows the subject of image 1 in a new situation.",
     "subject_composition": "The instruction brings the subjects of all images together in one picture.",
     "scene_composition": "The instruction brings the subjects together in the scene of the last image.",
-}  # fmt: skip
+}
 
 INSTRUCTION_PROMPT = """You write instructions for an artist who makes one new picture from {count} reference image(s).
 Task type: {task}. {action}
-Look closely at the images, at secondary details too: what a subject holds or wears, where there is room, how the light falls.
-Write one instruction that can be carried out, that uses every image, and that does not describe what the images already show.
-Speak of the images as "image 1", "the second image" and so on, or by what they show. Answer with the instruction alone, in one
-or two sentences."""
+Look closely at the images, at secondary details too: what a subject holds or wears, where there is room, how the light
+falls. Write one instruction that can be carried out, that uses every image, and that does not describe what the images
+already show. Speak of the images as "image 1", "the second image" and so on, or by what they show. Answer with the
+instruction alone, in one or two sentences."""
 
 PLAN_PROMPT = """An artist will make one new picture from {count} reference image(s) and this instruction:
 {instruction}
-Task type: {task}. You see the references, not the picture: it does not exist yet. Write a plan for it as one JSON object:
+Task type: {task}. You see the references, not the picture: it does not exist yet. Write a plan for it as one JSON
+object:
 {{"out_caption": "one sentence that describes the finished picture by itself, without the word image",
  "relations": [{shape}]}}
-There is exactly one relation for each reference image, in order: one short sentence that says what it gives to the picture,
-such as "The woman is from image_1." or "The style is consistent with image_2." Answer with the JSON object alone."""
+There is exactly one relation for each reference image, in order: one short sentence that says what it gives to the
+picture, such as "The woman is from image_1." or "The style is consistent with image_2." Answer with the JSON
+object alone."""
 
 TARGET_PROMPT = """Make one picture from the reference images.
 Instruction: {instruction}
@@ -247,14 +274,18 @@ def pictures_of(record, config):
 
 
 def instruction_question(record, config):
-    prompt = INSTRUCTION_PROMPT.format(count=len(record["references"]), task=record["task"], action=ACTIONS[record["task"]])
+    prompt = INSTRUCTION_PROMPT.format(
+        count=len(record["references"]), task=record["task"], action=ACTIONS[record["task"]]
+    )
     return Question(prompt, pictures_of(record, config))
 
 
 def plan_question(record, config):
     """References and instruction, and nothing else: the plan must not know the target."""
     shape = ", ".join(f'{{"relation_{i}": "..."}}' for i in range(1, len(record["references"]) + 1))
-    prompt = PLAN_PROMPT.format(count=len(record["references"]), instruction=record["instruction"], task=record["task"], shape=shape)
+    prompt = PLAN_PROMPT.format(
+        count=len(record["references"]), instruction=record["instruction"], task=record["task"], shape=shape
+    )
     return Question(prompt, pictures_of(record, config))
 
 
@@ -279,7 +310,9 @@ def read_plan(record, answer):
     """Only plans that follow the grammar are kept; a JSON object may have words or a code fence around it."""
     start, end = answer.find("{"), answer.rfind("}")
     text = answer[start : end + 1] if start >= 0 else answer
-    plan = iccot.from_json(text, len(record["references"])) if start >= 0 else iccot.parse(text, len(record["references"]))
+    plan = (
+        iccot.from_json(text, len(record["references"])) if start >= 0 else iccot.parse(text, len(record["references"]))
+    )
     return {"plan": json.loads(iccot.to_json(plan))}
 
 
@@ -301,17 +334,21 @@ def aesthetic_head(path, clip):
     if not path:
         return None
     if not Path(path).is_file():
-        raise UserError(f"aesthetic head not found at {path}; give a .safetensors file with weight and bias, or leave --aesthetic out")
+        raise UserError(
+            f"aesthetic head not found at {path}; give a .safetensors file with weight and bias, or leave it out"
+        )
     head = load_file(path)
     wanted = clip.embed_captions(["a"]).shape[1]
     if set(head) != {"weight", "bias"} or head["weight"].numel() != wanted:
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-        raise UserError(f"{path} holds {shapes}; expected weight (1, {wanted}) and bias (1,), for the embedding of {type(clip).__name__}")
+        raise UserError(
+            f"{path} holds {shapes}; expected weight (1, {wanted}) and bias (1,), for the embedding of this CLIP"
+        )
     return head["weight"].flatten().float(), float(head["bias"])
 
 
 def score(record, clip, head, judge, config):
-    """{"scores": ...}: CLIP cosine of caption and target, aesthetic score, PF and SC of the judge (None: no usable answer)."""
+    """{"scores": ...}: CLIP cosine of caption and target, aesthetic score, PF and SC (None: no usable answer)."""
     image = open_image(Path(config.out) / record["target"])
     e, u = clip.embed_images([image]), clip.embed_captions([record["plan"]["out_caption"]])
     scores = {"clip": round(float((e * u).sum()), 5)}
@@ -320,7 +357,9 @@ def score(record, clip, head, judge, config):
     pictures = (*pictures_of(record, config), to_png(image))
     for name in ("PF", "SC"):
         try:
-            scores[name], scores[f"{name}_reason"] = ask_score(judge, name, record["instruction"], pictures, "scene" in record["task"])
+            scores[name], scores[f"{name}_reason"] = ask_score(
+                judge, name, record["instruction"], pictures, "scene" in record["task"]
+            )
         except Refused as error:
             return {"dropped": f"refused by the judge: {error}"}
     return {"scores": scores}
@@ -335,8 +374,12 @@ def why_dropped(records, config):
     reasons = {}
     for task in TASKS:
         of_task = [record for record in records.values() if record["task"] == task]
-        floor = {name: np.percentile([one["scores"][name] for one in of_task], percent) if of_task and name in of_task[0]["scores"] else -np.inf
-                 for name, percent in (("clip", config.drop_clip), ("aesthetic", config.drop_aesthetic))}  # fmt: skip
+        floor = {
+            name: np.percentile([one["scores"][name] for one in of_task], percent)
+            if of_task and name in of_task[0]["scores"]
+            else -np.inf
+            for name, percent in (("clip", config.drop_clip), ("aesthetic", config.drop_aesthetic))
+        }
         if config.least_clip is not None:
             floor["clip"] = config.least_clip
         for record in of_task:
@@ -366,8 +409,12 @@ def write_shards(records, config):
         for key, record in sorted(scored.items()):
             if not reasons[key]:
                 kept = {name: record[name] for name in ("key", "task", "instruction", "plan", "scores")}
-                kept["provenance"] = {"references": record["references"], "chat_model": config.chat_model,
-                                      "image_model": config.image_model, "judge_model": config.judge_model or config.chat_model}  # fmt: skip
+                kept["provenance"] = {
+                    "references": record["references"],
+                    "chat_model": config.chat_model,
+                    "image_model": config.image_model,
+                    "judge_model": config.judge_model or config.chat_model,
+                }
                 writer.write(kept, pictures_of(record, config), (Path(config.out) / record["target"]).read_bytes())
     return reasons
 
@@ -378,7 +425,9 @@ def report(all_records, reasons, config):
     for stage in STAGES[1:-1]:
         why = Counter(record["dropped"].split(":")[0] for record in all_records[stage].values() if "dropped" in record)
         lines += [f"| {stage} | {reason} | {count} |" for reason, count in why.most_common()]
-    lines += [f"| cuts | {reason} | {count} |" for reason, count in Counter(r for r in reasons.values() if r).most_common()]
+    lines += [
+        f"| cuts | {reason} | {count} |" for reason, count in Counter(r for r in reasons.values() if r).most_common()
+    ]
     lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
     begun = Counter(record["task"] for record in all_records["references"].values())
     kept = Counter(key.rsplit("-", 1)[0] for key, reason in reasons.items() if not reason)
@@ -404,9 +453,14 @@ def estimate(records, config):
     words = (len(INSTRUCTION_PROMPT) + len(PLAN_PROMPT) + len(TARGET_PROMPT) + 2 * 1200) // 4  # characters a token
     picture = 1000  # tokens of a picture of about a megapixel, roughly; ask your provider
     print(f"{count} samples, {references} references; nothing was asked")
-    print(f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), {4 * references + 2 * count:8,d} pictures sent, about "
-          f"{count * (words + 250) + picture * (4 * references + 2 * count):,d} tokens")  # fmt: skip
-    print(f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} pictures made ({config.image_size})")
+    print(
+        f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), {4 * references + 2 * count:8,d} pictures "
+        f"sent, about "
+        f"{count * (words + 250) + picture * (4 * references + 2 * count):,d} tokens"
+    )
+    print(
+        f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made ({config.image_size})"
+    )
 
 
 def open_clip_of(config):
@@ -422,7 +476,9 @@ def curate(config):
     settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
     if (out / "settings.json").is_file() and (before := run.read_json(out / "settings.json")) != settings:
         key = next(key for key in settings if before.get(key) != settings[key])
-        raise UserError(f"{out} was begun with {key}={before.get(key)}, now {key}={settings[key]}; choose another --out")
+        raise UserError(
+            f"{out} was begun with {key}={before.get(key)}, now {key}={settings[key]}; choose another --out"
+        )
     if config.config == "toy" and not Path(config.pools).is_dir():
         from toyserver import draw_pools
 
@@ -437,17 +493,28 @@ def curate(config):
         records["references"] = drawn
     if config.dry_run:
         return estimate(records["references"], config)
-    endpoint = partial(Endpoint, replies=out / "replies", key_variable=config.key_variable, per_minute=config.per_minute,
-                       timeout=config.timeout, tries=config.tries)  # fmt: skip
-    chat, painter = endpoint(config.chat_url, config.chat_model), endpoint(config.image_url or config.chat_url, config.image_model)
+    endpoint = partial(
+        Endpoint,
+        replies=out / "replies",
+        key_variable=config.key_variable,
+        per_minute=config.per_minute,
+        timeout=config.timeout,
+        tries=config.tries,
+    )
+    chat, painter = (
+        endpoint(config.chat_url, config.chat_model),
+        endpoint(config.image_url or config.chat_url, config.image_model),
+    )
     judge = endpoint(config.chat_url, config.judge_model or config.chat_model)
     scorer = lru_cache(lambda: (clip := open_clip_of(config), aesthetic_head(config.aesthetic, clip)))
     stages = {
         "instructions": lambda r: usable_answer(chat, instruction_question(r, config), partial(read_instruction, r)),
         "plans": lambda r: usable_answer(chat, plan_question(r, config), partial(read_plan, r)),
-        "targets": lambda r: usable_answer(painter, target_question(r, config), lambda answer: keep_target(r, answer, config)),
+        "targets": lambda r: usable_answer(
+            painter, target_question(r, config), lambda answer: keep_target(r, answer, config)
+        ),
         "scores": lambda r: score(r, *scorer(), judge, config),
-    }  # fmt: skip
+    }
     last = STAGES.index(config.stage) if config.stage != "all" else len(STAGES) - 1
     for i, (name, function) in enumerate(stages.items(), 1):
         if i < last and config.stage != "all" or i > last:

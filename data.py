@@ -16,7 +16,8 @@ Left out: perspective, occlusion, more than four things. Captions never say what
 do not determine, so "caption exactly right" is a fair measure.
 
     python data.py --show                     draws out/samples.png: references, target, instruction, IC-CoT, judgement
-    python data.py --show PATH                the same for samples on disk (shards.py);  --check PATH lists what is wrong
+    python data.py --show PATH                the same for samples on disk (shards.py)
+    python data.py --check PATH               lists what is wrong with them
 """
 import hashlib
 import math
@@ -784,7 +785,7 @@ def picture_sheet(samples: list[Sample], side: int = 128) -> Image.Image:
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """A toy picture enlarged four times, so that subjects keep their size beside scenes; any other fitted into a square."""
+    """A toy picture enlarged four times, so that subjects keep their size beside scenes; any other fitted."""
     if max(image.size) <= SIZE:
         return image.resize((image.width * side // SIZE, image.height * side // SIZE), Image.Resampling.NEAREST)
     image = image.copy()

@@ -5,9 +5,9 @@ Asking models over HTTP: the two OpenAI-compatible routes that curate.py and ben
     POST {url}/images/edits       a prompt and several pictures (multipart) -> a picture
 
 Every reply is kept on disk before it is used, under a name made of the model and the whole question: what has been
-answered once is never asked again, however often a run is killed. Network errors, 408, 409, 429 and 5xx are tried again
-with exponential backoff and jitter, after Retry-After if the server says so (urllib3's Retry). A refusal (content policy)
-is an answer: it is kept and not asked again. The key comes from the environment only.
+answered once is never asked again, however often a run is killed. Network errors, 408, 409, 429 and 5xx are tried
+again with exponential backoff and jitter, after Retry-After if the server says so (urllib3's Retry). A refusal
+(content policy) is an answer: it is kept and not asked again. The key comes from the environment only.
 
 Left out: streaming, batch interfaces, asynchronous clients.
 """
@@ -73,12 +73,30 @@ class Pace:
 class Endpoint:
     """One model behind an OpenAI-compatible URL. replies: the folder where answers are kept."""
 
-    def __init__(self, url, model, replies, key_variable="OPENAI_API_KEY", per_minute=None, timeout=180.0, tries=6, max_tokens=1400):
+    def __init__(
+        self,
+        url,
+        model,
+        replies,
+        key_variable="OPENAI_API_KEY",
+        per_minute=None,
+        timeout=180.0,
+        tries=6,
+        max_tokens=1400,
+    ):
         self.url, self.model, self.replies = url.rstrip("/"), model, Path(replies)
         self.timeout, self.max_tokens, self.pace, self.asked = timeout, max_tokens, Pace(per_minute), 0
         self.replies.mkdir(parents=True, exist_ok=True)
-        retry = Retry(tries - 1, status_forcelist=AGAIN, allowed_methods=None, backoff_factor=0.5, backoff_max=60, backoff_jitter=0.5,
-                      respect_retry_after_header=True, raise_on_status=False)  # fmt: skip
+        retry = Retry(
+            tries - 1,
+            status_forcelist=AGAIN,
+            allowed_methods=None,
+            backoff_factor=0.5,
+            backoff_max=60,
+            backoff_jitter=0.5,
+            respect_retry_after_header=True,
+            raise_on_status=False,
+        )
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=64))
@@ -135,23 +153,29 @@ class Endpoint:
         return kept["reply"]
 
     def _ask_chat(self, question):
-        images = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}}
-                  for image in question.images]  # fmt: skip
+        images = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}}
+            for image in question.images
+        ]
         content = [{"type": "text", "text": question.prompt}, *images]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": self.max_tokens}
         return self._post("chat/completions", json=body)
 
     def _ask_image(self, question):
         files = [("image[]", (f"image_{i}.png", image, "image/png")) for i, image in enumerate(question.images, 1)]
-        return self._post("images/edits", files=files, data={"model": self.model, "prompt": question.prompt, "size": question.size})
+        return self._post(
+            "images/edits", files=files, data={"model": self.model, "prompt": question.prompt, "size": question.size}
+        )
 
     def _post(self, route, **content):
-        """{"reply": ...}, or {"refused": why}, or {"unusable": why}; UserError where the endpoint itself is at fault."""
+        """{"reply": ...}, {"refused": why} or {"unusable": why}; UserError where the endpoint itself is at fault."""
         self.asked += 1
         try:
             response = self.session.post(f"{self.url}/{route}", timeout=self.timeout, **content)
         except requests.RequestException as error:
-            raise UserError(f"{self.url} cannot be reached ({_reason(error)}); check the URL and the network, then repeat the command") from None
+            raise UserError(
+                f"{self.url} cannot be reached ({_reason(error)}); check URL and network, then repeat the command"
+            ) from None
         try:
             reply = response.json()
         except requests.JSONDecodeError:
@@ -161,10 +185,15 @@ class Endpoint:
         error = reply.get("error", reply) if isinstance(reply, dict) else {}
         message = str(error.get("message", "") if isinstance(error, dict) else error)[:200] or response.reason
         code = str(error.get("code", "")) if isinstance(error, dict) else ""
-        if response.status_code == 400 and ("policy" in code + message.lower() or "moderation" in code + message.lower() or "safety" in message.lower()):
+        if response.status_code == 400 and (
+            "policy" in code + message.lower() or "moderation" in code + message.lower() or "safety" in message.lower()
+        ):
             return {"refused": message}
-        advice = {401: f"set the environment variable {self.key_variable} to a valid key", 403: f"the key in {self.key_variable} may not do this",
-                  404: f"is {self.model!r} the name of a model there, and does the URL end in /v1?"}  # fmt: skip
+        advice = {
+            401: f"set the environment variable {self.key_variable} to a valid key",
+            403: f"the key in {self.key_variable} may not do this",
+            404: f"is {self.model!r} the name of a model there, and does the URL end in /v1?",
+        }
         raise UserError(f"{self.url}/{route} answered {response.status_code} ({message}); "
                         + advice.get(response.status_code, "nothing was lost: repeat the command to go on"))  # fmt: skip
 
@@ -176,7 +205,7 @@ def _reason(error):
 
 
 def in_parallel(function, items, workers, bar=None):
-    """(item, function(item)) in the order in which they are done, at most `workers` at a time; the first error ends it."""
+    """(item, function(item)) in the order in which they are done, `workers` at a time; the first error ends it."""
     with ThreadPoolExecutor(workers) as pool:
         waiting, pending = iter(items), {}
         try:

@@ -19,7 +19,7 @@ The benchmarks of the paper, OmniContext and DreamOmni2Bench, need pictures of 1
 benchmarks.py.
 
     python evaluate.py --config toy --checkpoint out/toy-grpo --json
-    python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --checkpoint out/full-grpo --result_dir results/bench
+    python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --checkpoint out/full-grpo
     python evaluate.py --config toy --ablation --seeds 3           hours; finished runs are picked up
 """
 
@@ -70,7 +70,9 @@ class Config:
     json: bool = False  # end with one line of JSON
     config: str = ""  # name of the preset
     # benchmarks
-    bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint and judge this benchmark; its data follow: --bench omnicontext PATH
+    bench: Literal["", "omnicontext", "dreamomni2"] = (
+        ""  # paint and judge this benchmark; its data follow: --bench omnicontext PATH
+    )
     bench_path: str = ""  # its data: a folder, a parquet file, or owner/name on Hugging Face
     result_dir: str = "out/bench"
     model_name: str = "realign"  # folder of this model's pictures and scores
@@ -102,10 +104,20 @@ class Config:
 
 PRESETS = {
     "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
-    "smoke": dict(checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
-                  metric="out/smoke-clip-metric", clip_steps=20),
-    "full": dict(checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0, text_guidance=4.0, image_guidance=2.0,
-                 max_plan_tokens=1000, device="cuda", dtype="bfloat16"),
+    "smoke": dict(
+        checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy", metric="out/smoke-clip-metric", clip_steps=20
+    ),
+    "full": dict(
+        checkpoint="out/full-grpo",
+        side=1024,
+        num_timesteps=50,
+        timestep_shift=3.0,
+        text_guidance=4.0,
+        image_guidance=2.0,
+        max_plan_tokens=1000,
+        device="cuda",
+        dtype="bfloat16",
+    ),
 }
 
 
@@ -160,7 +172,7 @@ def metric_clip(name, weights, steps):
 
 
 def measure(samples, results, clip):
-    """The table row of a checkpoint: means over samples; PF and SC where the truth is known, which is in the toy world."""
+    """The table row of a checkpoint: means over samples; PF and SC where the truth is known (the toy world)."""
     verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth]
     clip_out = clip.clip_out([result.image for result in results], [one.plan.caption for one in samples])
     mean = lambda values: sum(values) / len(values) if values else math.nan
@@ -170,17 +182,21 @@ def measure(samples, results, clip):
         "Overall": mean([v.overall for v in verdicts]),
         "CLIP_out": float(clip_out.mean()),
         "format_ok": mean([result.valid for result in results]),
-        "caption_ok": mean([r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]),
+        "caption_ok": mean(
+            [r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]
+        ),
         "plan_ok": mean([result.plan == one.plan for one, result in zip(samples, results)]),
         "n": len(samples),
-    }  # fmt: skip
+    }
 
 
 def by_task(samples, results):
     """{task: (PF, SC, Overall, count)}."""
     table = {}
     for task in data.TASKS:
-        verdicts = [data.judge(r.image, one.truth) for one, r in zip(samples, results) if one.truth and one.task == task]
+        verdicts = [
+            data.judge(r.image, one.truth) for one, r in zip(samples, results) if one.truth and one.task == task
+        ]
         if verdicts:
             n = len(verdicts)
             table[task] = tuple(sum(getattr(v, key) for v in verdicts) / n for key in ("pf", "sc", "overall")) + (n,)
@@ -257,7 +273,10 @@ def train_row(config, name, seed):
 
 def measure_row(config, name, seed, samples, clip):
     """Table row of one trained model; measured once, then read from evaluation.json."""
-    folder, how = run_folder(config, name, seed), [config.num_samples, config.num_timesteps, config.timestep_shift, config.data_seed]
+    folder, how = (
+        run_folder(config, name, seed),
+        [config.num_samples, config.num_timesteps, config.timestep_shift, config.data_seed],
+    )
     path = folder / "evaluation.json"
     if path.is_file() and (found := run.read_json(path))["how"] == how:
         return found["row"]

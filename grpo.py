@@ -6,7 +6,7 @@ plan; without it one plan serves the group. A member's reward compares its pictu
 
     r_i = - || CLIP(picture_i) - CLIP(caption_i) ||_2                   an unparsable plan: the lowest r of its group
     A_i = (r_i - mean r) / max(std r, std_floor), clamped               over the group; equal rewards give exactly 0
-    ratio_ik = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)              for each step k of the SDE window (flow.log_prob)
+    ratio_ik = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)              for each step k of the SDE window (flow.py)
     L = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps)) + kl_beta KL(policy | stage 1 model)
 
 Only a window of steps is stochastic, drawn anew every iteration; the others are ODE steps. Log-probabilities are means
@@ -60,7 +60,7 @@ from reward import Clip, compare, train_toy_clip
 from shards import open_source
 from sample import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
 
-# P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens of a picture
+# P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens a picture
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Config:
     steps: int = 200  # iterations of rollout and update (paper)
     updates: int = 2  # optimiser steps an iteration, each on its share of the groups
     tokens_per_pack: int = 36_864  # of members in one forward and backward pass: bounds the memory, not the result
-    train: Literal["all", "gen", "lora"] = "all"  # gen: the generation expert and the latent layers; lora: lora.py on it
+    train: Literal["all", "gen", "lora"] = (
+        "all"  # gen: the generation expert and the latent layers; lora: lora.py on it
+    )
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5
@@ -114,7 +116,9 @@ class Config:
     # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    sum_every_pass: bool = (
+        True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    )
     replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     plan: bool = False  # print what each GPU would hold, and stop
@@ -147,9 +151,13 @@ class Config:
             raise ValueError(f"window={self.window} does not fit into the first window_end={self.window_end} of "
                              f"{self.num_timesteps - 1} denoising steps")  # fmt: skip
         if self.group_size % self.images_per_cot or (self.images_per_cot > 1 and not self.rid):
-            raise ValueError(f"images_per_cot={self.images_per_cot} must divide group_size={self.group_size}, with rid on")
+            raise ValueError(
+                f"images_per_cot={self.images_per_cot} must divide group_size={self.group_size}, with rid on"
+            )
         if self.train_text and (self.cot_temperature != 1 or self.train != "all"):
-            raise ValueError("train_text needs cot_temperature=1, the distribution whose gradient it takes, and train=all")
+            raise ValueError(
+                "train_text needs cot_temperature=1, the distribution whose gradient it takes, and train=all"
+            )
 
     @property
     def plans_per_group(self):
@@ -189,7 +197,7 @@ def last_start(config):
 
 @dataclass
 class Rollout:
-    """What one iteration sampled, on the host. Members are ordered group by group, plan by plan; tokens member by member."""
+    """What one iteration sampled, on the host. Members stand group by group, plan by plan; tokens member by member."""
 
     prompts: list  # P
     plans: list  # for each group the token ids of its J plans
@@ -209,8 +217,18 @@ def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
 
     numbers: of the samples; what is random in a group depends on its number, the window on the step alone.
     """
-    parts = [roll_out(model, layout, tokenizer, samples[i : i + config.groups_at_once], numbers[i : i + config.groups_at_once],
-                      config, step) for i in range(0, len(samples), config.groups_at_once)]  # fmt: skip
+    parts = [
+        roll_out(
+            model,
+            layout,
+            tokenizer,
+            samples[i : i + config.groups_at_once],
+            numbers[i : i + config.groups_at_once],
+            config,
+            step,
+        )
+        for i in range(0, len(samples), config.groups_at_once)
+    ]
     joined = {}
     for name, value in vars(parts[0]).items():
         values = [getattr(part, name) for part in parts]
@@ -225,7 +243,9 @@ def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
 
 def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     """Roll out these groups together."""
-    generators = lambda purpose, many: [[run.generator(config.seed, number, purpose, i) for i in range(many)] for number in numbers]
+    generators = lambda purpose, many: [
+        [run.generator(config.seed, number, purpose, i) for i in range(many)] for number in numbers
+    ]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     prefix, each = prefill(model, layout, prompts), config.plans_per_group
     written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature,
@@ -234,7 +254,9 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     captions = []
     for one, group in zip(samples, plans):
         texts = [tokenizer.decode(plan) for plan in group]
-        captions += [iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else "" for text in texts]
+        captions += [
+            iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else "" for text in texts
+        ]
     grid = model.config.picture_grid(config.picture_side, config.picture_side)
     first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
     of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
@@ -245,8 +267,19 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     x, before, after, log_prob = (torch.cat(parts, dim) for parts, dim in zip(zip(*painted), (1, 2, 2, 1)))
     times = flow.time_grid(config.num_timesteps, config.timestep_shift)[first : first + config.window + 1]
     images = [picture(model, tokens, grid) for tokens in x.flatten(0, 1)]
-    return Rollout(prompts, plans, torch.tensor(ended), captions, torch.tensor([bool(caption) for caption in captions]),
-                   before.flatten(1, 3).cpu(), after.flatten(1, 3).cpu(), times, log_prob.flatten(0, 1).cpu(), images, grid)  # fmt: skip
+    return Rollout(
+        prompts,
+        plans,
+        torch.tensor(ended),
+        captions,
+        torch.tensor([bool(caption) for caption in captions]),
+        before.flatten(1, 3).cpu(),
+        after.flatten(1, 3).cpu(),
+        times,
+        log_prob.flatten(0, 1).cpu(),
+        images,
+        grid,
+    )
 
 
 def paint_members(model, layout, prompts, plans, starts, noises, grid, first, prefix, config):
@@ -268,7 +301,9 @@ def paint_members(model, layout, prompts, plans, starts, noises, grid, first, pr
         kept.append((x, x_next, flow.log_prob(x_next, mean, std, image_of_token, members)))
         return x_next
 
-    x = paint(model, layout, prompts, plans, [grid] * len(prompts), config.sampler, sum(starts, []), sde_or_ode, prefix=prefix)
+    x = paint(
+        model, layout, prompts, plans, [grid] * len(prompts), config.sampler, sum(starts, []), sde_or_ode, prefix=prefix
+    )
     before, after, log_prob = (torch.stack(values) for values in zip(*kept))
     shape = (len(prompts), count, n, x.shape[1])
     return (x.view(shape), before.view(-1, *shape), after.view(-1, *shape),
@@ -344,7 +379,9 @@ class Batch:
 
     def to(self, device):
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved, packed=self.packed.to(device), rows={k: v.to(device) for k, v in self.rows.items()})
+        return replace(
+            self, **moved, packed=self.packed.to(device), rows={k: v.to(device) for k, v in self.rows.items()}
+        )
 
 
 def batches(layout, rollout, group, config):
@@ -458,8 +495,9 @@ def plan_lengths(rollout):
 
 
 def update(model, anchor, optimizer, layout, rollout, reward, config):
-    """All optimiser steps of one iteration. anchor: {name: value} of the trained weights in stage 1, for the KL, or None.
+    """All optimiser steps of one iteration.
 
+    anchor: {name: value} of the trained weights in stage 1, for the KL, or None.
     Returns the health numbers, and whether all gradients were finite.
     """
     groups, share = len(rollout.prompts), len(rollout.prompts) // config.updates
@@ -520,7 +558,9 @@ def group_backward(model, anchor, tree, old, rollout, for_images, for_plans, sca
             total = total + text_scale * text_loss(new, old[i], batch, rollout, for_plans, config)
         total.backward()
         health.append({"plans": batch.plans, "loss": loss.item(), "kl": kl.item(), "ratio": ratio.detach().flatten()})
-    pairs = [(x, leaf.grad) for kept, own in zip(context, leaves) for x, leaf in zip(kept, own) if leaf.grad is not None]
+    pairs = [
+        (x, leaf.grad) for kept, own in zip(context, leaves) for x, leaf in zip(kept, own) if leaf.grad is not None
+    ]
     run.sum_gradients(model, config.sum_every_pass or last)
     if pairs:
         torch.autograd.backward(*zip(*pairs))
@@ -611,12 +651,17 @@ def train(config):
     """The whole stage: prepares, resumes, trains, and compares stage 2 with stage 1 on held-out prompts."""
     begun = time.perf_counter()
     if config.plan:
-        plan.print_plan(config, load_config(find_model(config.init)) if Path(config.init).exists() else plan_shape(config))
+        plan.print_plan(
+            config, load_config(find_model(config.init)) if Path(config.init).exists() else plan_shape(config)
+        )
         return
     with exit_on_user_error(ValueError):
         run.launch(config.timeout_minutes)
         folder = run.start(config)
-        each = run.share(config.prompts_per_step // config.updates, "prompts an update", "prompts_per_step") * config.updates
+        each = (
+            run.share(config.prompts_per_step // config.updates, "prompts an update", "prompts_per_step")
+            * config.updates
+        )
         prepare(config)
         step = run.newest_step(folder)
         source = open_source(config.data, config.seed + 1, config.max_references)
@@ -630,9 +675,12 @@ def train(config):
         run.load_state(folder, step, trained, optimizer, average)
     run.cut_log(folder, step)
     pictures = config.prompts_per_step * config.group_size
-    run.say(f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, {each} prompts "
-            f"on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of "
-            f"{config.steps}")  # fmt: skip
+    run.say(
+        f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, {each} "
+        f"prompts "
+        f"on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of "
+        f"{config.steps}"
+    )
     stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="grpo",
                disable=None if run.is_main() else True)  # fmt: skip
@@ -670,15 +718,25 @@ def strip(folder, step, model, layout, tokenizer, config):
     with run.gathered(model):
         if run.is_main():
             samples = evaluate.test_samples(config.eval_data, 8, config.max_references)
-            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, samples,
-                                side=config.picture_side, shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
+            evaluate.save_strip(
+                folder / "samples" / f"{step:06d}.png",
+                model,
+                layout,
+                tokenizer,
+                samples,
+                side=config.picture_side,
+                shift=config.timestep_shift,
+                num_timesteps=config.eval_timesteps,
+            )
     run.barrier()
 
 
 def export(model, average, tokenizer, folder, config):
-    """The finished model in BAGEL's layout: what was trained, or its average, adapters merged, and the rest as it was."""
+    """The finished model in BAGEL's layout: what was trained (or its average), adapters merged, and the rest."""
     everything = dict(model.named_parameters()) | average
-    weights = run.whole_weights(merge_lora(everything, config.lora_rank, config.lora_alpha), getattr(torch, config.precision))
+    weights = run.whole_weights(
+        merge_lora(everything, config.lora_rank, config.lora_alpha), getattr(torch, config.precision)
+    )
     if run.is_main():
         save_model(model, tokenizer, folder / "model", weights)
     run.barrier()

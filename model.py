@@ -203,7 +203,7 @@ class Block(nn.Module):
     def forward(self, und, gen, packed, cos, sin, cache=None, context=None):
         """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values (N, G, D) of these rows.
 
-        cache, context: (keys, values) of this layer, (slots, G, D) and (rows outside this pack, G, D); see forward below.
+        cache, context: (keys, values) of this layer, (slots, G, D) and (rows outside this pack, G, D); see `forward`.
         """
         cut = len(und)
         parts = [p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])]
@@ -289,14 +289,16 @@ class UnifiedModel(nn.Module):
         if c.codec == "flux":
             self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
                                    c.vae_shift)  # fmt: skip
-        self.checkpointing = False  # recompute each block, and each layer of the eye, in the backward pass to save memory
+        self.checkpointing = (
+            False  # recompute each block, and each layer of the eye, in the backward pass to save memory
+        )
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
         """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, a velocity head of zero.
 
-        QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain starts where the bound is 16, so that a head can single
-        out one token among hundreds from the start.
+        QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain starts where the bound is 16, so that a head can
+        single out one token among hundreds from the start.
         """
         generator = torch.Generator().manual_seed(seed)
         gain = (16 / self.config.head_dim**0.5) ** 0.5
@@ -378,7 +380,7 @@ class UnifiedModel(nn.Module):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
     def read(self, image, name=None, as_inferencer=False):
-        """PIL RGB -> Reference. In training each encoder resizes the original picture by its own rule (docs/BAGEL.md §9).
+        """PIL RGB -> Reference. In training each encoder resizes the picture by its own rule (docs/BAGEL.md §9).
 
         BAGEL's inferencer resizes for the codec first and shows the eye the result, so small pictures get more ViT
         tokens than in training (§16.7); `as_inferencer` does the same.
@@ -423,8 +425,8 @@ def rotate(x, cos, sin):
 def sincos_table(side, width, scale=1.0, theta=1e4):
     """(side * side, width): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)] (docs/BAGEL.md §6.3).
 
-    w_j = scale * theta^(-4 j / width). BAGEL's waves of 6 to 60 thousand tokens suit a grid of 64; on the toys' grid of 8
-    neighbours would look alike, so their waves are 2 to 32 tokens long.
+    w_j = scale * theta^(-4 j / width). BAGEL's waves of 6 to 60 thousand tokens suit a grid of 64; on the toys' grid of
+    8 neighbours would look alike, so their waves are 2 to 32 tokens long.
     """
     frequencies = scale * theta ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)

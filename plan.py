@@ -3,8 +3,8 @@ What a run of stage 2 needs of each GPU, computed without one. Not a concept of 
 
     python grpo.py --config full --plan --gpus 8 --gpu_memory 80
 
-Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real forward pass runs on
-PyTorch's meta device, which has shapes and no memory, and what autograd keeps for the backward pass is added up
+Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real forward pass runs
+on PyTorch's meta device, which has shapes and no memory, and what autograd keeps for the backward pass is added up
 (tests/test_plan.py does the same with real tensors). Not counted: fragmentation, communication buffers, CUDA itself;
 keep a tenth of the card for them.
 
@@ -55,7 +55,7 @@ class _Kept(torch.autograd.Function):
 
 
 class kept_bytes:
-    """`with kept_bytes() as kept: forward` -> kept.total: bytes that autograd keeps, each storage once; parameters not."""
+    """`with kept_bytes() as kept: forward` -> kept.total: bytes that autograd keeps, each storage once."""
 
     def __init__(self, parameters=()):
         self.seen = {p.untyped_storage()._cdata for p in parameters}
@@ -95,8 +95,10 @@ def activations(shape, packed, checkpointing, context_rows=0, dtype=torch.bfloat
     size = (context_rows, shape.num_key_value_heads, shape.head_dim)
     context = None
     if context_rows:
-        context = [tuple(torch.empty(size, dtype=dtype, device="meta").requires_grad_() for _ in range(2))
-                   for _ in model.blocks]
+        context = [
+            tuple(torch.empty(size, dtype=dtype, device="meta").requires_grad_() for _ in range(2))
+            for _ in model.blocks
+        ]
         packed.key_order = torch.empty(context_rows + len(packed), dtype=torch.long, device="meta")
     real = model_module.attention
     model_module.attention = vision.attention = lambda q, k, v, mask: _Kept.apply(q, k, v)
@@ -164,17 +166,22 @@ def memory(config, shape, gpus, case=Case()):
     kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width  # bytes a token
     painted = config.groups_at_once * min(config.group_size, config.pictures_at_once)
     canvas = painted * len(config.sampler.contexts) * (n + 2)
-    cached = 2 * config.groups_at_once * len(prompt) + painted * case.plan + canvas  # the prompt's own cache, and a copy
+    cached = (
+        2 * config.groups_at_once * len(prompt) + painted * case.plan + canvas
+    )  # the prompt's own cache, and a copy
     dtype = getattr(torch, config.precision)
     prompt_kept, prompt_block = activations(shape, shared, config.checkpointing, 0, dtype)
     members_kept, members_block = activations(shape, members, config.checkpointing, len(shared), dtype)
     codec = sum(p.numel() for p in model.codec.weights.parameters()) if shape.codec == "flux" else 0
     parts = {
-        "weights, frozen": width * (everything - trained) / shards, "weights, trained": 4 * trained / shards,
-        "gradients": 4 * trained / (shards if config.sum_every_pass else 1), "moments": 8 * trained / shards,
-        "average": 4 * trained / shards * (config.average > 0), "reference": 4 * trained / shards * (config.kl_beta > 0),
+        "weights, frozen": width * (everything - trained) / shards,
+        "weights, trained": 4 * trained / shards,
+        "gradients": 4 * trained / (shards if config.sum_every_pass else 1),
+        "moments": 8 * trained / shards,
+        "average": 4 * trained / shards * (config.average > 0),
+        "reference": 4 * trained / shards * (config.kl_beta > 0),
         "CLIP and codec": 4 * ((CLIP if config.clip_name != "toy" else 0) + codec),
-    }  # fmt: skip
+    }
     update = {
         "gathered blocks and root": width * (2 * block + root) + (width + 4) * block_trained + width * root_trained,
         "prompt's graph": prompt_kept + 3 * kv * len(shared),  # and its keys and values as leaves, and their gradients
@@ -185,17 +192,29 @@ def memory(config, shape, gpus, case=Case()):
         "activations": width * canvas * (3 * shape.hidden_size + 3 * shape.intermediate_size),
     }  # fmt: skip
     always = sum(parts.values())
-    return {"always": parts, "update": update, "rollout": rollout, "peak of the update": always + sum(update.values()),
-            "peak of a rollout": always + sum(rollout.values()), "prompt tokens": len(shared), "pack tokens": len(members)}  # fmt: skip
+    return {
+        "always": parts,
+        "update": update,
+        "rollout": rollout,
+        "peak of the update": always + sum(update.values()),
+        "peak of a rollout": always + sum(rollout.values()),
+        "prompt tokens": len(shared),
+        "pack tokens": len(members),
+    }
 
 
 def print_plan(config, shape):
     """The table of all three ways to train, in GB (10^9 bytes), and whether they fit."""
     case = Case(references=config.max_references)
-    ways = {way: memory(replace(config, train=way, train_text=False), shape, config.gpus, case) for way in ("all", "gen", "lora")}
+    ways = {
+        way: memory(replace(config, train=way, train_text=False), shape, config.gpus, case)
+        for way in ("all", "gen", "lora")
+    }
     first = ways["all"]
-    print(f"{config.gpus} GPUs of {config.gpu_memory:.0f} GB, {config.precision}, prompts of {case.references} references "
-          f"({first['prompt tokens']:,} tokens), {config.group_size} members, packs of {first['pack tokens']:,} tokens")  # fmt: skip
+    print(
+        f"{config.gpus} GPUs of {config.gpu_memory:.0f} GB, {config.precision}, {case.references} references "
+        f"({first['prompt tokens']:,} tokens), {config.group_size} members, packs of {first['pack tokens']:,} tokens"
+    )
     print(f"{'GB on each GPU':30s}" + "".join(f"{way:>10s}" for way in ways))
     for kind in ("always", "update", "rollout"):
         for name in first[kind]:
@@ -203,6 +222,9 @@ def print_plan(config, shape):
     for peak in ("peak of the update", "peak of a rollout"):
         print(f"{peak:30s}" + "".join(f"{way[peak] / 1e9:10.2f}" for way in ways.values()))
     most = {name: max(way["peak of the update"], way["peak of a rollout"]) / 1e9 for name, way in ways.items()}
-    verdict = {name: "fits" if peak <= 0.9 * config.gpu_memory else "tight" if peak <= config.gpu_memory else "no" for name, peak in most.items()}
+    verdict = {
+        name: "fits" if peak <= 0.9 * config.gpu_memory else "tight" if peak <= config.gpu_memory else "no"
+        for name, peak in most.items()
+    }
     print(f"{'fits, a tenth left free':30s}" + "".join(f"{verdict[way]:>10s}" for way in ways))
     return ways

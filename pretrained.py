@@ -4,7 +4,7 @@ A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout
     ema.safetensors     the whole model with its eye, without the codec
     ae.safetensors      the FLUX autoencoder; the toys' codec has no weights
     llm_config.json     shape of the transformer, Qwen2's keys
-    vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as the official file does
+    vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as the official one
     config.json         what the official code keeps in its source: latent grid, codec, resize rules; may be absent
     tokenizer.json ...  written by transformers, or vocab.json and merges.txt
 
@@ -144,8 +144,10 @@ def download(name):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"checkpoint folder not found: {name}, and the Hugging Face hub does not give it ({reason}); "
-                                f"train one with python sft.py --config toy") from None
+        raise FileNotFoundError(
+            f"checkpoint folder not found: {name}, and the Hugging Face hub does not give it ({reason}); "
+            f"train one with python sft.py --config toy"
+        ) from None
 
 
 def load_config(folder):
@@ -162,7 +164,9 @@ def load_config(folder):
     for name, fixed in BUILT_IN.items():
         for key, value in fixed.items():
             if read[name].get(key, value) != value:
-                raise ValueError(f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for {value!r}")
+                raise ValueError(
+                    f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for {value!r}"
+                )
     for field in fields(ModelConfig):
         if isinstance(values.get(field.name), list):
             values[field.name] = tuple(values[field.name])
@@ -195,7 +199,7 @@ def load_weights(folder, config, device="cpu", dtype=torch.float32, prepare=None
     """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in the official code.
 
     prepare(model): called while the weights are on the meta device, to shard them (run.shard), so that each process
-    reads its own rows only, or to add adapters (lora.py), which no file holds and whose values are for the caller to set.
+    reads its own rows only, or to add adapters (lora.py), which no file holds: their values are for the caller to set.
     """
     with torch.device("meta"):
         model = UnifiedModel(config).to(dtype)

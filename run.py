@@ -41,8 +41,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from config import UserError, to_dict
 
-MAY_CHANGE = ("out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep", "timeout_minutes",
-              "tokens_per_pack", "replicas")  # fmt: skip  # between resumptions
+MAY_CHANGE = (
+    "out",
+    "steps",
+    "threads",
+    "eval_samples",
+    "save_every",
+    "sample_every",
+    "target",
+    "keep",
+    "timeout_minutes",
+    "tokens_per_pack",
+    "replicas",
+)  # between resumptions
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # what makes a process one of several
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
@@ -137,7 +148,7 @@ def reduced(numbers, how="sum"):
 
 
 def merged(values):
-    """Log values of all processes as one line: *_min and *_max as such, *tokens and truncated summed, others averaged."""
+    """Log values of all processes as one line: *_min, *_max as such, *tokens and truncated summed, others averaged."""
     if size() == 1:
         return values
     how = lambda key: key[-3:] if key.endswith(("_min", "_max")) else "sum"
@@ -167,7 +178,9 @@ def shard(model, precision="float32", replicas=1):
     """
     if not dist.is_initialized():
         if precision != "float32":
-            raise UserError(f"precision={precision} keeps float32 weights beside it, which needs a GPU or several processes")
+            raise UserError(
+                f"precision={precision} keeps float32 weights beside it, which needs a GPU or several processes"
+            )
         return model
     if size() % replicas:
         raise UserError(f"replicas={replicas} does not divide {size()} processes")
@@ -204,7 +217,7 @@ def gathered(model):
 
 
 def sum_gradients(model, on):
-    """Whether the coming backward pass sums gradients over the processes (and keeps a shard of them), or only adds them up.
+    """Whether the coming backward pass sums gradients over the processes (and keeps a shard), or only adds them up.
 
     Off for all but the last pass of an optimiser step, gradients travel once, and stand whole in memory until then.
     """
@@ -380,12 +393,14 @@ class Saver:
             shutil.rmtree(hidden, ignore_errors=True)
         reasons = list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
         reason = " ".join(str(getattr(reasons[0], "__cause__", None) or reasons[0]).split())[:200]
-        raise UserError(f"the training state after step {step} could not be written to {self.folder} ({reason}); the state "
-                        f"before it is untouched: make room and repeat the command") from error  # fmt: skip
+        raise UserError(
+            f"the training state after step {step} could not be written to {self.folder} ({reason}); the state "
+            f"before it is untouched: make room and repeat the command"
+        ) from error
 
 
 def quiet():
-    """A world of one without a process group is what we mean; torch.distributed.checkpoint need not say so each time."""
+    """A world of one has no process group, and torch.distributed.checkpoint need not say so each time."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -408,7 +423,9 @@ def load_state(folder, step, parameters, optimizer, average):
         dcp.load(pack_state(parameters, optimizer, average), checkpoint_id=path, no_dist=size() == 1)
     except (OSError, CheckpointException, EOFError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is torn or of another model ({reason}); delete it to continue from the state before") from None
+        raise UserError(
+            f"{path} is torn or of another model ({reason}); delete it to continue from the state before"
+        ) from None
 
 
 def pack_state(parameters, optimizer, average):
@@ -453,8 +470,10 @@ def give_up(folder, step, what):
     """Too many steps without a finite gradient: keep what they were made of, and say so."""
     path = Path(folder) / f"bad-step-{step:06d}-rank-{rank()}.json"
     write_text(path, json.dumps(what, indent=1) + "\n")
-    raise UserError(f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it was made of is in "
-                    f"{path}. Lower --lr, or look at these samples")  # fmt: skip
+    raise UserError(
+        f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it was made of is in "
+        f"{path}. Lower --lr, or look at these samples"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

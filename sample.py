@@ -15,8 +15,8 @@ contexts are branches and documents of the same pack, so one forward pass serves
 The contexts are those of the official inferencer: "no text" lacks the last text and what follows it, "no pictures" has
 all texts but the plan. A picture is as large as the last reference after its resize, as in the inferencer, or square.
 
-Each picture gets its plan beside it as JSON. Several seeds, or prompts from a file, go into a folder, one after the other;
-pictures that are there already are not painted again.
+Each picture gets its plan beside it as JSON. Several seeds, or prompts from a file, go into a folder, one after the
+other; pictures that are there already are not painted again.
 
 Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).
 
@@ -136,7 +136,7 @@ class Sampler:
 
 @torch.no_grad()
 def prefill(model, layout, prompts):
-    """Keys and values of the prompts alone: a Cache that `think` and `paint` take over instead of computing them again."""
+    """Keys and values of the prompts alone: a Cache for `think` and `paint` to take over."""
     sequence = Sequence(layout)
     for prompt in prompts:
         with sequence.document():
@@ -297,15 +297,17 @@ def guided(v, rows, t, sampler, image_of_token, images):
 
 
 def make_prompt(model, tokenizer, references, instruction, system=""):
-    """Pictures (PIL), then the instruction: BAGEL's order. Each "<image>" in the instruction puts a picture in its place.
+    """Pictures (PIL), then the instruction: BAGEL's order. "<image>" in the instruction puts a picture in its place.
 
     system: a text of its own in front (iccot.GENERATION_SYSTEM_PROMPT). Pictures are resized as in BAGEL's inferencer.
     """
     items, pieces = [*references, instruction], instruction.split("<image>")
     if len(pieces) > 1:
         if len(pieces) - 1 != len(references):
-            raise ValueError(f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} references are given; "
-                             f"name each once, or none")  # fmt: skip
+            raise ValueError(
+                f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} references are given; "
+                f"name each once, or none"
+            )
         items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
         items = [item for item in items if not isinstance(item, str) or item.strip()]
     items = [system] * bool(system) + items
@@ -338,7 +340,11 @@ def jobs(config):
     folder, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
     if folder.suffix.lower() in PICTURES:
         raise UserError(f"--out {config.out}: several pictures go into a folder; give a name without {folder.suffix}")
-    return [Job(prompt, tuple(refs), seed, folder / f"{key or 'picture'}-{seed}.png") for key, prompt, refs in prompts for seed in seeds]
+    return [
+        Job(prompt, tuple(refs), seed, folder / f"{key or 'picture'}-{seed}.png")
+        for key, prompt, refs in prompts
+        for seed in seeds
+    ]
 
 
 def read_prompts(path):
@@ -352,7 +358,9 @@ def read_prompts(path):
             key, refs = str(one.get("key", f"{number:04d}")), [str(path.parent / ref) for ref in one.get("ref", [])]
             found.append((key, str(one["prompt"]), refs))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: {error!r}; expected {{"prompt": "...", "ref": ["a.png"], "key": "..."}}') from None
+            raise UserError(
+                f'{path}, line {number}: {error!r}; expected {{"prompt": "...", "ref": ["a.png"], "key": "..."}}'
+            ) from None
     names = [key for key, *_ in found]
     if len(set(names)) < len(names) or any("/" in name for name in names):
         raise UserError(f"{path}: keys name files, so they must differ and hold no slash")
@@ -371,7 +379,9 @@ def check(config, model, job):
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
     references = [open_image(path) for path in job.references]
     largest, unit = model.config.latent_side * model.config.token_pixels, model.config.token_pixels
-    width, height = (largest, largest) if config.square or not references else model.config.image_rule.size(*references[-1].size)
+    width, height = (
+        (largest, largest) if config.square or not references else model.config.image_rule.size(*references[-1].size)
+    )
     height, width = config.height or height, config.width or width
     for name, side in (("height", height), ("width", width)):
         if not 0 < side <= largest or side % unit:

@@ -49,7 +49,9 @@ class Config(ModelConfig):
     config: str = ""  # name of the preset
     init: str = ""  # checkpoint to start from: a folder, or owner/name on Hugging Face; "": fresh weights
     # data
-    data: str = "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them, or a folder with records.jsonl
+    data: str = (
+        "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them, or a folder with records.jsonl
+    )
     workers: int = 0  # processes that read samples ahead
     max_references: int = 4  # pictures in a prompt, at most
     samples_per_step: int = 512  # samples of one optimiser step
@@ -75,7 +77,9 @@ class Config(ModelConfig):
     # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    sum_every_pass: bool = (
+        True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
+    )
     replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     # run
@@ -142,7 +146,11 @@ class Example:
     target: torch.Tensor  # velocities (copies * n, C)
 
     def __len__(self):
-        return len(self.prompt) + (len(self.plan) + 2 if self.plan is not None else 0) + sum(len(x) + 2 for x, _ in self.noised)
+        return (
+            len(self.prompt)
+            + (len(self.plan) + 2 if self.plan is not None else 0)
+            + sum(len(x) + 2 for x, _ in self.noised)
+        )
 
     def write(self, sequence):
         with sequence.document():
@@ -156,7 +164,9 @@ class Example:
 def encode(model, tokenizer, one, config, generator):
     """data.Sample -> Example. What is dropped, the noise and its times come from the generator."""
     if len(one.references) > config.max_references:
-        raise UserError(f"sample {one.key} has {len(one.references)} references, max_references={config.max_references}; raise it")
+        raise UserError(
+            f"sample {one.key} has {len(one.references)} references, max_references={config.max_references}; raise it"
+        )
     if len(one.references) > 1 and not config.in_context:
         one = replace(one, references=(), instruction=one.plan.caption)
     chance = lambda probability: float(torch.rand((), generator=generator)) < probability
@@ -185,8 +195,10 @@ def pack(layout, examples, tokens_per_pack):
     packs, room = [], 0
     for example in examples:
         if len(example) > tokens_per_pack:
-            raise UserError(f"a sample takes {len(example)} tokens, more than tokens_per_pack={tokens_per_pack}; raise it, or "
-                            f"allow fewer references")  # fmt: skip
+            raise UserError(
+                f"a sample takes {len(example)} tokens, more than tokens_per_pack={tokens_per_pack}; raise it, or "
+                f"allow fewer references"
+            )
         if len(example) > room:
             packs.append((Sequence(layout), []))
             room = tokens_per_pack
@@ -260,8 +272,10 @@ def train(config):
         run.load_state(folder, step, parameters, optimizer, average)
     run.cut_log(folder, step)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
-            f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}")  # fmt: skip
+    run.say(
+        f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
+        f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}"
+    )
     begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
     positions = [i for later in range(step, config.steps) for i in sample_indices(config, later)]
     samples = stream(source, positions, config.workers)
@@ -326,8 +340,16 @@ def strip(folder, step, model, average, layout, tokenizer, config):
     with run.exchanged(model, average), run.gathered(model):
         if run.is_main():
             samples = evaluate.test_samples(config.data, 8, config.max_references)
-            evaluate.save_strip(folder / "samples" / f"{step:06d}.png", model, layout, tokenizer, samples, side=config.sample_side,
-                                shift=config.sample_shift, num_timesteps=config.sample_timesteps)  # fmt: skip
+            evaluate.save_strip(
+                folder / "samples" / f"{step:06d}.png",
+                model,
+                layout,
+                tokenizer,
+                samples,
+                side=config.sample_side,
+                shift=config.sample_shift,
+                num_timesteps=config.sample_timesteps,
+            )
     run.barrier()
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import iccot
 from config import UserError
@@ -91,7 +90,10 @@ def index_of(shard):
             for entry in tar:
                 if entry.isfile():
                     key, _, suffix = Path(entry.name).name.partition(".")
-                    entries.setdefault(str(Path(entry.name).with_name(key)), {})[suffix] = (entry.offset_data, entry.size)
+                    entries.setdefault(str(Path(entry.name).with_name(key)), {})[suffix] = (
+                        entry.offset_data,
+                        entry.size,
+                    )
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out") from None
     return list(entries.items())
@@ -110,7 +112,9 @@ class Source(torch.utils.data.Dataset):
         elif self.path.is_dir() and list(self.path.glob("*.tar")):
             self.parts = sorted(self.path.glob("*.tar"))
         else:
-            raise UserError(f"no samples at {path}: expected a .tar file, a folder of them, or a folder with records.jsonl")
+            raise UserError(
+                f"no samples at {path}: expected a .tar file, a folder of them, or a folder with records.jsonl"
+            )
         self.entries = [(part, *entry) for part in self.parts for entry in self._index(part)]
         self.starts = [i for i, entry in enumerate(self.entries) if i == 0 or entry[0] != self.entries[i - 1][0]]
         if not self.entries:
@@ -119,7 +123,9 @@ class Source(torch.utils.data.Dataset):
     def _index(self, part):
         if part.suffix == ".tar":
             return index_of(part)
-        return [(f"line {number}", line) for number, line in enumerate(part.read_text().splitlines(), 1) if line.strip()]
+        return [
+            (f"line {number}", line) for number, line in enumerate(part.read_text().splitlines(), 1) if line.strip()
+        ]
 
     def __len__(self):
         return len(self.entries)
@@ -143,12 +149,18 @@ class Source(torch.utils.data.Dataset):
         """Sample `number` in the order on disk. UserError names what is wrong with it."""
         part, key, content = self.entries[number]
         try:
-            record, pictures = self._tar_record(part, content) if part.suffix == ".tar" else self._line_record(part, content)
+            record, pictures = (
+                self._tar_record(part, content) if part.suffix == ".tar" else self._line_record(part, content)
+            )
             plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
-            return Sample(str(record["key"]), str(record["task"]), tuple(pictures[:-1]), record["instruction"], plan, pictures[-1])
+            return Sample(
+                str(record["key"]), str(record["task"]), tuple(pictures[:-1]), record["instruction"], plan, pictures[-1]
+            )
         except (ValueError, KeyError, TypeError, OSError) as error:
             what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{part}, sample {key}: {what}; python data.py --check {self.path} lists all that is wrong") from None
+            raise UserError(
+                f"{part}, sample {key}: {what}; python data.py --check {self.path} lists all that is wrong"
+            ) from None
 
     def record(self, number):
         """The record of a sample, without its pictures."""
@@ -164,7 +176,10 @@ class Source(torch.utils.data.Dataset):
             return file.read(place[1])
 
     def _tar_record(self, part, files):
-        record, numbers = self._json(part, files), sorted(int(name[4:].split(".")[0]) for name in files if name.startswith("ref_"))
+        record, numbers = (
+            self._json(part, files),
+            sorted(int(name[4:].split(".")[0]) for name in files if name.startswith("ref_")),
+        )
         if numbers != list(range(1, len(numbers) + 1)):
             raise ValueError(f"its references are numbered {numbers}")
         suffixes = [name for i in numbers for name in files if name.startswith(f"ref_{i}.")]

@@ -2,9 +2,9 @@
 A model server that draws: the toy world behind the two routes of endpoint.py, so that curate.py and the judge of
 benchmarks.py run from end to end without a network.
 
-It knows the toy world and nothing else: it recognises the pictures of a question by their pixels, and from them and the task
-makes up an instruction, a plan and a target that belong together, the same ones every time (a hash of the question takes
-the place of chance). It keeps no state, so it can be stopped and started in the middle.
+It knows the toy world and nothing else: it recognises the pictures of a question by their pixels, and from them and
+the task makes up an instruction, a plan and a target that belong together, the same ones every time (a hash of the
+question takes the place of chance). It keeps no state, so it can be stopped and started in the middle.
 
     python curate.py --serve_toy
 """
@@ -32,7 +32,7 @@ from shards import to_png
 
 
 def subject_of(image):
-    """The subject of a portrait of 16 x 16 pixels, on paper of any tint: |m (x - s)|^2 + |(1 - m) (x - paper)|^2, least."""
+    """The subject of a portrait on paper of any tint: that with the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2."""
     if image.size != (data.HALF, data.HALF):
         raise ValueError(f"a portrait has {data.HALF} x {data.HALF} pixels, not {image.width} x {image.height}")
     x = np.asarray(image, np.float32).reshape(-1, 3) / 255  # (256, 3)
@@ -50,7 +50,9 @@ def scene_of(image):
     errors = np.sort(np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1), 1)[:, :600].sum(1)
     scene = data.scenes()[int(errors.argmin())]  # by the 600 pixels that fit best: things cover the others
     found = data._nearest(picture, data.scene_picture(scene).astype(np.float32) / 255)
-    return scene, {place: subject for place, (subject, quality) in found.items() if subject is not None and quality > 0.5}
+    return scene, {
+        place: subject for place, (subject, quality) in found.items() if subject is not None and quality > 0.5
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +75,9 @@ def _edit(task, images, wording, places, rng):
     new = subject_of(images[1])
     replaced = next((place for place in PLACES if place in standing), None) if task == "replace" else None
     place = replaced or next(place for place in places if place not in standing)
-    things = [data._thing(where, subject) for where, subject in standing.items() if where != place] + [data._thing(place, new)]
+    things = [data._thing(where, subject) for where, subject in standing.items() if where != place] + [
+        data._thing(place, new)
+    ]
     truth = data._truth(scene, things, True)
     one, two = wording.image(1), wording.image(2)
     words = f"Replace the {standing[replaced].kind} of {one} with the thing of {two}." if replaced else \
@@ -87,7 +91,8 @@ def _attribute(task, images, wording, places, rng):
         first = data.replace(first, looks=(owner.looks[0], first.looks[1]))
     scene = data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
     truth = data._truth(scene, [data._thing(places[0], first)], False)
-    words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)} at the {places[0]}, {_where(scene)}."
+    words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)}"
+    words += f" at the {places[0]}, {_where(scene)}."
     return words, [f"The {first.kind} is from image_1.", f"The pattern of the {first.kind} is from image_2."], truth
 
 
@@ -165,7 +170,7 @@ def answer_image(prompt, images):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Both routes. `fault` may answer in place of them (tests): fault(handler, number of the request) -> whether it did."""
+    """Both routes. `fault` may answer in their place (tests): fault(handler, request number) -> whether it did."""
 
     fault = staticmethod(lambda handler, number: False)
     protocol_version = "HTTP/1.1"
@@ -183,12 +188,23 @@ class Handler(BaseHTTPRequestHandler):
             urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
             images = [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
             self.count(prompt, images)
-            self.reply({"choices": [{"message": {"role": "assistant", "content": answer_text(prompt, images)}, "finish_reason": "stop"}]})
+            self.reply(
+                {
+                    "choices": [
+                        {
+                            "message": {"role": "assistant", "content": answer_text(prompt, images)},
+                            "finish_reason": "stop",
+                        }
+                    ]
+                }
+            )
         elif self.path.endswith("/images/edits"):
             head = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
             parts = {}
             for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
-                parts.setdefault(part.get_param("name", header="content-disposition"), []).append(part.get_payload(decode=True))
+                parts.setdefault(part.get_param("name", header="content-disposition"), []).append(
+                    part.get_payload(decode=True)
+                )
             prompt, images = parts["prompt"][0].decode(), [_open(image) for image in parts["image[]"]]
             self.count(prompt, images)
             picture = answer_image(prompt, images)
@@ -219,7 +235,7 @@ def _open(content):
 
 
 def make_server(port=0, fault=None):
-    """A server on this machine alone; port 0 takes a free one. It counts `requests`, and how often each was `answered`."""
+    """A server on this machine alone; port 0 takes a free one. It counts `requests` and what it has `answered`."""
     import threading
 
     handler = type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)}) if fault else Handler

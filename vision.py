@@ -1,8 +1,8 @@
 """
 Pixels in and pixels out: how a picture becomes tokens, and how latents become a picture.
 
-A reference picture is shown to the model twice (docs/BAGEL.md §3, §9): as clean latents, so that it can be copied, and through
-an eye, so that it can be understood. Each encoder has its own resize rule:
+A reference picture is shown to the model twice (docs/BAGEL.md §3, §9): as clean latents, so that it can be copied,
+and through an eye, so that it can be understood. Each encoder has its own resize rule:
 
     s = min(longest / max(w, h), 1);  s = max(s, shortest / min(w, h));  sides snap to the stride, the whole picture
     shrinks once more if it has too many pixels (linearly, as the official code does) or a side is still too long
@@ -254,7 +254,9 @@ class FluxCodec:
     nor averaged nor saved with the model; `weights` holds them under the names of ae.safetensors. Always float32.
     """
 
-    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=16, scale=0.3611, shift=0.1159):
+    def __init__(
+        self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=16, scale=0.3611, shift=0.1159
+    ):
         parts = (part(channels, multipliers, blocks, latent_channels) for part in (FluxEncoder, FluxDecoder))
         self.weights = nn.ModuleDict(zip(("encoder", "decoder"), parts)).requires_grad_(False).float()
         self.scale, self.shift = scale, shift
@@ -300,7 +302,7 @@ class EyeLayer(nn.Module):
 
 
 class Eye(nn.Module):
-    """SigLIP NaViT (docs/BAGEL.md §7). patches (V, P), position ids (V,), tokens of each picture -> features (V, W)."""
+    """SigLIP NaViT (docs/BAGEL.md §7). patches (V, P), position ids (V,), tokens a picture -> features (V, W)."""
 
     def __init__(self, hidden_size, intermediate_size, num_layers, num_heads, patch, side):
         super().__init__()

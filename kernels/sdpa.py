@@ -45,7 +45,7 @@ def _rows(x, index):
 
 
 def make_plan(mask):
-    """(batches of (rows (B, R), keys (B, S), bias (B, 1, R, S) or None), restore (Nq,), rows that see nothing or None)."""
+    """(batches of (rows (B, R), keys (B, S), bias (B, 1, R, S) or None), restore (Nq,), empty rows or None)."""
     q_hi, k_hi = mask.q_hi.cpu().numpy(), mask.k_hi.cpu().numpy()
     q_pos = mask.positions().cpu().numpy()
     pieces = _merge([_piece(rows, q_hi, k_hi, q_pos) for rows in _cut(k_hi, q_pos)])

@@ -46,11 +46,35 @@ PRESETS = {"default": {}}
 
 def start(folder, config, timeout_minutes=1.0):
     """Two processes as torchrun starts them, in a process group of their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "sft.py"),
-               "--config", "smoke", "--samples_per_step", "4", "--steps", str(STEPS), "--save_every", "1", "--sample_every", "1000",
-               "--timeout_minutes", str(timeout_minutes), "--out", str(folder), "--async_save", str(config.background).lower()]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "sft.py"),
+        "--config",
+        "smoke",
+        "--samples_per_step",
+        "4",
+        "--steps",
+        str(STEPS),
+        "--save_every",
+        "1",
+        "--sample_every",
+        "1000",
+        "--timeout_minutes",
+        str(timeout_minutes),
+        "--out",
+        str(folder),
+        "--async_save",
+        str(config.background).lower(),
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def workers(launcher):
@@ -85,7 +109,10 @@ def hang(folder, config):
 
 def main(config):
     """Returns {what: how often}."""
-    rng, counts = random.Random(config.seed), {"kills": 0, "inside a save": 0, "finished runs": 0, "torn states chosen": 0}
+    rng, counts = (
+        random.Random(config.seed),
+        {"kills": 0, "inside a save": 0, "finished runs": 0, "torn states chosen": 0},
+    )
     with tempfile.TemporaryDirectory() as temporary:
         whole, folder = Path(temporary) / "whole", Path(temporary) / "run"
         out, _ = (launcher := start(whole, config)).communicate(timeout=600)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import flow
 import pretrained
 import sample
-from model import Cache, ModelConfig, TimeEmbedder, rope, sincos_table
+from model import Cache, ModelConfig, rope, sincos_table
 from sample import Prompt, Sampler
 from sequence import Layout, Sequence, _position_ids
 from vision import Reference, ResizeRule, patchify, to_rgb, to_tensor, transform
@@ -379,7 +379,9 @@ def test_f5_velocities(bagel):
         for ours in ("no_text", "no_image"):
             close(v[ours], f[f"{scenario}.v_{CONTEXTS[ours]}"])
         for i, combo in enumerate(facts["cfg_combos"]):
-            got = flow.guide(v["full"], v["no_text"], v["no_image"], combo["text"], combo["img"], combo["type"], combo["rmin"])
+            got = flow.guide(
+                v["full"], v["no_text"], v["no_image"], combo["text"], combo["img"], combo["type"], combo["rmin"]
+            )
             close(got, f[f"{scenario}.v{i}"], 1e-4)
         for ours, context in CONTEXTS.items():
             start = packed.latent_index[packed.noised[rows[ours][0]]] - 1  # its opening marker
@@ -401,8 +403,19 @@ def test_a_prefix_changes_nothing(bagel):
     assert plans[0] == plans[1]
     pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
     sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
-    x = [sample.paint(bagel.model, bagel.layout, prompts, pairs, grids, sampler, [torch.Generator().manual_seed(i) for i in range(2 * len(prompts))], prefix=one)
-         for one in (None, prefix)]  # fmt: skip
+    x = [
+        sample.paint(
+            bagel.model,
+            bagel.layout,
+            prompts,
+            pairs,
+            grids,
+            sampler,
+            [torch.Generator().manual_seed(i) for i in range(2 * len(prompts))],
+            prefix=one,
+        )
+        for one in (None, prefix)
+    ]
     close(*x, 2e-5)
 
 
@@ -427,7 +440,9 @@ def test_f6_trajectories(bagel):
             seen.append((x, v, t))
             return flow.euler_step(x, v, t, t_next)
 
-        x = sample.paint(bagel.model, bagel.layout, [prompt], [[None]], [grid], sampler_of(facts), step=step, x=f[f"{name}.x"][0])
+        x = sample.paint(
+            bagel.model, bagel.layout, [prompt], [[None]], [grid], sampler_of(facts), step=step, x=f[f"{name}.x"][0]
+        )
         assert len(seen) == facts["n_model_calls"]
         close(torch.stack([t for *_, t in seen]), f[f"{name}.t"], 1e-6)
         close(torch.stack([x for x, *_ in seen] + [x]), f[f"{name}.x"], 2e-4)
@@ -447,7 +462,9 @@ def test_f9_inferencer(bagel):
         prompt = Prompt((system,) * one["think"] + prompt.items, prompt.vae)
         plan = None
         if one["think"] or understand:
-            (plan,), _ = sample.think(bagel.model, bagel.layout, [prompt], 1, hyper["max_think_token_n"] - 1, temperature=0)
+            (plan,), _ = sample.think(
+                bagel.model, bagel.layout, [prompt], 1, hyper["max_think_token_n"] - 1, temperature=0
+            )
             assert [bagel.layout.bos, *plan] == one["generated_tokens_incl_bos"][0], name
         if not understand:
             pictures = [item for item in one["inputs"] if item["type"] == "image"]
@@ -455,7 +472,9 @@ def test_f9_inferencer(bagel):
             if pictures:  # the size rule of the inferencer: the last picture after the codec's resize
                 shape = bagel.config.image_rule.size(pictures[-1]["width"], pictures[-1]["height"])[::-1]
             grid = bagel.grid(shape)
-            x = sample.paint(bagel.model, bagel.layout, [prompt], [[plan]], [grid], sampler_of(hyper), x=f[f"{name}.init_noise"])
+            x = sample.paint(
+                bagel.model, bagel.layout, [prompt], [[plan]], [grid], sampler_of(hyper), x=f[f"{name}.init_noise"]
+            )
             close(x, f[f"{name}.latent"], 2e-4)
             check_image(bagel, x, grid, f[f"{name}.image"])
 

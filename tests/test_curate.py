@@ -53,7 +53,9 @@ class Server:
 
 def misbehave(handler, number):
     """Every kind of trouble, by the number of the request."""
-    kind = {3: "429", 5: "500", 8: "refusal", 11: "broken", 14: "timeout", 17: "429", 21: "broken", 26: "503"}.get(number)
+    kind = {3: "429", 5: "500", 8: "refusal", 11: "broken", 14: "timeout", 17: "429", 21: "broken", 26: "503"}.get(
+        number
+    )
     if handler.path.endswith("edits") and not handler.server.requests % 9:
         kind = "truncated picture"
     if kind == "429":
@@ -83,11 +85,33 @@ def curated(tmp_path_factory):
     train_toy_clip(folder / "clip", steps=1)
     rng, kills = random.Random(0), 0
     with Server(misbehave) as server:
-        command = [sys.executable, str(ROOT / "curate.py"), "--config", "toy", "--pools", "pools", "--out", "out", "--count", "24",
-                   "--chat_url", server.url, "--clip", "clip", "--timeout", "2", "--workers", "4", "--shard_size", "10"]  # fmt: skip
+        command = [
+            sys.executable,
+            str(ROOT / "curate.py"),
+            "--config",
+            "toy",
+            "--pools",
+            "pools",
+            "--out",
+            "out",
+            "--count",
+            "24",
+            "--chat_url",
+            server.url,
+            "--clip",
+            "clip",
+            "--timeout",
+            "2",
+            "--workers",
+            "4",
+            "--shard_size",
+            "10",
+        ]
         environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
         for goes in range(12):
-            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             if goes < 3:
                 before = server.server.requests
                 while process.poll() is None and server.server.requests < before + rng.randint(8, 25):
@@ -109,8 +133,10 @@ def curated(tmp_path_factory):
 def test_nothing_is_lost_and_nothing_asked_twice(curated):
     folder, out, kills, twice = curated
     assert kills == 3
-    lines = {name: [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()] for name in
-             ("references", "instructions", "plans", "targets", "scores")}  # fmt: skip
+    lines = {
+        name: [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("references", "instructions", "plans", "targets", "scores")
+    }
     for before, after in zip(lines, list(lines)[1:]):
         usable = {record["key"] for record in lines[before] if "dropped" not in record}
         assert sorted(record["key"] for record in lines[after]) == sorted(usable)
@@ -139,8 +165,12 @@ def test_the_shards_are_right_and_judged_ten(curated, capsys):
 def test_cuts_can_be_changed_without_asking(curated):
     folder, *_ = curated
     config = curate.Config(**{**curate.PRESETS["toy"], "out": str(folder / "out"), "pools": str(folder / "pools")})
-    scored = {key: record for key, record in curate.read_lines(folder / "out/scores.jsonl").items() if "dropped" not in record}
-    kept = lambda **cuts: sum(not reason for reason in curate.why_dropped(scored, dataclasses.replace(config, **cuts)).values())
+    scored = {
+        key: record for key, record in curate.read_lines(folder / "out/scores.jsonl").items() if "dropped" not in record
+    }
+    kept = lambda **cuts: sum(
+        not reason for reason in curate.why_dropped(scored, dataclasses.replace(config, **cuts)).values()
+    )
     assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_clip=2.0) == 0
     scored[next(iter(scored))]["scores"]["PF"] = None
     assert kept(drop_clip=0) == len(scored) - 1
@@ -148,7 +178,10 @@ def test_cuts_can_be_changed_without_asking(curated):
 
 def test_sft_trains_on_it(curated, tmp_path):
     folder, *_ = curated
-    config = sft.Config(config="smoke", **sft.PRESETS["smoke"] | dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1))
+    config = sft.Config(
+        config="smoke",
+        **sft.PRESETS["smoke"] | dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1),
+    )
     sft.train(config)
     lines = run.read_log(tmp_path / "run")
     assert len(lines) == 20 and lines[-1]["ce"] < lines[0]["ce"]
@@ -178,13 +211,21 @@ def ask(fault=None, tmp_path=None, **options):
     server = Server(fault).__enter__()
     image = toyserver.to_png(Image.fromarray(data._portrait(data.np.random.default_rng(0), data.subjects()[5])))
     question = Question("Task type: subject. Write.", (image,))
-    return Endpoint(server.url, "toy", tmp_path / "replies", **{"timeout": 1.0, "tries": 3, **options}), question, server
+    return (
+        Endpoint(server.url, "toy", tmp_path / "replies", **{"timeout": 1.0, "tries": 3, **options}),
+        question,
+        server,
+    )
 
 
-@pytest.mark.parametrize("status, words", [(401, "OPENAI_API_KEY"), (404, "name of a model"), (500, "nothing was lost")])
+@pytest.mark.parametrize(
+    "status, words", [(401, "OPENAI_API_KEY"), (404, "name of a model"), (500, "nothing was lost")]
+)
 def test_an_endpoint_at_fault_is_one_clear_line(tmp_path, status, words, monkeypatch):
     monkeypatch.setattr("urllib3.util.Retry.sleep", lambda *_, **__: None)
-    endpoint, question, server = ask(lambda handler, number: handler.reply({"error": {"message": "no"}}, status) or True, tmp_path)
+    endpoint, question, server = ask(
+        lambda handler, number: handler.reply({"error": {"message": "no"}}, status) or True, tmp_path
+    )
     with pytest.raises(UserError, match=words) as error:
         endpoint.text(question)
     assert str(status) in str(error.value) and not list((tmp_path / "replies").iterdir())
@@ -256,7 +297,13 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     for path in Path("broken").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(SystemExit) as stopped:
-        curate.main(parse(curate.Config, curate.PRESETS, ["--config", "full", *([] if "--count" in words else ["--count", "4"]), *words]))
+        curate.main(
+            parse(
+                curate.Config,
+                curate.PRESETS,
+                ["--config", "full", *([] if "--count" in words else ["--count", "4"]), *words],
+            )
+        )
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
 
@@ -264,7 +311,9 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     toyserver.draw_pools("pools", 6)
-    curate.main(parse(curate.Config, curate.PRESETS, ["--config", "full", "--pools", "pools", "--count", "10", "--dry_run"]))
+    curate.main(
+        parse(curate.Config, curate.PRESETS, ["--config", "full", "--pools", "pools", "--count", "10", "--dry_run"])
+    )
     out = capsys.readouterr().out
     assert "10 samples" in out and "40 requests" in out and "nothing was asked" in out
     assert not list(Path("out/curated").glob("*.jsonl"))
@@ -304,17 +353,46 @@ def write_parquet(folder, count=16):
     for i in range(count):
         sample = data.draw_sample("held_out", i)
         images = [{"bytes": toyserver.to_png(image), "path": None} for image in sample.references]
-        rows.append({"key": f"k{i}", "task_type": benchmarks.OMNICONTEXT_TASKS[i % 8], "instruction": sample.instruction,
-                     "instruction_language": "en", "input_images": images, "caption": sample.plan.caption})  # fmt: skip
+        rows.append(
+            {
+                "key": f"k{i}",
+                "task_type": benchmarks.OMNICONTEXT_TASKS[i % 8],
+                "instruction": sample.instruction,
+                "instruction_language": "en",
+                "input_images": images,
+                "caption": sample.plan.caption,
+            }
+        )
     (folder / "data").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data/train-00000.parquet")
     return folder
 
 
 def bench_words(folder, model, url, *words):
-    return evaluate.arguments(["--config", "smoke", "--bench", "omnicontext", str(folder / "bench"), "--checkpoint", str(model), "--result_dir",
-                      str(folder / "results"), "--model_name", "ours", "--judge_url", url, "--judge_model", "toy", "--threads", "1",
-                      "--max_plan_tokens", "20", *words])  # fmt: skip
+    return evaluate.arguments(
+        [
+            "--config",
+            "smoke",
+            "--bench",
+            "omnicontext",
+            str(folder / "bench"),
+            "--checkpoint",
+            str(model),
+            "--result_dir",
+            str(folder / "results"),
+            "--model_name",
+            "ours",
+            "--judge_url",
+            url,
+            "--judge_model",
+            "toy",
+            "--threads",
+            "1",
+            "--max_plan_tokens",
+            "20",
+            *words,
+        ]
+    )
 
 
 def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
@@ -327,7 +405,9 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
             return True
 
     with Server(sometimes) as server:
-        main = lambda *words: evaluate.main(parse(evaluate.Config, evaluate.PRESETS, bench_words(tmp_path, small_model, server.url, *words)))
+        main = lambda *words: evaluate.main(
+            parse(evaluate.Config, evaluate.PRESETS, bench_words(tmp_path, small_model, server.url, *words))
+        )
         main("--generate_only", "--clip_out", "--metric", str(tmp_path / "clip"))
         assert server.server.requests == 0 and "CLIP_out" in capsys.readouterr().out
         pictures = sorted((tmp_path / "results/ours/fullset").rglob("*.png"))
@@ -340,8 +420,19 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
         out = capsys.readouterr().out
         assert "1 pictures painted" in out and sum(path.stat().st_mtime_ns != times[path] for path in pictures) == 1
         assert server.server.requests == 2 * 16 + 2 and "average" in out and "not comparable" in out and "8.21" in out
-        rows = [json.loads(line) for path in (tmp_path / "results/ours/toy").rglob("score.jsonl") for line in path.read_text().splitlines()]
-        assert len(rows) == 16 and {"key", "task_type", "instruction", "PF_score", "SC_score", "output_image_path"} <= set(rows[0])
+        rows = [
+            json.loads(line)
+            for path in (tmp_path / "results/ours/toy").rglob("score.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        assert len(rows) == 16 and {
+            "key",
+            "task_type",
+            "instruction",
+            "PF_score",
+            "SC_score",
+            "output_image_path",
+        } <= set(rows[0])
         main()
         assert server.server.requests == 2 * 16 + 2  # judged once
     table = json.loads((tmp_path / "results/ours/omnicontext.json").read_text())
@@ -350,8 +441,10 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
 
 
 def test_statistics_are_the_official_ones():
-    rows = [{"task_type": task, "instruction_language": "en", "PF_score": pf, "SC_score": sc} for task, pf, sc in
-            (("a", 9, 4), ("a", 4, 4), ("a", None, 8), ("b", 10, 10))] + [{"task_type": "b", "instruction_language": "zh", "PF_score": 0, "SC_score": 0}]  # fmt: skip
+    rows = [
+        {"task_type": task, "instruction_language": "en", "PF_score": pf, "SC_score": sc}
+        for task, pf, sc in (("a", 9, 4), ("a", 4, 4), ("a", None, 8), ("b", 10, 10))
+    ] + [{"task_type": "b", "instruction_language": "zh", "PF_score": 0, "SC_score": 0}]
     table = benchmarks.statistics(rows, ("a", "b", "c"))
     assert table["a"] == {"PF": 6.5, "SC": 4.0, "Overall": 5.0, "n": 2, "null": 1}
     assert table["average"] == {"PF": 8.25, "SC": 7.0, "Overall": 7.5, "n": 3, "null": 1}
@@ -378,14 +471,22 @@ def test_a_judge_that_cannot_be_read_gives_null(tmp_path, monkeypatch):
 
 
 def test_dreamomni2_folders(tmp_path):
-    for group, category, number in (("editing", "add", 1), ("editing", "local_expression", 3), ("generation", "pose", 2)):
+    for group, category, number in (
+        ("editing", "add", 1),
+        ("editing", "local_expression", 3),
+        ("generation", "pose", 2),
+    ):
         folder = tmp_path / f"{group}_benchmark" / category / str(number)
         folder.mkdir(parents=True)
         (folder / "instruction.txt").write_text(" Do it. \n")
         for name in ("ref_0.jpg", "ref_1.jpg", "res.jpg"):
             Image.new("RGB", (20, 20), "red").save(folder / name)
     cases = benchmarks.read_dreamomni2(tmp_path)
-    assert [(case.key, case.task, len(case.references)) for case in cases] == [("add-1", "add", 2), ("local_expression-3", "local", 2), ("pose-2", "generation", 2)]
+    assert [(case.key, case.task, len(case.references)) for case in cases] == [
+        ("add-1", "add", 2),
+        ("local_expression-3", "local", 2),
+        ("pose-2", "generation", 2),
+    ]
     assert cases[0].instruction == "Do it."
 
 
@@ -406,10 +507,15 @@ def test_the_toy_server_sees_what_was_drawn():
     pool = lambda kinds: [one for one in data._pool("train", data.Subject) if one.kind in kinds]
     portrait = lambda kinds: Image.fromarray(data._portrait(rng, data._pick(rng, pool(kinds))))
     scene = lambda: Image.fromarray(data.draw(data._source(rng, "train", 1)))
-    made = {"add": [scene(), portrait(data.OBJECTS)], "replace": [scene(), portrait(data.CHARACTERS)],
-            "attribute": [portrait(data.OBJECTS), portrait(data.OBJECTS)], "scene": [portrait(data.CHARACTERS), scene()],
-            "subject": [portrait(data.CHARACTERS)], "subject_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS)],
-            "scene_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS), scene()]}  # fmt: skip
+    made = {
+        "add": [scene(), portrait(data.OBJECTS)],
+        "replace": [scene(), portrait(data.CHARACTERS)],
+        "attribute": [portrait(data.OBJECTS), portrait(data.OBJECTS)],
+        "scene": [portrait(data.CHARACTERS), scene()],
+        "subject": [portrait(data.CHARACTERS)],
+        "subject_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS)],
+        "scene_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS), scene()],
+    }
     assert set(made) == set(data.TASKS)
     for task, images in made.items():
         instruction, plan, truth = toyserver.compose(task, images)
@@ -418,5 +524,3 @@ def test_the_toy_server_sees_what_was_drawn():
         picture = Image.open(io.BytesIO(toyserver.answer_image(f"Instruction: {instruction}\n", images)))
         assert data.judge(picture, truth) == data.Verdict(10, 10, 10), task
         assert toyserver.compose(task, images)[0] == instruction
-
-

@@ -45,6 +45,7 @@ def toy(tmp_path_factory):
 def roll(toy, config=CONFIG, step=0, true_plans=False, monkeypatch=None):
     model, layout, tokenizer, samples = toy
     if true_plans:
+
         def think(model, layout, prompts, size, *rest, **more):
             plans = [tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(size)]
             return plans, [True] * len(plans)
@@ -72,11 +73,16 @@ def some_reward(config=CONFIG, seed=0):
 
 
 VARIANTS = {
-    "plain": {}, "no rid": dict(rid=False), "cps": dict(sde="cps", noise_level=0.8), "small packs": dict(tokens_per_pack=400),
-    "guided": dict(text_guidance=3.0, image_guidance=1.5), "two pictures a plan": dict(images_per_cot=2),
-    "text": dict(train_text=True), "text, small packs": dict(train_text=True, images_per_cot=2, tokens_per_pack=150),
+    "plain": {},
+    "no rid": dict(rid=False),
+    "cps": dict(sde="cps", noise_level=0.8),
+    "small packs": dict(tokens_per_pack=400),
+    "guided": dict(text_guidance=3.0, image_guidance=1.5),
+    "two pictures a plan": dict(images_per_cot=2),
+    "text": dict(train_text=True),
+    "text, small packs": dict(train_text=True, images_per_cot=2, tokens_per_pack=150),
     "guard": dict(guard=True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -135,7 +141,9 @@ def test_global_std_and_pictures_of_one_plan():
     torch.testing.assert_close(images, (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0))
     images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, images_per_cot=2))
     pairs = reward.view(2, 2, 2)
-    torch.testing.assert_close(images.view(2, 2, 2), grpo.group_advantage(pairs.flatten(0, 1), 0.003, 5.0).view(2, 2, 2))
+    torch.testing.assert_close(
+        images.view(2, 2, 2), grpo.group_advantage(pairs.flatten(0, 1), 0.003, 5.0).view(2, 2, 2)
+    )
     torch.testing.assert_close(plans, grpo.group_advantage(pairs.mean(2), 0.003, 5.0))
 
 
@@ -216,7 +224,10 @@ def naive_loss(model, layout, rollout, reward, config):
                 if config.text_guidance > 1:
                     pictures_only = Prompt(prompt.items[:-1])
                     texts_only = Prompt(prompt.items[-1:])
-                    others = [velocity_alone(model, layout, one, None, x, rollout.grid, t) for one in (pictures_only, texts_only)]
+                    others = [
+                        velocity_alone(model, layout, one, None, x, rollout.grid, t)
+                        for one in (pictures_only, texts_only)
+                    ]
                     if flow.guidance_active(t, config.sampler.guidance_interval):
                         v = flow.guide(v, *others, config.text_guidance, config.image_guidance)
                 mean, std = flow.transition(x.to(v), v, t.to(v), t_next.to(v), config.noise_level, config.sde)
@@ -251,7 +262,9 @@ def velocity_alone(model, layout, prompt, plan, x, grid, t):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("name", ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"])
+@pytest.mark.parametrize(
+    "name", ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"]
+)
 def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     """Gradients of an update: prompt shared and cut, plans shared, steps packed, against one forward for each."""
     _, layout, _, _ = toy
@@ -263,7 +276,9 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     rollout.ended[0] = False  # one plan was cut off: its eos is not the model's word
     reward = some_reward(config).to(dtype)
     parameters = dict(model.named_parameters())
-    naive = torch.autograd.grad(naive_loss(model, layout, rollout, reward, config), parameters.values(), allow_unused=True)
+    naive = torch.autograd.grad(
+        naive_loss(model, layout, rollout, reward, config), parameters.values(), allow_unused=True
+    )
     found = {}
 
     class Recorder(torch.optim.SGD):

@@ -239,7 +239,9 @@ def test_the_names_and_shapes_of_the_7b_model():
 def test_a_cut_pack_equals_the_whole(model):
     """Forward and gradients: the shared context once, then the rest against its keys and values."""
     whole = build(1, 2)
-    weights = torch.randn(len(whole), model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(
+        len(whole), model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
     def gradients(loss):
         model.zero_grad()

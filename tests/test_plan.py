@@ -9,7 +9,9 @@ import grpo
 import plan
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
 
-CONFIG = dataclasses.replace(grpo.Config(config="smoke", **grpo.PRESETS["smoke"]), tokens_per_pack=2000, kl_beta=0.1, average=0.9)
+CONFIG = dataclasses.replace(
+    grpo.Config(config="smoke", **grpo.PRESETS["smoke"]), tokens_per_pack=2000, kl_beta=0.1, average=0.9
+)
 CASE = plan.Case(references=2, side=32, words=20, plan=40)
 
 
@@ -48,11 +50,17 @@ def test_activations(shape, checkpointing):
         context = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in context]
     members.key_order = torch.arange(len(shared) + len(members))
-    members.mask = type(members.mask)(members.mask.q_hi + len(shared), torch.cat([shared.mask.k_hi * 0 + 10**6, members.mask.k_hi + len(shared)]),
-                                      torch.arange(len(members)) + len(shared))  # fmt: skip
+    members.mask = type(members.mask)(
+        members.mask.q_hi + len(shared),
+        torch.cat([shared.mask.k_hi * 0 + 10**6, members.mask.k_hi + len(shared)]),
+        torch.arange(len(members)) + len(shared),
+    )
     with plan.kept_bytes(model.parameters()) as rest:
         model(members, context=leaves)
-    computed = [plan.activations(shape, pack, checkpointing, rows, torch.float32)[0] for pack, rows in ((shared, 0), (members, len(shared)))]
+    computed = [
+        plan.activations(shape, pack, checkpointing, rows, torch.float32)[0]
+        for pack, rows in ((shared, 0), (members, len(shared)))
+    ]
     measured = [prompt.total, rest.total]
     # without checkpointing, this CPU's attention keeps copies of rows and keys where the kernel keeps q, k and v
     assert computed == pytest.approx(measured, rel=0.05 if checkpointing else 0.35)
@@ -63,7 +71,9 @@ def test_cache():
     shape = ModelConfig(**SMOKE)
     cache = Cache(UnifiedModel(shape), 100)
     rollout = plan.memory(CONFIG, shape, 1, CASE)["rollout"]
-    tokens = 2 * CONFIG.groups_at_once * len(plan.a_prompt(shape, CASE)[1]) + CONFIG.groups_at_once * CONFIG.group_size * (40 + 66)
+    tokens = 2 * CONFIG.groups_at_once * len(
+        plan.a_prompt(shape, CASE)[1]
+    ) + CONFIG.groups_at_once * CONFIG.group_size * (40 + 66)
     assert rollout["KV cache"] == (cache.keys.nbytes + cache.values.nbytes) / 100 * tokens
 
 

@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def torchrun(*words, processes=2, timeout=300, code=0):
     """Start processes as torchrun does, on a port of its own; they are killed when the time is over."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, words)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        *map(str, words),
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout, cwd=ROOT)
     assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
@@ -116,7 +124,9 @@ def test_first_host_of_a_list(nodes, first):
 
 def test_work_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(run, "size", lambda: 5)
-    with pytest.raises(UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"):
+    with pytest.raises(
+        UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"
+    ):
         run.share(48, "prompts", "prompts_per_step")
 
 

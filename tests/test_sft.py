@@ -78,7 +78,9 @@ def test_randomness_belongs_to_the_sample_not_to_the_step(toy):
 
 def test_dropped_conditions(toy):
     """Dropped pictures leave two positions each; dropped text takes the plan along and leaves nothing (docs/BAGEL.md §4)."""
-    for i, (full, no_text, no_eye) in enumerate(zip(encode(toy), encode(toy, text_dropout=1.0), encode(toy, vit_dropout=1.0))):
+    for i, (full, no_text, no_eye) in enumerate(
+        zip(encode(toy), encode(toy, text_dropout=1.0), encode(toy, vit_dropout=1.0))
+    ):
         references = len(data.draw_sample("train", i).references)
         packs = [sft.pack(toy[1], [example], 10**9)[0][0] for example in (full, no_text, no_eye)]
         texts = len(full.prompt.items[-1]) + 2 + (0 if full.plan is None else len(full.plan) + 2)

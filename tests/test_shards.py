@@ -48,7 +48,11 @@ def test_any_tar_reader_finds_webdatasets_names(folder, samples):
     with tarfile.open(folder / "samples-000000.tar") as tar:
         names = tar.getnames()
     first = samples[0]
-    expected = [f"{first.key}.json", *(f"{first.key}.ref_{i}.png" for i in range(1, len(first.references) + 1)), f"{first.key}.target.png"]
+    expected = [
+        f"{first.key}.json",
+        *(f"{first.key}.ref_{i}.png" for i in range(1, len(first.references) + 1)),
+        f"{first.key}.target.png",
+    ]
     assert names[: len(expected)] == expected
 
 
@@ -70,7 +74,9 @@ def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):
     source = Source(folder, seed=1, buffer=5)
     orders = [source.order(epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(23)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 3 and orders[0] == Source(folder, seed=1, buffer=5).order(0).tolist()
+    assert (
+        len({tuple(order) for order in orders}) == 3 and orders[0] == Source(folder, seed=1, buffer=5).order(0).tolist()
+    )
     for start in range(0, 23, 5):  # a stretch of the buffer comes from neighbours on disk
         assert len({number // 10 for number in orders[0][start : start + 5]}) <= 2
 
@@ -149,7 +155,9 @@ def test_sft_trains_on_shards(folder, tmp_path):
     import run
     import sft
 
-    config = dataclasses.replace(sft.Config(config="smoke", **sft.PRESETS["smoke"]), data=str(folder), steps=2, samples_per_step=4, threads=1)
+    config = dataclasses.replace(
+        sft.Config(config="smoke", **sft.PRESETS["smoke"]), data=str(folder), steps=2, samples_per_step=4, threads=1
+    )
     sft.train(dataclasses.replace(config, out=str(tmp_path / "a")))
     sft.train(dataclasses.replace(config, out=str(tmp_path / "b"), workers=1))
     a, b = (run.read_log(tmp_path / name) for name in "ab")

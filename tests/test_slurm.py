@@ -63,14 +63,28 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={base + 1} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={base + 2} CPUs=2
 PartitionName=main Nodes=n1,n2 Default=YES State=UP
 """)
-    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", SLURM_CONF=str(folder / "slurm.conf"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
+    environment = dict(
+        os.environ,
+        MASTER_ADDR="127.0.0.1",
+        SLURM_CONF=str(folder / "slurm.conf"),
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TRITON_INTERPRET="",
+    )
     os.makedirs("/run/munge", exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     if subprocess.run(["pgrep", "munged"], capture_output=True).returncode:
         subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "munged"], check=True)
     daemons = [subprocess.Popen(["slurmctld", "-D", "-f", folder / "slurm.conf"], env=environment)]
-    daemons += [subprocess.Popen(["slurmd", "-D", "-f", folder / "slurm.conf", "-N", node], env=environment) for node in ("n1", "n2")]
-    ask = lambda: subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True).stdout
+    daemons += [
+        subprocess.Popen(["slurmd", "-D", "-f", folder / "slurm.conf", "-N", node], env=environment)
+        for node in ("n1", "n2")
+    ]
+    ask = lambda: (
+        subprocess.run(
+            ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True
+        ).stdout
+    )
     try:
         wait_for("SLURM's start", lambda: ask().strip() == "2")
         yield environment, folder
@@ -92,18 +106,42 @@ def weights(folder):
 def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluster):
     """srun over two nodes; then launch/slurm.sh, which is signalled in the middle, requeued, and ends with the same bits."""
     environment, folder = cluster
-    command = ["srun", "-N2", "-n2", "--ntasks-per-node=1", sys.executable, str(ROOT / "sft.py"), *OPTIONS, "--out", "whole"]
+    command = [
+        "srun",
+        "-N2",
+        "-n2",
+        "--ntasks-per-node=1",
+        sys.executable,
+        str(ROOT / "sft.py"),
+        *OPTIONS,
+        "--out",
+        "whole",
+    ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: done") == 1
 
     script = (ROOT / "launch/slurm.sh").read_text()
-    for line in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--output=out/slurm-%j.log"):
-        script = script.replace(line, {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(line, "--comment=x"))
+    for line in (
+        "--nodes=8",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=12",
+        "--output=out/slurm-%j.log",
+    ):
+        script = script.replace(
+            line, {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(line, "--comment=x")
+        )
     script = script.replace(" python ", f" {sys.executable} ").replace("${SCRIPT:-grpo.py}", str(ROOT / "sft.py"))
-    (folder / "job.sh").write_text(script.replace("--config \"${CONFIG:-full}\"", ""))
-    made = subprocess.run(["sbatch", "--parsable", "--output", str(folder / "job.log"), "job.sh", *OPTIONS, "--out", "stopped"],
-                          env=environment, cwd=folder, capture_output=True, text=True, check=True)  # fmt: skip
+    (folder / "job.sh").write_text(script.replace('--config "${CONFIG:-full}"', ""))
+    made = subprocess.run(
+        ["sbatch", "--parsable", "--output", str(folder / "job.log"), "job.sh", *OPTIONS, "--out", "stopped"],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     job, log = made.stdout.strip(), folder / "stopped" / "metrics.jsonl"
     wait_for("the first steps", lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 120)
     subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)

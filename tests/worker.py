@@ -1,7 +1,6 @@
 """What every process of a test does: `torchrun … tests/worker.py FOLDER`, or `work(folder)` in a world of one."""
 
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,16 +15,34 @@ import grpo  # noqa: E402
 import iccot  # noqa: E402
 import run  # noqa: E402
 import sft  # noqa: E402
-from pretrained import load_tokenizer  # noqa: E402
 
 SFT = dataclasses.replace(
-    sft.Config(config="smoke", **sft.PRESETS["smoke"]), samples_per_step=6, tokens_per_pack=500, plan_dropout=0.4, decay=0.0,
-    save_every=3, steps=6, threads=1, sample_every=100, timeout_minutes=2.0, vae_dropout=0.3, vit_dropout=0.3,
-)  # fmt: skip
+    sft.Config(config="smoke", **sft.PRESETS["smoke"]),
+    samples_per_step=6,
+    tokens_per_pack=500,
+    plan_dropout=0.4,
+    decay=0.0,
+    save_every=3,
+    steps=6,
+    threads=1,
+    sample_every=100,
+    timeout_minutes=2.0,
+    vae_dropout=0.3,
+    vit_dropout=0.3,
+)
 GRPO = dataclasses.replace(
-    grpo.Config(config="smoke", **grpo.PRESETS["smoke"]), prompts_per_step=4, updates=2, tokens_per_pack=500, kl_beta=0.1,
-    text_guidance=3.0, clip_steps=1, eval_samples=4, threads=1, steps=2, timeout_minutes=2.0,
-)  # fmt: skip
+    grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
+    prompts_per_step=4,
+    updates=2,
+    tokens_per_pack=500,
+    kl_beta=0.1,
+    text_guidance=3.0,
+    clip_steps=1,
+    eval_samples=4,
+    threads=1,
+    steps=2,
+    timeout_minutes=2.0,
+)
 
 
 def whole(tensor):
@@ -85,7 +102,9 @@ def work(folder):
         results[f"grpo-{name}"] = grpo_gradients(folder, **options)
     if run.is_main():
         for name, tensors in results.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}-{world}.safetensors")
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}-{world}.safetensors"
+            )
     train(folder, f"whole-{world}")
     train(folder, f"half-{world}", steps=3)
     if run.is_main():
@@ -96,9 +115,20 @@ def work(folder):
     if world == 2:
         train(folder, "handed-on-by-1")  # what one process began
         grpo.think = REAL_THINK
-        grpo.rewards = lambda clip, rollout, config: torch.randn(len(rollout.prompts), config.group_size)  # nothing parses yet
-        grpo.train(dataclasses.replace(GRPO, init=str(folder / "whole-2"), out=str(folder / "grpo"), clip=str(folder / "clip-r"),
-                                       metric=str(folder / "clip-m"), train="lora", lora_rank=4))  # fmt: skip
+        grpo.rewards = lambda clip, rollout, config: torch.randn(
+            len(rollout.prompts), config.group_size
+        )  # nothing parses yet
+        grpo.train(
+            dataclasses.replace(
+                GRPO,
+                init=str(folder / "whole-2"),
+                out=str(folder / "grpo"),
+                clip=str(folder / "clip-r"),
+                metric=str(folder / "clip-m"),
+                train="lora",
+                lora_rank=4,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -137,12 +137,15 @@ class ModelConfig:
 
 
 TOY = dict(
-    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=640, rope_theta=1e4, vit_hidden_size=64, vit_intermediate_size=192, vit_num_layers=2, vit_num_heads=2,
+    hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=640, rope_theta=1e4, vit_hidden_size=192, vit_intermediate_size=576, vit_num_layers=2, vit_num_heads=4,
     vit_patch=16, vit_side=2, vit_shortest=16, codec="space_to_depth", codec_factor=2, latent_channels=12,
     latent_patch=2, latent_side=8, image_shortest=16, position_scale=math.pi, position_theta=16.0,
 )  # fmt: skip
-SMOKE = TOY | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_num_layers=1)
+SMOKE = TOY | dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_hidden_size=64,
+    vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
+)  # fmt: skip
 SMALL = TOY | dict(
     hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
     vit_intermediate_size=768, vit_num_layers=4, vit_num_heads=4, vit_side=8, latent_side=32,
@@ -295,7 +298,9 @@ class UnifiedModel(nn.Module):
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
-        """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, a velocity head of zero.
+        """Fresh weights: fan-in scaled normal, embeddings of one, residual outputs smaller with depth, velocity head zero.
+
+        Word embeddings are as large as what the blocks add to them; at the usual 0.02 they are drowned for a long time.
 
         QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain starts where the bound is 16, so that a head can
         single out one token among hundreds from the start.
@@ -312,8 +317,8 @@ class UnifiedModel(nn.Module):
                 nn.init.zeros_(parameter)
             if parameter.ndim < 2 or name.startswith("latent_out"):
                 continue
-            embedding = name.startswith(("embed_tokens", "eye.position_embedding"))
-            std = 0.02 if embedding else parameter.shape[1] ** -0.5
+            embeddings = {"embed_tokens.weight": 1.0, "eye.position_embedding.weight": 0.02}
+            std = embeddings.get(name, parameter.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")):
                 std *= depth
             nn.init.normal_(parameter, std=std, generator=generator)

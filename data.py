@@ -584,6 +584,12 @@ def draw_sample(split: str, index: int, seed: int = 0, max_references: int = 4) 
                   _capital(words), iccot.ICCoT(caption(truth), tuple(relations)), Image.fromarray(draw(truth)), truth)
 
 
+def enlarged(sample: Sample, scale: int) -> Sample:
+    """The same sample with every pixel `scale` x `scale` pixels wide; the judge averages them down again."""
+    grow = lambda image: image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    return replace(sample, references=tuple(map(grow, sample.references)), target=grow(sample.target))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the judge
 

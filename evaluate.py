@@ -44,7 +44,7 @@ from config import exit_on_user_error, parse, with_path
 from pretrained import load_model
 from reward import Clip, train_toy_clip
 from sample import Sampler, make_prompt, paint, picture, think
-from shards import Source
+from shards import Drawn, Source
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 
@@ -54,6 +54,7 @@ class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
     side: int = data.SIZE  # pixels of the pictures, before the codec's resize rule
     data: str = "toy"  # held-out prompts of the toy world, or samples on disk (shards.py), which have no exact judge
+    scale: int = 1  # of the toy world: pixels for each of its own, each way
     num_samples: int = 200  # prompts
     max_references: int = 4
     num_timesteps: int = 7  # grid points of the sampler; one more than model evaluations
@@ -222,10 +223,11 @@ def save_strip(path, model, layout, tokenizer, samples, **how):
     save_grid(path, samples, generate(model, layout, tokenizer, samples, **how))
 
 
-def test_samples(path, count, max_references, seed=0):
+def test_samples(path, count, max_references, seed=0, scale=1):
     """The first `count` held-out samples of the toy world, or those of samples on disk."""
     if path == "toy":
-        return [data.draw_sample("held_out", i, seed, max_references) for i in range(count)]
+        source = Drawn("held_out", seed, max_references, scale)
+        return [source[i] for i in range(count)]
     source = Source(path)
     return [source.sample(i) for i in range(min(count, len(source)))]
 
@@ -361,7 +363,7 @@ def main(config):
     with exit_on_user_error(ValueError):
         model, tokenizer = load_model(config.checkpoint, config.device, getattr(torch, config.dtype))
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-        samples = test_samples(config.data, config.num_samples, config.max_references, config.data_seed)
+        samples = test_samples(config.data, config.num_samples, config.max_references, config.data_seed, config.scale)
     run.choose_threads(config.threads)
     results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
                        config.num_timesteps, config.text_guidance, config.use_plan, side=config.side)  # fmt: skip

@@ -69,8 +69,9 @@ class Config:
     # data
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
     data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
+    scale: int = 1  # of the toy world: pixels for each of its own, each way
     max_references: int = 4
-    prompts_per_step: int = 8  # groups
+    prompts_per_step: int = 16  # groups; with 32 members 256 pictures an update (Flow-GRPO: 384 to 576)
     groups_at_once: int = 1  # rolled out together, and
     pictures_at_once: int = 8  # members of them painted together: both bound the memory, not the result
     group_size: int = 32  # members of a group (paper)
@@ -97,7 +98,7 @@ class Config:
     clip_kappa: float = 0.025  # clip range times sqrt(D)
     guard: bool = False  # GRPO-Guard's ratio: centred, and equal in size at all steps (arXiv 2510.22319)
     kl: Literal["velocity", "latent"] = "velocity"  # |v - v_ref|^2, or the divergence of the two transitions
-    kl_beta: float = 0.0  # weight of the KL to the stage 1 model
+    kl_beta: float = 1.5e-5  # weight of the KL to the stage 1 model (UniGRPO)
     train_text: bool = False  # policy gradient on the plans too, with their mean reward (for study)
     text_clip_range: float = 0.2
     text_weight: float = 1.0
@@ -110,9 +111,9 @@ class Config:
     )
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
-    lr: float = 1e-5
+    lr: float = 1e-5  # between R3's 5e-6 and UniGRPO's 3e-5
     max_grad_norm: float = 1.0
-    average: float = 0.0  # decay of the moving average of the weights; 0: off
+    average: float = 0.9  # decay of the moving average of the weights, which is what is saved (Flow-GRPO); 0: off
     # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
@@ -168,12 +169,12 @@ class Config:
         return Sampler(self.num_timesteps, self.timestep_shift, self.text_guidance, self.image_guidance)
 
 
-TOY = dict(clip_name="toy", metric_name="toy", tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
+TOY = dict(clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
            eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False,
            picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000)  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
-        init="out/toy-sft", group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
+        init="out/toy-sft", prompts_per_step=8, group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
         metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | dict(
@@ -181,7 +182,16 @@ PRESETS = {
         clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", eval_samples=16, out="out/smoke-grpo",
         save_every=1, sample_every=2,
     ),
-    "full": dict(),
+    "small": TOY | dict(  # one data-centre GPU, after sft.py --config small
+        init="out/small-sft", scale=2, picture_side=64, prompts_per_step=16, group_size=24, max_plan_tokens=72, window=2,
+        steps=200, lr=1e-4, groups_at_once=16, precision="bfloat16", clip="out/toy-clip-reward", metric="out/toy-clip-metric",
+        clip_steps=300, out="out/small-grpo",
+    ),
+    "full": dict(),  # the efficient recipe
+    "paper": dict(  # what is published (group_size 32, 200 steps, lr 1e-6, 50 denoising steps); the rest Flow-GRPO's
+        lr=1e-6, updates=1, train="all", kl_beta=0.0, average=0.0, num_timesteps=51, window=25, window_end=1.0,
+        text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05, out="out/paper-grpo",
+    ),
 }  # fmt: skip
 
 
@@ -606,8 +616,8 @@ def trained_parameters(model, what):
 
 
 def plan_shape(config):
-    """The model's shape where there is no checkpoint yet: the one of that name in model.py."""
-    return ModelConfig(**MODELS[config.config])
+    """The model's shape where there is no checkpoint yet: the one of that name in model.py, or BAGEL's."""
+    return ModelConfig(**MODELS.get(config.config, {}))
 
 
 def prepare(config):
@@ -664,7 +674,7 @@ def train(config):
         )
         prepare(config)
         step = run.newest_step(folder)
-        source = open_source(config.data, config.seed + 1, config.max_references)
+        source = open_source(config.data, config.seed + 1, config.max_references, config.scale)
         model, tokenizer, trained = build(config)
         clip = Clip(config.clip_name, config.clip, run.device())
     layout = model.config.layout(tokenizer)
@@ -717,7 +727,7 @@ def strip(folder, step, model, layout, tokenizer, config):
     """Pictures of the same prompts from the same noise, in `samples`."""
     with run.gathered(model):
         if run.is_main():
-            samples = evaluate.test_samples(config.eval_data, 8, config.max_references)
+            samples = evaluate.test_samples(config.eval_data, 8, config.max_references, scale=config.scale)
             evaluate.save_strip(
                 folder / "samples" / f"{step:06d}.png",
                 model,
@@ -781,7 +791,7 @@ def compare_stages(config, folder):
     Returns by how much Overall rose.
     """
     metric = evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
-    samples = evaluate.test_samples(config.eval_data, config.eval_samples, config.max_references)
+    samples = evaluate.test_samples(config.eval_data, config.eval_samples, config.max_references, scale=config.scale)
     rows = {}
     for name, path in (("SFT", config.init), ("SFT + GRPO", folder)):
         model, tokenizer = load_model(path, run.device())

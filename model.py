@@ -146,9 +146,9 @@ SMOKE = TOY | dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_hidden_size=64,
     vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
 )  # fmt: skip
-SMALL = TOY | dict(
+SMALL = TOY | dict(  # 98M parameters, pictures of 64 x 64
     hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
-    vit_intermediate_size=768, vit_num_layers=4, vit_num_heads=4, vit_side=8, latent_side=32,
+    vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
 )  # fmt: skip
 MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
 

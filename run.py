@@ -129,12 +129,18 @@ def say(*words):
         print(*words, flush=True)
 
 
-def share(count, what, option):
-    """`count` divided by the processes; UserError with the next numbers that can be divided."""
-    if count % size():
-        below, above = count // size() * size(), (count // size() + 1) * size()
-        raise UserError(f"{count} {what} cannot be shared evenly by {size()} processes; use --{option}="
-                        + " or ".join(str(n) for n in (below, above) if n))  # fmt: skip
+def share(count, what, option, parts=1):
+    """`count` divided by the processes, each of whose shares must have `parts` equal parts; UserError with the next numbers
+    that can be divided."""
+    unit = size() * parts
+    if count % unit:
+        below, above = count // unit * unit, (count // unit + 1) * unit
+        raise UserError(
+            f"{count} {what} cannot be shared evenly by {size()} processes"
+            + (f" in {parts} updates" if parts > 1 else "")
+            + f"; use --{option}="
+            + " or ".join(str(n) for n in (below, above) if n)
+        )
     return count // size()
 
 

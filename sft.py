@@ -52,6 +52,7 @@ class Config(ModelConfig):
     data: str = (
         "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them, or a folder with records.jsonl
     )
+    scale: int = 1  # of the toy world: pixels for each of its own, each way
     workers: int = 0  # processes that read samples ahead
     max_references: int = 4  # pictures in a prompt, at most
     samples_per_step: int = 512  # samples of one optimiser step
@@ -106,9 +107,10 @@ PRESETS = {
         samples_per_step=16, tokens_per_pack=2048, steps=20, lr=2e-3, warmup=5, average=0.9, out="out/smoke-sft",
         save_every=10, sample_every=20,
     ),
-    "small": MODELS["small"] | TOY | dict(
-        samples_per_step=128, noise_copies=4, steps=20_000, lr=3e-4, warmup=500, decay=0.3, average=0.999,
-        timestep_shift=2.0, out="out/small-sft", save_every=1000, sample_every=1000,
+    "small": MODELS["small"] | TOY | dict(  # an hour on one data-centre GPU
+        scale=2, sample_side=64, samples_per_step=96, noise_copies=2, plan_dropout=0.1, ce_weight=0.3, workers=4,
+        steps=12_000, lr=6e-4, warmup=500, average=0.999, beta2=0.98, precision="bfloat16", out="out/small-sft",
+        save_every=1000, sample_every=1000,
     ),
     "full": dict(),
 }  # fmt: skip
@@ -261,7 +263,7 @@ def train(config):
         if (folder / "model").is_dir() and step >= config.steps:
             run.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
-        source = open_source(config.data, config.seed, config.max_references)
+        source = open_source(config.data, config.seed, config.max_references, config.scale)
         model, tokenizer = build(config, folder)
         layout = model.config.layout(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
@@ -339,7 +341,7 @@ def strip(folder, step, model, average, layout, tokenizer, config):
     """Pictures of the same prompts from the same noise, by the averaged weights, in `samples`."""
     with run.exchanged(model, average), run.gathered(model):
         if run.is_main():
-            samples = evaluate.test_samples(config.data, 8, config.max_references)
+            samples = evaluate.test_samples(config.data, 8, config.max_references, scale=config.scale)
             evaluate.save_strip(
                 folder / "samples" / f"{step:06d}.png",
                 model,

@@ -28,7 +28,7 @@ import torch
 
 import iccot
 from config import UserError
-from data import Sample
+from data import Sample, draw_sample, enlarged
 from vision import open_image
 
 LONGEST = 2000  # characters of an instruction; longer ones are a mistake of whoever made them
@@ -217,21 +217,19 @@ def problems_of(source, number, context_length=77):
 
 
 class Drawn(torch.utils.data.Dataset):
-    """The toy world as a source: position p is sample p of a split."""
+    """The toy world as a source: position p is sample p of a split, `scale` times as large as it is drawn."""
 
-    def __init__(self, split, seed, max_references):
-        self.arguments = split, seed, max_references
+    def __init__(self, split, seed, max_references, scale=1):
+        self.arguments, self.scale = (seed, max_references), scale
+        self.split = split
 
     def __getitem__(self, position):
-        from data import draw_sample
-
-        split, seed, max_references = self.arguments
-        return draw_sample(split, int(position), seed, max_references)
+        return enlarged(draw_sample(self.split, int(position), *self.arguments), self.scale)
 
 
-def open_source(path, seed, max_references):
+def open_source(path, seed, max_references, scale=1):
     """The samples that --data names: "toy" draws them, anything else is a path."""
-    return Drawn("train", seed, max_references) if path == "toy" else Source(path, seed)
+    return Drawn("train", seed, max_references, scale) if path == "toy" else Source(path, seed)
 
 
 def stream(source, positions, workers=0):

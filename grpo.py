@@ -668,10 +668,7 @@ def train(config):
     with exit_on_user_error(ValueError):
         run.launch(config.timeout_minutes)
         folder = run.start(config)
-        each = (
-            run.share(config.prompts_per_step // config.updates, "prompts an update", "prompts_per_step")
-            * config.updates
-        )
+        each = run.share(config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates)
         prepare(config)
         step = run.newest_step(folder)
         source = open_source(config.data, config.seed + 1, config.max_references, config.scale)

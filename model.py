@@ -298,7 +298,7 @@ class UnifiedModel(nn.Module):
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
-        """Fresh weights: fan-in scaled normal, embeddings of one, residual outputs smaller with depth, velocity head zero.
+        """Fresh weights: fan-in scaled normal, embeddings of one, residual outputs smaller with depth, no velocity.
 
         Word embeddings are as large as what the blocks add to them; at the usual 0.02 they are drowned for a long time.
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Stage 2 on a SLURM cluster: sbatch launch/slurm.sh [options of grpo.py]
+# On 64 GPUs: sbatch launch/slurm.sh --prompts_per_step 128 --init out/full-sft --data shards --eval_data shards
 # Edit the lines with #SBATCH. One task is one GPU; grpo.py reads SLURM's variables itself, no torchrun is needed.
 #SBATCH --job-name=realign
 #SBATCH --nodes=8

@@ -128,6 +128,9 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
         UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"
     ):
         run.share(48, "prompts", "prompts_per_step")
+    with pytest.raises(UserError, match="5 processes in 2 updates; use --prompts_per_step=40 or 50"):
+        run.share(48, "prompts", "prompts_per_step", 2)
+    assert run.share(40, "prompts", "prompts_per_step", 2) == 8
 
 
 def test_killed_processes_change_nothing():

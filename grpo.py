@@ -169,9 +169,11 @@ class Config:
         return Sampler(self.num_timesteps, self.timestep_shift, self.text_guidance, self.image_guidance)
 
 
-TOY = dict(clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, tokens_per_pack=8192, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
-           eval_timesteps=7, checkpointing=False, precision="float32", sum_every_pass=False,
-           picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000)  # fmt: skip
+TOY = dict(
+    clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
+    eval_timesteps=7, picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
+    checkpointing=False, precision="float32", sum_every_pass=False,
+)  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", prompts_per_step=8, group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",

@@ -170,8 +170,8 @@ class Config:
 
 
 TOY = dict(
-    clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
-    eval_timesteps=7, picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
+    clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0,
+    lr=3e-4, eval_timesteps=7, picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
     checkpointing=False, precision="float32", sum_every_pass=False,
 )  # fmt: skip
 PRESETS = {

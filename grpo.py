@@ -176,8 +176,8 @@ TOY = dict(
 )  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
-        init="out/toy-sft", prompts_per_step=8, group_size=16, max_plan_tokens=72, window=2, steps=40, clip="out/toy-clip-reward",
-        metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
+        init="out/toy-sft", prompts_per_step=8, group_size=16, max_plan_tokens=72, window=2, steps=40,
+        clip="out/toy-clip-reward", metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | dict(
         init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, window=2, steps=2, clip_steps=20,
@@ -185,9 +185,9 @@ PRESETS = {
         save_every=1, sample_every=2,
     ),
     "small": TOY | dict(  # one data-centre GPU, after sft.py --config small
-        init="out/small-sft", scale=2, picture_side=64, prompts_per_step=16, group_size=24, max_plan_tokens=72, window=2,
-        steps=200, lr=1e-4, groups_at_once=16, precision="bfloat16", clip="out/toy-clip-reward", metric="out/toy-clip-metric",
-        clip_steps=300, out="out/small-grpo",
+        init="out/small-sft", scale=2, picture_side=64, prompts_per_step=16, group_size=24, max_plan_tokens=72,
+        window=2, steps=200, lr=1e-4, groups_at_once=16, precision="bfloat16", clip="out/toy-clip-reward",
+        metric="out/toy-clip-metric", clip_steps=300, out="out/small-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # what is published (group_size 32, 200 steps, lr 1e-6, 50 denoising steps); the rest Flow-GRPO's

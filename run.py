@@ -130,8 +130,8 @@ def say(*words):
 
 
 def share(count, what, option, parts=1):
-    """`count` divided by the processes, each of whose shares must have `parts` equal parts; UserError with the next numbers
-    that can be divided."""
+    """`count` divided by the processes, each of whose shares must have `parts` equal parts; UserError with the next
+    numbers that can be divided."""
     unit = size() * parts
     if count % unit:
         below, above = count // unit * unit, (count // unit + 1) * unit

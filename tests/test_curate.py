@@ -53,9 +53,9 @@ class Server:
 
 def misbehave(handler, number):
     """Every kind of trouble, by the number of the request."""
-    kind = {3: "429", 5: "500", 8: "refusal", 11: "broken", 14: "timeout", 17: "429", 21: "broken", 26: "503"}.get(
-        number
-    )
+    kinds = {3: "429", 5: "500", 11: "broken", 14: "timeout", 17: "429", 21: "broken", 26: "503"}
+    refusals = (8, 40, 80)  # one of them reaches a client that lives to record it
+    kind = "refusal" if number in refusals else kinds.get(number)
     if handler.path.endswith("edits") and not handler.server.requests % 9:
         kind = "truncated picture"
     if kind == "429":

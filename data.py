@@ -166,7 +166,7 @@ class Thing:
 class Truth:
     """All of a target. `scene_given`: a reference shows the scene; if not, words name its kind, its looks are free."""
     scene: Scene
-    things: tuple[Thing, ...]             # in reading order of their places
+    things: tuple[Thing, ...]             # those of an edited picture in reading order, then in the order of the words
     scene_given: bool
 
 
@@ -203,10 +203,6 @@ def attributes(subject: Subject) -> dict[str, str]:
 def _thing(place: str, subject: Subject, unknown: str = "") -> Thing:
     """A thing known from references, except for the attribute `unknown`."""
     return Thing(place, subject, tuple(name for name in attributes(subject) if name != unknown))
-
-
-def _truth(scene: Scene, things: list[Thing], scene_given: bool) -> Truth:
-    return Truth(scene, tuple(sorted(things, key=lambda thing: PLACES.index(thing.place))), scene_given)
 
 
 @lru_cache(maxsize=None)
@@ -346,7 +342,7 @@ def _listing(items: list[str]) -> str:
 
 
 def caption(truth: Truth) -> str:
-    """Kinds, colours, places (in reading order) and the scene; no hidden looks."""
+    """Kinds, colours, places and the scene; no hidden looks."""
     things = [f"{phrase(thing.subject)} at the {thing.place}" for thing in truth.things]
     return f"A {truth.scene.kind} with {_listing(things)}." if things else f"An empty {truth.scene.kind}."
 
@@ -356,7 +352,7 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
     def change(**fields):
         things = list(truth.things)
         things[index] = replace(thing, **fields)
-        return caption(_truth(truth.scene, things, truth.scene_given))
+        return caption(Truth(truth.scene, tuple(things), truth.scene_given))
 
     found = [caption(truth)]
     taken = [thing.subject.kind for thing in truth.things]
@@ -429,9 +425,9 @@ def _cast(rng: np.random.Generator, split: str, count: int, taken: tuple = ()) -
 
 def _source(rng: np.random.Generator, split: str, count: int) -> Truth:
     """A picture to edit: `count` things at random places."""
-    places = rng.permutation(4)[:count]
+    places = sorted(rng.permutation(4)[:count])
     things = [_thing(PLACES[i], subject) for i, subject in zip(places, _cast(rng, split, count))]
-    return _truth(_pick(rng, _pool(split, Scene)), things, True)
+    return Truth(_pick(rng, _pool(split, Scene)), tuple(things), True)
 
 
 def _add(rng, split, wording, max_references):
@@ -449,7 +445,7 @@ def _add(rng, split, wording, max_references):
              "vague": _pick(rng, (f"Add {'it' if added == 1 else 'them'} to {one}.", f"Complete {one}."))}
     relations = ["The rest is consistent with image_1."]
     relations += [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 2)]
-    truth = _truth(source.scene, list(source.things) + things, True)
+    truth = Truth(source.scene, (*source.things, *things), True)
     return [draw(source)] + [_portrait(rng, subject) for subject in cast], words[wording.style], relations, truth
 
 
@@ -466,7 +462,7 @@ def _replace(rng, split, wording, max_references):
              "descriptive": f"The picture of {one} with {phrase(new)} ({two}) instead of {name}.",
              "vague": _pick(rng, (f"Put the thing of {two} in its place.", f"Swap it for {two}."))}[wording.style]
     relations = ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."]
-    return [draw(source), _portrait(rng, new)], words, relations, _truth(source.scene, things, True)
+    return [draw(source), _portrait(rng, new)], words, relations, Truth(source.scene, tuple(things), True)
 
 
 @lru_cache(maxsize=None)
@@ -502,7 +498,7 @@ def _attribute(rng, split, wording, max_references):
                  "descriptive": f"The picture of {one} where {who} is {new.colour}."}[wording.style]
     things = [_thing(old.place, new, "colour" if name == "colour" else "") if thing is old else thing
               for thing in source.things]
-    return references, words, relations, _truth(source.scene, things, True)
+    return references, words, relations, Truth(source.scene, tuple(things), True)
 
 
 def _scene(rng, split, wording, max_references):
@@ -548,7 +544,7 @@ def _compose(rng, split, wording, max_references, fewest, most, scene_given):
     words = {"instructive": f"{_pick(rng, ('Put', 'Draw'))} {placed}, {where}.",
              "descriptive": f"{placed}, {where}.",
              "vague": f"{_pick(rng, together)} {where}."}[wording.style]
-    return references, words + patterns, relations, _truth(scene, things, scene_given)
+    return references, words + patterns, relations, Truth(scene, tuple(things), scene_given)
 
 
 def _capital(words: str) -> str:

@@ -83,6 +83,7 @@ class Config:
     picture_side: int = 1024  # pixels of the square pictures, before the codec's resize rule
     num_timesteps: int = 17  # grid points; one more than denoising steps
     timestep_shift: float = 3.0
+    same_start: bool = False  # all members of a group start from the same noise
     sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
     noise_level: float = 0.7  # a of the SDE (Flow-GRPO); for cps 0.8
     window: int = 3  # stochastic steps of a rollout, which are the trained ones
@@ -140,6 +141,7 @@ class Config:
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     save_every: int = 20  # steps between training states
     keep: int = 2  # training states that stay
+    export: bool = False  # write the newest state as `out`/model in BAGEL's layout, and train no further
     async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
     sample_every: int = 20
 
@@ -273,6 +275,8 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
     of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
     noises, starts, painted = generators(3, config.group_size), generators(4, config.group_size), []
+    if config.same_start:  # the generators of its first member, once for each
+        starts = [[run.generator(config.seed, number, 4, 0) for _ in group] for number, group in zip(numbers, starts)]
     for some in (slice(i, i + config.pictures_at_once) for i in range(0, config.group_size, config.pictures_at_once)):
         painted.append(paint_members(model, layout, prompts, *([rows[some] for rows in group] for group in
                                      (of_member, starts, noises)), grid, first, prefix, config))  # fmt: skip
@@ -673,6 +677,7 @@ def train(config):
         each = run.share(config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates)
         prepare(config)
         step = run.newest_step(folder)
+        steps = run.last_step(folder, step, config)
         source = open_source(config.data, config.seed + 1, config.max_references, config.scale)
         model, tokenizer, trained = build(config)
         clip = Clip(config.clip_name, config.clip, run.device())
@@ -686,12 +691,12 @@ def train(config):
     pictures = config.prompts_per_step * config.group_size
     run.say(
         f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, {each} "
-        f"prompts "
-        f"on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, step {step} of "
-        f"{config.steps}"
+        f"prompts on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, "
+        f"step {step} of {config.steps}"
     )
     stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
-    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="grpo",
+    tokens = {"rollout": 0, "update": 0, "seconds": 0.0}
+    bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="grpo",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
         values, finite = iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config, step)
@@ -703,6 +708,9 @@ def train(config):
         values = run.merged(values)
         run.log(folder, values)
         bar.set_postfix(reward=f"{values['reward']:.3f}")
+        tokens["rollout"] += values["rollout_tokens"]
+        tokens["update"] += values["update_tokens"]
+        tokens["seconds"] += sum(values[f"{phase}_seconds"] for phase in ("rollout", "reward", "update"))
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
@@ -713,8 +721,10 @@ def train(config):
         if (step + 1) % config.sample_every == 0:
             strip(folder, step + 1, model, layout, tokenizer, config)
     saver.wait()
+    if tokens["seconds"]:
+        run.say("grpo:", run.pace(model, config.precision, *tokens.values()))
     export(model, average, tokenizer, folder, config)
-    if run.is_main():
+    if run.is_main() and not config.export:
         gain = compare_stages(config, folder)
         run.say(f"grpo: {run.seconds(begun)} in this command; model in {folder}/model, pictures in {folder}/grid.png")
         if config.target is not None and gain < config.target:

@@ -53,6 +53,7 @@ MAY_CHANGE = (
     "timeout_minutes",
     "tokens_per_pack",
     "replicas",
+    "export",
 )  # between resumptions
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # what makes a process one of several
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
@@ -343,6 +344,13 @@ def newest_step(folder):
     return int(reduced([step])[0])
 
 
+def last_step(folder, step, config):
+    """Where this command ends: after config.steps, or with --export at the newest state."""
+    if config.export and not step:
+        raise UserError(f"{folder} has no training state to export; train first")
+    return step if config.export else config.steps
+
+
 class Saver:
     """Writes training states, in the background if asked to; `keep` of them stay."""
 
@@ -555,6 +563,30 @@ def _seconds(threads):
             torch.nn.functional.silu(x @ w).sum()
         best = min(best, time.perf_counter() - begun)
     return best
+
+
+def matmul_speed(precision):
+    """FLOP/s of a large square product on the device of this process: the ceiling of what training can reach."""
+    n = 8192 if device().type == "cuda" else 1024
+    x = torch.randn(n, n, device=device(), dtype=getattr(torch, precision))
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def pace(model, precision, forward, trained, spent):
+    """Text: tokens/s of the job, and its model FLOPs utilisation (MFU).
+
+    forward: tokens that only went forward; trained: tokens that went forward and backward; of all processes, in `spent`
+    seconds. A token meets one expert, half of each block's weights, 2 FLOPs a weight forward and 4 more backward; the
+    rest, attention and recomputation do not count. The ceiling is `matmul_speed`, measured now.
+    """
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")) / 2
+    reached = (2 * forward + 6 * trained) * weights / spent / size()
+    return f"{(forward + trained) / spent:,.0f} tokens/s, MFU {100 * reached / matmul_speed(precision):.0f} %"
 
 
 def seconds(begun):

@@ -89,6 +89,7 @@ class Config(ModelConfig):
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     save_every: int = 2000  # steps between training states
     keep: int = 2  # training states that stay
+    export: bool = False  # write the newest state as `out`/model in BAGEL's layout, and train no further
     async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
     sample_every: int = 2000  # steps between pictures of the same eight prompts
     sample_side: int = 1024  # pixels of those pictures
@@ -260,6 +261,7 @@ def train(config):
         folder = run.start(config)
         each = run.share(config.samples_per_step, "samples a step", "samples_per_step")
         step = run.newest_step(folder)
+        steps = run.last_step(folder, step, config)
         if (folder / "model").is_dir() and step >= config.steps:
             run.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
@@ -279,9 +281,9 @@ def train(config):
         f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}"
     )
     begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
-    positions = [i for later in range(step, config.steps) for i in sample_indices(config, later)]
-    samples = stream(source, positions, config.workers)
-    bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="sft",
+    positions = [i for later in range(step, steps) for i in sample_indices(config, later)]
+    samples, tokens, spent = stream(source, positions, config.workers), 0, 0.0
+    bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="sft",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
         values, finite = iteration(model, optimizer, layout, tokenizer, samples, config, step)
@@ -292,7 +294,8 @@ def train(config):
             run.update_average(average, parameters, min(config.average, (step + 1) / (step + 10)))
         values = run.merged(values)
         run.log(folder, values)
-        bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}")
+        tokens, spent = tokens + values["tokens"], spent + values["seconds"]
+        bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}", tokens_s=f"{tokens / spent:.0f}")
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
@@ -306,7 +309,9 @@ def train(config):
     weights = run.whole_weights(average, getattr(torch, config.precision))
     if run.is_main():
         save_model(model, tokenizer, folder / "model", weights)
-    run.say(f"sft: done in {run.seconds(begun)}; model in {folder}/model, pictures in {folder}/samples")
+    if tokens:
+        run.say(f"sft: {run.seconds(begun)}, {run.pace(model, config.precision, 0, tokens, spent)}")
+    run.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
 
 
 def sample_indices(config, step):

@@ -156,6 +156,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, script, options, tmp
         module.train(config)
     monkeypatch.setattr(run.Saver, "save", saved)
     run.log(folder, {"step": half, "torn": True})  # a line written after the state: cut away on resume
+    module.train(dataclasses.replace(config, export=True))
+    assert (folder / "model/ema.safetensors").is_file() and len(run.read_log(folder)) == half
     module.train(config)
     a = load_file(cwd / "out" / f"smoke-{script}" / "model" / "ema.safetensors")
     b = load_file(folder / "model" / "ema.safetensors")

@@ -101,7 +101,7 @@ TOY = dict(text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timest
            precision="float32", sum_every_pass=False, sample_side=data.SIZE, sample_timesteps=7, sample_shift=10.0)  # fmt: skip
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
-        samples_per_step=14, plan_dropout=0.1, ce_weight=0.3, steps=2300, lr=4e-3, warmup=100, average=0.99,
+        samples_per_step=14, plan_dropout=0.1, ce_weight=0.3, steps=2000, lr=4e-3, warmup=100, average=0.99,
         beta2=0.98, out="out/toy-sft", save_every=200, sample_every=500,
     ),
     "smoke": MODELS["smoke"] | TOY | dict(

@@ -166,10 +166,16 @@ def is_valid(text, references):
 
 
 def metric_clip(name, weights, steps):
-    """The CLIP of CLIP_out. The toys' is trained if it is missing: another seed and picture tower than the reward's."""
-    if name == "toy" and not (Path(weights) / "clip.json").is_file():
-        train_toy_clip(weights, seed=1, steps=steps, patch_size=8, width=128)
+    """The CLIP of CLIP_out. The toys' is trained if it is missing."""
+    if name == "toy":
+        train_metric_clip(weights, steps)
     return Clip(name, weights)
+
+
+def train_metric_clip(folder, steps):
+    """The toys' CLIP of CLIP_out, unless it is there: another seed and picture tower than the reward's."""
+    if not (Path(folder) / "clip.json").is_file():
+        train_toy_clip(folder, seed=1, steps=steps, patch_size=8, width=128)
 
 
 def measure(samples, results, clip):

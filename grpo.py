@@ -34,10 +34,12 @@ Left out: denoising trees, replay.
 Run the same command again to resume.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -626,12 +628,24 @@ def plan_shape(config):
     return ModelConfig(**MODELS.get(config.config, {}))
 
 
+def train_clips(config):
+    """The toys' two CLIPs, where they are missing: each a process of one thread, side by side if we have two."""
+    missing = lambda name, folder: name == "toy" and not (Path(folder) / "clip.json").is_file()
+    spawn = multiprocessing.get_context("spawn")
+    jobs = []
+    with ProcessPoolExecutor(torch.get_num_threads(), spawn, torch.set_num_threads, (1,)) as pool:
+        if missing(config.clip_name, config.clip):
+            jobs.append(pool.submit(train_toy_clip, config.clip, seed=0, steps=config.clip_steps))
+        if missing(config.metric_name, config.metric):
+            jobs.append(pool.submit(evaluate.train_metric_clip, config.metric, config.clip_steps))
+        for job in jobs:
+            job.result()
+
+
 def prepare(config):
     """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
     if run.is_main():
-        if config.clip_name == "toy" and not (Path(config.clip) / "clip.json").is_file():
-            train_toy_clip(config.clip, seed=0, steps=config.clip_steps)
-        evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
+        train_clips(config)
         if not (Path(config.init) / "model").is_dir() and not (Path(config.init) / "llm_config.json").is_file():
             script = str(Path(__file__).with_name("sft.py"))
             command = [sys.executable, script, "--config", config.config, "--out", config.init]

@@ -194,7 +194,7 @@ def train_toy_clip(folder: str | Path, seed: int = 0, steps: int = 250, batch_si
     with torch.random.fork_rng(devices=[]):               # the caller's random numbers stay as they were
         torch.manual_seed(seed)
         model = open_clip.CLIP(**config)
-        _train(model, settings, log)
+        _train(model, settings, lambda line: log(f"{folder.name}: {line}"))
     size = config["vision_cfg"]["image_size"]
     preprocess = dict(size=size, mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash")
     text = json.dumps(dict(model=config, preprocess=preprocess, training=settings), indent=1)
@@ -246,7 +246,7 @@ def _train(model: torch.nn.Module, settings: dict, log) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         if (step + 1) % 50 == 0 or step + 1 == settings["steps"]:
-            log(f"clip {step + 1}/{settings['steps']}  loss {loss:.3f}  right caption first {right:.0%} of the batch")
+            log(f"{step + 1}/{settings['steps']}  loss {loss:.3f}  right caption first {right:.0%} of the batch")
 
 
 def _pairs(step: int, settings: dict, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:

@@ -179,15 +179,20 @@ def train_metric_clip(folder, steps):
 
 
 def measure(samples, results, clip):
-    """The table row of a checkpoint: means over samples; PF and SC where the truth is known (the toy world)."""
+    """The table row of a checkpoint: means over samples; PF and SC where the truth is known (the toy world).
+
+    CLIP_out compares pictures with the true captions, CLIP_plan with those that the model wrote: what stage 2 rewards.
+    """
     verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth]
     clip_out = clip.clip_out([result.image for result in results], [one.plan.caption for one in samples])
     mean = lambda values: sum(values) / len(values) if values else math.nan
+    planned = [(r.image, r.plan.caption) for r in results if r.plan is not None and r.plan.caption.strip()]
     return {
         "PF": mean([v.pf for v in verdicts]),
         "SC": mean([v.sc for v in verdicts]),
         "Overall": mean([v.overall for v in verdicts]),
         "CLIP_out": float(clip_out.mean()),
+        "CLIP_plan": float(clip.clip_out(*map(list, zip(*planned))).mean()) if planned else math.nan,
         "format_ok": mean([result.valid for result in results]),
         "caption_ok": mean(
             [r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]
@@ -240,7 +245,7 @@ def test_samples(path, count, max_references, seed=0, scale=1):
 
 def print_table(rows):
     """rows: {name: measure(...)}."""
-    keys = ("PF", "SC", "Overall", "CLIP_out", "format_ok", "caption_ok")
+    keys = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
     print(f"{'':16s}" + "".join(f"{key:>12s}" for key in keys))
     for name, row in rows.items():
         print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in keys))
@@ -381,7 +386,7 @@ def main(config):
         save_grid(config.grid, samples[:8], results[:8])
         print(f"pictures in {config.grid}")
     if config.json:
-        print(json.dumps({key: round(value, 4) for key, value in row.items()}))
+        print(json.dumps({key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}))
 
 
 if __name__ == "__main__":

@@ -75,10 +75,8 @@ def _edit(task, images, wording, places, rng):
     new = subject_of(images[1])
     replaced = next((place for place in PLACES if place in standing), None) if task == "replace" else None
     place = replaced or next(place for place in places if place not in standing)
-    things = [data._thing(where, subject) for where, subject in standing.items() if where != place] + [
-        data._thing(place, new)
-    ]
-    truth = data._truth(scene, things, True)
+    things = tuple(data._thing(where, subject) for where, subject in (standing | {place: new}).items())
+    truth = data.Truth(scene, things, True)
     one, two = wording.image(1), wording.image(2)
     words = f"Replace the {standing[replaced].kind} of {one} with the thing of {two}." if replaced else \
         f"Add {wording.placed([data._thing(place, new)], 2)} to {one}."  # fmt: skip
@@ -90,7 +88,7 @@ def _attribute(task, images, wording, places, rng):
     if first.kind in OBJECTS and owner.kind in OBJECTS:
         first = data.replace(first, looks=(owner.looks[0], first.looks[1]))
     scene = data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
-    truth = data._truth(scene, [data._thing(places[0], first)], False)
+    truth = data.Truth(scene, (data._thing(places[0], first),), False)
     words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)}"
     words += f" at the {places[0]}, {_where(scene)}."
     return words, [f"The {first.kind} is from image_1.", f"The pattern of the {first.kind} is from image_2."], truth
@@ -106,7 +104,7 @@ def _compose(task, images, wording, places, rng):
     words = f"Draw {wording.placed(things, 1)}, {where}."
     relations = [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(subjects, 1)]
     relations += [f"The scene is consistent with image_{len(images)}."] * given
-    return words, relations, data._truth(scene, things, given)
+    return words, relations, data.Truth(scene, tuple(things), given)
 
 
 def _where(scene):

@@ -180,7 +180,8 @@ TOY = dict(
 )  # fmt: skip
 PRESETS = {
     "toy": TOY | dict(
-        init="out/toy-sft", prompts_per_step=8, group_size=16, max_plan_tokens=72, window=2, steps=40,
+        init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1, steps=30, train_text=True,
+        kl_beta=20.0, groups_at_once=32,
         clip="out/toy-clip-reward", metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | dict(

@@ -4,7 +4,7 @@ What a checkpoint can do: held-out prompts of the toy world, planned, painted an
     PF, SC      prompt following and subject consistency, 0-10, from pixels by the exact judge of data.py
     Overall     sqrt(PF * SC) per sample, then the mean (OmniContext)
     CLIP_out    100 * cosine of CLIP embeddings of the picture and the *ground truth* caption, by a CLIP that is not the
-                reward's
+                reward's;   CLIP_plan   the same with the caption that the model wrote, which is what stage 2 rewards
     format_ok   share of plans that parse;   caption_ok   share of captions that are exactly right
 
 Plans are greedy, pictures start from noise that depends on `seed` alone, so two checkpoints are compared on the same

@@ -25,7 +25,7 @@ distance to the rollout's own log-probability (KV cache, other shapes of matrix 
 
 Differences from the paper: its SDE, clip, window and KL are unpublished; these are Flow-GRPO's (arXiv 2505.05470), with
 the window of MixGRPO. Plan tokens get no policy gradient unless `train_text` asks for it: the caption is the target of
-the reward, and easy captions would win. The toy asks for it: its pictures hardly depend on the noise, and only its plans
+the reward, and easy captions would win. The toy asks for it: its pictures hardly depend on the noise; only its plans
 have a gradient that stands out from chance (LOG.md).
 Whole groups stay on one process. The reference of the KL is no second model: before a group's pass, the trained weights
 are exchanged for what they were (run.exchanged).

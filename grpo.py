@@ -182,8 +182,8 @@ TOY = dict(
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1, steps=30, train_text=True,
-        kl_beta=20.0, groups_at_once=32,
-        clip="out/toy-clip-reward", metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
+        kl_beta=20.0, lr=1e-4, std_floor=0.05, groups_at_once=32, clip="out/toy-clip-reward",
+        metric="out/toy-clip-metric", clip_steps=300, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | dict(
         init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, window=2, steps=2, clip_steps=20,

@@ -119,7 +119,7 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
     ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: done") == 1
+    assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: model in") == 1
 
     script = (ROOT / "launch/slurm.sh").read_text()
     for line in (
@@ -155,7 +155,7 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
 
     def finished():
         subprocess.run(begin, env=environment, capture_output=True)
-        return "sft: done" in text()
+        return "sft: model in" in text()
 
     wait_for("the second go", finished, 240)
     assert f"step {step} of 60" in text()

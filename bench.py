@@ -392,14 +392,16 @@ def check_attention(name, q, k, v, mask, rows=64):
 # grpo: groups over the tree against the naive loop
 
 
-def grpo_case(shape, prompts, words, plan_tokens, side, config):
-    """(model, layout, rollout function, config of grpo.py) for `prompts` made of references and words."""
+def grpo_case(shape, plan_tokens, side, config):
+    """(model, layout, config of grpo.py), for pictures alone: the naive loop takes no gradient of the plans."""
     import grpo
 
-    model = UnifiedModel(ModelConfig(**shape) if isinstance(shape, dict) else shape).initialise(config.seed)
+    model = UnifiedModel(shape).initialise(config.seed)
     torch.nn.init.normal_(model.latent_out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
     settings = grpo.Config(
-        config="toy", **grpo.PRESETS["toy"] | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1)
+        config="toy",
+        **grpo.PRESETS["toy"]
+        | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1, train_text=False, kl_beta=0.0),
     )
     return model, Layout(0, 1, 2, 3, model.config.latent_side, model.config.vit_side), settings
 
@@ -533,7 +535,7 @@ def bench_grpo(config):
         ),
     }
     for name, (shape, prompt, plan_tokens, pixels, options) in cases.items():
-        model, layout, settings = grpo_case(shape, 1, 0, plan_tokens, pixels, config)
+        model, layout, settings = grpo_case(shape, plan_tokens, pixels, config)
         settings = replace(settings, prompts_per_step=1, tokens_per_pack=4096, **options)
         prompts = [prompt()]
         plans = [[words(plan_tokens, 512) for _ in range(settings.group_size)]]
@@ -597,14 +599,12 @@ def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
         image = flop(picture, prompt + plan + picture)
         naive = group_size * (2 * once + own + steps * image)
         tree = once + group_size * (own + steps * image)
-        naive_update_, tree_update_ = (
-            3 * group_size * window * (once + own + image),
-            3 * (once + group_size * (own + window * image)),
-        )
+        naive_trained = 3 * group_size * window * (once + own + image)
+        tree_trained = 3 * (once + group_size * (own + window * image))
         cache = [kv * group_size * (prompt + plan + picture) / 1e9, kv * (prompt + group_size * (plan + picture)) / 1e9]
         print(
             f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{tree / 1e15:8.0f}"
-            f"{naive_update_ / 1e15:10.0f}{tree_update_ / 1e15:8.0f}"
+            f"{naive_trained / 1e15:10.0f}{tree_trained / 1e15:8.0f}"
             f"{cache[0]:22.1f}{cache[1]:10.1f}"
         )
 
@@ -711,23 +711,8 @@ def bench_scale(config):
                 launcher = (
                     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
                 )
-                command = [
-                    sys.executable,
-                    *launcher,
-                    str(here / "sft.py"),
-                    "--config",
-                    "toy",
-                    "--threads",
-                    "1",
-                    "--steps",
-                    "30",
-                    "--save_every",
-                    "1000",
-                    "--sample_every",
-                    "1000",
-                    "--out",
-                    out,
-                ]
+                options = "--config toy --threads 1 --steps 30 --save_every 1000 --sample_every 1000 --out"
+                command = [sys.executable, *launcher, str(here / "sft.py"), *options.split(), out]
                 subprocess.run(command, env=environment, check=True, capture_output=True)
                 lines = run.read_log(Path(out))[10:]
                 best[processes] = max(
@@ -750,8 +735,7 @@ def print_communication(tokens=36_864, tflops=400, intra=360e9, inter=45e9):
     values, seconds = 14.59e9, 6 * 6.5e9 * tokens * 4 / 3 / (tflops * 1e12)
     print(
         f"computed for BAGEL-7B, all weights trained, a pack of {tokens:,} tokens a pass, {seconds:.2f} s of "
-        f"arithmetic "
-        f"(recomputation included) at {tflops} TFLOP/s"
+        f"arithmetic (recomputation included) at {tflops} TFLOP/s"
     )
     for gpus in (8, 64):
         sent = (2 * 2 + 4) * values * (gpus - 1) / gpus

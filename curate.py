@@ -455,8 +455,7 @@ def estimate(records, config):
     print(f"{count} samples, {references} references; nothing was asked")
     print(
         f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), {4 * references + 2 * count:8,d} pictures "
-        f"sent, about "
-        f"{count * (words + 250) + picture * (4 * references + 2 * count):,d} tokens"
+        f"sent, about {count * (words + 250) + picture * (4 * references + 2 * count):,d} tokens"
     )
     print(
         f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made ({config.image_size})"

@@ -42,7 +42,7 @@ import run
 from benchmarks import bench
 from config import exit_on_user_error, parse, with_path
 from pretrained import load_model
-from reward import Clip, train_toy_clip
+from reward import Clip, compare, train_toy_clip
 from sample import Sampler, make_prompt, paint, picture, think
 from shards import Drawn, Source
 
@@ -71,9 +71,7 @@ class Config:
     json: bool = False  # end with one line of JSON
     config: str = ""  # name of the preset
     # benchmarks
-    bench: Literal["", "omnicontext", "dreamomni2"] = (
-        ""  # paint and judge this benchmark; its data follow: --bench omnicontext PATH
-    )
+    bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint and judge it; its data follow: --bench NAME PATH
     bench_path: str = ""  # its data: a folder, a parquet file, or owner/name on Hugging Face
     result_dir: str = "out/bench"
     model_name: str = "realign"  # folder of this model's pictures and scores
@@ -184,15 +182,16 @@ def measure(samples, results, clip):
     CLIP_out compares pictures with the true captions, CLIP_plan with those that the model wrote: what stage 2 rewards.
     """
     verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth]
-    clip_out = clip.clip_out([result.image for result in results], [one.plan.caption for one in samples])
+    pictures = clip.embed_images([result.image for result in results])  # (n, embedding)
+    agreement = lambda e, captions: 100 * float(compare(e, clip.embed_captions(captions), "clip_cos").mean())
     mean = lambda values: sum(values) / len(values) if values else math.nan
-    planned = [(r.image, r.plan.caption) for r in results if r.plan is not None and r.plan.caption.strip()]
+    planned = [i for i, r in enumerate(results) if r.plan is not None and r.plan.caption.strip()]
     return {
         "PF": mean([v.pf for v in verdicts]),
         "SC": mean([v.sc for v in verdicts]),
         "Overall": mean([v.overall for v in verdicts]),
-        "CLIP_out": float(clip_out.mean()),
-        "CLIP_plan": float(clip.clip_out(*map(list, zip(*planned))).mean()) if planned else math.nan,
+        "CLIP_out": agreement(pictures, [one.plan.caption for one in samples]),
+        "CLIP_plan": agreement(pictures[planned], [results[i].plan.caption for i in planned]) if planned else math.nan,
         "format_ok": mean([result.valid for result in results]),
         "caption_ok": mean(
             [r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]
@@ -229,9 +228,17 @@ def save_grid(path, samples, results, side=128, pad=4):
     sheet.save(path)
 
 
-def save_strip(path, model, layout, tokenizer, samples, **how):
-    """The grid of these prompts, from the same noise every time."""
-    save_grid(path, samples, generate(model, layout, tokenizer, samples, **how))
+def save_strip(folder, step, model, layout, tokenizer, config, path, **how):
+    """The grid of the same eight prompts from the same noise after `step` steps of training, in folder/samples.
+
+    config: of the training script; path: as in `test_samples`. All processes take part, the first one paints.
+    """
+    with run.gathered(model):
+        if run.is_main():
+            samples = test_samples(path, 8, config.max_references, scale=config.scale)
+            results = generate(model, layout, tokenizer, samples, **how)
+            save_grid(folder / "samples" / f"{step:06d}.png", samples, results)
+    run.barrier()
 
 
 def test_samples(path, count, max_references, seed=0, scale=1):

@@ -103,16 +103,14 @@ class Config:
     guard: bool = False  # GRPO-Guard's ratio: centred, and equal in size at all steps (arXiv 2510.22319)
     kl: Literal["velocity", "latent"] = "velocity"  # |v - v_ref|^2, or the divergence of the two transitions
     kl_beta: float = 1.5e-5  # weight of the KL to the stage 1 model (UniGRPO)
-    train_text: bool = False  # policy gradient on the plans too, with their mean reward (for study)
+    train_text: bool = False  # policy gradient on the plans too, with their mean reward
     text_clip_range: float = 0.2
     text_weight: float = 1.0
     # optimisation
     steps: int = 200  # iterations of rollout and update (paper)
     updates: int = 2  # optimiser steps an iteration, each on its share of the groups
     tokens_per_pack: int = 36_864  # of members in one forward and backward pass: bounds the memory, not the result
-    train: Literal["all", "gen", "lora"] = (
-        "all"  # gen: the generation expert and the latent layers; lora: lora.py on it
-    )
+    train: Literal["all", "gen", "lora"] = "all"  # gen: generation expert and latent layers; lora: adapters on it
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5  # between R3's 5e-6 and UniGRPO's 3e-5
@@ -121,9 +119,7 @@ class Config:
     # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = (
-        True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
-    )
+    sum_every_pass: bool = True  # sum gradients over processes every pass (a shard stays) or once a step (all stay)
     replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     plan: bool = False  # print what each GPU would hold, and stop
@@ -261,8 +257,8 @@ def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
 
 def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     """Roll out these groups together."""
-    generators = lambda purpose, many: [
-        [run.generator(config.seed, number, purpose, i) for i in range(many)] for number in numbers
+    generators = lambda purpose, many, same=False: [
+        [run.generator(config.seed, number, purpose, 0 if same else i) for i in range(many)] for number in numbers
     ]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     prefix, each = prefill(model, layout, prompts), config.plans_per_group
@@ -278,9 +274,8 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     grid = model.config.picture_grid(config.picture_side, config.picture_side)
     first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
     of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
-    noises, starts, painted = generators(3, config.group_size), generators(4, config.group_size), []
-    if config.same_start:  # the generators of its first member, once for each
-        starts = [[run.generator(config.seed, number, 4, 0) for _ in group] for number, group in zip(numbers, starts)]
+    noises, starts = generators(3, config.group_size), generators(4, config.group_size, config.same_start)
+    painted = []
     for some in (slice(i, i + config.pictures_at_once) for i in range(0, config.group_size, config.pictures_at_once)):
         painted.append(paint_members(model, layout, prompts, *([rows[some] for rows in group] for group in
                                      (of_member, starts, noises)), grid, first, prefix, config))  # fmt: skip
@@ -691,9 +686,9 @@ def train(config):
         run.launch(config.timeout_minutes)
         folder = run.start(config)
         each = run.share(config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates)
-        prepare(config)
         step = run.newest_step(folder)
         steps = run.last_step(folder, step, config)
+        prepare(config)
         source = open_source(config.data, config.seed + 1, config.max_references, config.scale)
         model, tokenizer, trained = build(config)
         clip = Clip(config.clip_name, config.clip, run.device())
@@ -711,7 +706,7 @@ def train(config):
         f"step {step} of {config.steps}"
     )
     stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
-    tokens = {"rollout": 0, "update": 0, "seconds": 0.0}
+    first = step
     bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="grpo",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
@@ -724,9 +719,6 @@ def train(config):
         values = run.merged(values)
         run.log(folder, values)
         bar.set_postfix(reward=f"{values['reward']:.3f}")
-        tokens["rollout"] += values["rollout_tokens"]
-        tokens["update"] += values["update_tokens"]
-        tokens["seconds"] += sum(values[f"{phase}_seconds"] for phase in ("rollout", "reward", "update"))
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
@@ -735,35 +727,18 @@ def train(config):
             saver.wait()
             run.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0:
-            strip(folder, step + 1, model, layout, tokenizer, config)
+            evaluate.save_strip(folder, step + 1, model, layout, tokenizer, config, config.eval_data,
+                                side=config.picture_side, shift=config.timestep_shift,
+                                num_timesteps=config.eval_timesteps)  # fmt: skip
     saver.wait()
-    if tokens["seconds"]:
-        run.say("grpo:", run.pace(model, config.precision, *tokens.values()))
+    run.say(f"grpo: {run.seconds(begun)} in this command{run.pace(folder, first, model, config.precision)}")
     export(model, average, tokenizer, folder, config)
     if run.is_main() and not config.export:
         gain = compare_stages(config, folder)
-        run.say(f"grpo: {run.seconds(begun)} in this command; model in {folder}/model, pictures in {folder}/grid.png")
+        run.say(f"grpo: {run.seconds(begun)} with the table; model in {folder}/model, pictures in {folder}/grid.png")
         if config.target is not None and gain < config.target:
             print(f"Overall rose by {gain:.3f}, less than the target of {config.target}", file=sys.stderr)
             sys.exit(1)
-
-
-def strip(folder, step, model, layout, tokenizer, config):
-    """Pictures of the same prompts from the same noise, in `samples`."""
-    with run.gathered(model):
-        if run.is_main():
-            samples = evaluate.test_samples(config.eval_data, 8, config.max_references, scale=config.scale)
-            evaluate.save_strip(
-                folder / "samples" / f"{step:06d}.png",
-                model,
-                layout,
-                tokenizer,
-                samples,
-                side=config.picture_side,
-                shift=config.timestep_shift,
-                num_timesteps=config.eval_timesteps,
-            )
-    run.barrier()
 
 
 def export(model, average, tokenizer, folder, config):

@@ -292,9 +292,7 @@ class UnifiedModel(nn.Module):
         if c.codec == "flux":
             self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
                                    c.vae_shift)  # fmt: skip
-        self.checkpointing = (
-            False  # recompute each block, and each layer of the eye, in the backward pass to save memory
-        )
+        self.checkpointing = False  # recompute each block and each layer of the eye in the backward pass
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):

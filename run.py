@@ -577,16 +577,21 @@ def matmul_speed(precision):
     return 2 * n**3 / best
 
 
-def pace(model, precision, forward, trained, spent):
-    """Text: tokens/s of the job, and its model FLOPs utilisation (MFU).
+def pace(folder, first, model, precision):
+    """Text: tokens/s of the job and its model FLOPs utilisation (MFU), from the log since step `first`; "" without any.
 
-    forward: tokens that only went forward; trained: tokens that went forward and backward; of all processes, in `spent`
-    seconds. A token meets one expert, half of each block's weights, 2 FLOPs a weight forward and 4 more backward; the
-    rest, attention and recomputation do not count. The ceiling is `matmul_speed`, measured now.
+    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, unless it belongs to a
+    rollout, 4 more backward. The rest, attention and recomputation do not count. The ceiling is `matmul_speed`.
     """
+    lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
+    if not lines:
+        return ""
+    total = lambda *names: sum(line.get(name, 0) for line in lines for name in names)
+    forward, trained = total("rollout_tokens"), total("tokens", "update_tokens")
+    spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")) / 2
-    reached = (2 * forward + 6 * trained) * weights / spent / size()
-    return f"{(forward + trained) / spent:,.0f} tokens/s, MFU {100 * reached / matmul_speed(precision):.0f} %"
+    share = (2 * forward + 6 * trained) * weights / spent / size() / matmul_speed(precision)
+    return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * share:.0f} %"
 
 
 def seconds(begun):

@@ -49,9 +49,7 @@ class Config(ModelConfig):
     config: str = ""  # name of the preset
     init: str = ""  # checkpoint to start from: a folder, or owner/name on Hugging Face; "": fresh weights
     # data
-    data: str = (
-        "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them, or a folder with records.jsonl
-    )
+    data: str = "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them or of records.jsonl
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     workers: int = 0  # processes that read samples ahead
     max_references: int = 4  # pictures in a prompt, at most
@@ -78,9 +76,7 @@ class Config(ModelConfig):
     # machine
     checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = (
-        True  # sum gradients over processes after every pass (a shard stays), or once a step (all stay)
-    )
+    sum_every_pass: bool = True  # sum gradients over processes every pass (a shard stays) or once a step (all stay)
     replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     # run
@@ -108,7 +104,7 @@ PRESETS = {
         samples_per_step=16, tokens_per_pack=2048, steps=20, lr=2e-3, warmup=5, average=0.9, out="out/smoke-sft",
         save_every=10, sample_every=20,
     ),
-    "small": MODELS["small"] | TOY | dict(  # an hour on one data-centre GPU
+    "small": MODELS["small"] | TOY | dict(  # one data-centre GPU; not run yet
         scale=2, sample_side=64, samples_per_step=96, noise_copies=2, plan_dropout=0.1, ce_weight=0.3, workers=4,
         steps=12_000, lr=6e-4, warmup=500, average=0.999, beta2=0.98, precision="bfloat16", out="out/small-sft",
         save_every=1000, sample_every=1000,
@@ -282,7 +278,7 @@ def train(config):
     )
     begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
     positions = [i for later in range(step, steps) for i in sample_indices(config, later)]
-    samples, tokens, spent = stream(source, positions, config.workers), 0, 0.0
+    samples, first = stream(source, positions, config.workers), step
     bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="sft",
                disable=None if run.is_main() else True)  # fmt: skip
     for step in bar:
@@ -294,8 +290,7 @@ def train(config):
             run.update_average(average, parameters, min(config.average, (step + 1) / (step + 10)))
         values = run.merged(values)
         run.log(folder, values)
-        tokens, spent = tokens + values["tokens"], spent + values["seconds"]
-        bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}", tokens_s=f"{tokens / spent:.0f}")
+        bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}")
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
@@ -304,13 +299,15 @@ def train(config):
             saver.wait()
             run.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0 or last:
-            strip(folder, step + 1, model, average, layout, tokenizer, config)
+            with run.exchanged(model, average):
+                evaluate.save_strip(folder, step + 1, model, layout, tokenizer, config, config.data,
+                                    side=config.sample_side, shift=config.sample_shift,
+                                    num_timesteps=config.sample_timesteps)  # fmt: skip
     saver.wait()
     weights = run.whole_weights(average, getattr(torch, config.precision))
     if run.is_main():
         save_model(model, tokenizer, folder / "model", weights)
-    if tokens:
-        run.say(f"sft: {run.seconds(begun)}, {run.pace(model, config.precision, 0, tokens, spent)}")
+    run.say(f"sft: {run.seconds(begun)}{run.pace(folder, first, model, config.precision)}")
     run.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
 
 
@@ -340,24 +337,6 @@ def toy_tokenizer(folder, vocab_size):
         data.train_tokenizer(path, vocab_size)
     run.barrier()
     return load_tokenizer(path)
-
-
-def strip(folder, step, model, average, layout, tokenizer, config):
-    """Pictures of the same prompts from the same noise, by the averaged weights, in `samples`."""
-    with run.exchanged(model, average), run.gathered(model):
-        if run.is_main():
-            samples = evaluate.test_samples(config.data, 8, config.max_references, scale=config.scale)
-            evaluate.save_strip(
-                folder / "samples" / f"{step:06d}.png",
-                model,
-                layout,
-                tokenizer,
-                samples,
-                side=config.sample_side,
-                shift=config.sample_shift,
-                num_timesteps=config.sample_timesteps,
-            )
-    run.barrier()
 
 
 if __name__ == "__main__":

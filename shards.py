@@ -220,11 +220,10 @@ class Drawn(torch.utils.data.Dataset):
     """The toy world as a source: position p is sample p of a split, `scale` times as large as it is drawn."""
 
     def __init__(self, split, seed, max_references, scale=1):
-        self.arguments, self.scale = (seed, max_references), scale
-        self.split = split
+        self.split, self.seed, self.max_references, self.scale = split, seed, max_references, scale
 
     def __getitem__(self, position):
-        return enlarged(draw_sample(self.split, int(position), *self.arguments), self.scale)
+        return enlarged(draw_sample(self.split, int(position), self.seed, self.max_references), self.scale)
 
 
 def open_source(path, seed, max_references, scale=1):

@@ -186,16 +186,8 @@ class Handler(BaseHTTPRequestHandler):
             urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
             images = [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
             self.count(prompt, images)
-            self.reply(
-                {
-                    "choices": [
-                        {
-                            "message": {"role": "assistant", "content": answer_text(prompt, images)},
-                            "finish_reason": "stop",
-                        }
-                    ]
-                }
-            )
+            message = {"role": "assistant", "content": answer_text(prompt, images)}
+            self.reply({"choices": [{"message": message, "finish_reason": "stop"}]})
         elif self.path.endswith("/images/edits"):
             head = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
             parts = {}

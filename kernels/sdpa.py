@@ -35,26 +35,17 @@ def sdpa_attention(q, k, v, mask):
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * R, H, D)
-    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    out = out[restore] if isinstance(restore, slice) else _rows(out, restore)  # (Nq, H, D)
+    out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], restore)  # (Nq, H, D)
     return out if empty is None else out.masked_fill(empty[:, None, None], 0)
 
 
 def _rows(x, index):
-    """x[index] for x (N, H, D), with a new first dimension for a slice, which copies nothing.
-
-    Otherwise an embedding look-up, whose gradient is much faster than that of indexing on a CPU.
-    """
-    if isinstance(index, slice):
-        return x[index][None]
+    """x[index] for x (N, H, D): an embedding look-up, whose gradient is much faster than that of indexing on a CPU."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 def make_plan(mask):
-    """(batches of (rows (B, R), keys (B, S), bias (B, 1, R, S) or None), restore (Nq,), empty rows or None).
-
-    Indices of neighbouring rows are slices.
-    """
+    """(batches of (rows (B, R), keys (B, S), bias (B, 1, R, S) or None), restore (Nq,), empty rows or None)."""
     q_hi, k_hi = mask.q_hi.cpu().numpy(), mask.k_hi.cpu().numpy()
     q_pos = mask.positions().cpu().numpy()
     pieces = _merge([_piece(rows, q_hi, k_hi, q_pos) for rows in _cut(k_hi, q_pos)])
@@ -73,20 +64,12 @@ def make_plan(mask):
         bias = None
         if not visible.all():
             bias = torch.zeros(visible.shape).masked_fill(~torch.from_numpy(visible), float("-inf"))[:, None]
-        batches.append((_index(rows), _index(keys), bias))
+        batches.append((torch.from_numpy(rows), torch.from_numpy(keys), bias))
         offset += rows.size
     device = mask.device
-    batches = [tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch) for batch in batches]
+    batches = [tuple(x if x is None else x.to(device) for x in batch) for batch in batches]
     empty = torch.from_numpy(empty).to(device) if empty.any() else None
-    restore = _index(restore[None])
-    return batches, restore if isinstance(restore, slice) else restore[0].to(device), empty
-
-
-def _index(rows):
-    """Row numbers (B, R) as a slice if they are one run of neighbours, otherwise as a tensor."""
-    if len(rows) == 1 and (np.diff(rows[0]) == 1).all():
-        return slice(int(rows[0, 0]), int(rows[0, -1]) + 1)
-    return torch.from_numpy(rows)
+    return batches, torch.from_numpy(restore).to(device), empty
 
 
 def _cut(k_hi, q_pos):

@@ -331,6 +331,9 @@ def test_help(path, capsys):
         out = capsys.readouterr().out
         assert stopped.value.code == 0
         assert all(f"--{field.name}" in out for field in dataclasses.fields(module.Config))
+        for node in ast.walk(ast.parse(path.read_text())):  # --help reads the comment behind an option, on its line
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                assert all(part.lineno == part.end_lineno for part in node.body if isinstance(part, ast.AnnAssign))
 
 
 def test_logged_keys_are_explained(trained):

@@ -54,6 +54,16 @@ def roll(toy, config=CONFIG, step=0, true_plans=False, monkeypatch=None):
     return grpo.sample_groups(model, layout, tokenizer, samples, range(2 * step, 2 * step + 2), config, step)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_members_start_from_one_noise_if_asked_to(toy, monkeypatch, same):
+    """With one plan a group all members are at the same place before the window, and at different ones after it."""
+    rollout = roll(toy, dataclasses.replace(CONFIG, same_start=same), true_plans=True, monkeypatch=monkeypatch)
+    of_member = lambda x: x.view(2, CONFIG.group_size, -1)  # (P, G, T * C)
+    before, after = of_member(rollout.x[0]), of_member(rollout.x_next[0])
+    assert torch.allclose(before, before[:, :1].expand_as(before), atol=1e-5) == same
+    assert not torch.allclose(after[:, 0], after[:, 1], atol=1e-2)
+
+
 def run_update(toy, rollout, reward, config=CONFIG, lr=100.0, anchor=None):
     """One update phase on a copy of the weights: health, weights before, weights after."""
     model, layout, _, _ = toy

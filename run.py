@@ -474,7 +474,12 @@ class Stop:
 
 
 def stop_here(step):
-    """Leave with the status that asks for another go; the state has been saved."""
+    """Leave with the status that asks for another go; the state has been saved.
+
+    The first process to leave makes srun and torchrun terminate the others: whoever leaves ignores that, or the job's
+    status would be that of a killed process and nothing would be requeued.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(f"stopped by a signal after step {step}; the same command goes on from here")
     finish()
     sys.exit(REQUEUE)

@@ -103,6 +103,16 @@ def weights(folder):
     return load_file(folder / "model" / "ema.safetensors")
 
 
+def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
+    """The first task that leaves makes --kill-on-bad-exit terminate the other one, which takes 4 s to leave."""
+    environment, _ = cluster
+    slow = "os.environ['SLURM_PROCID'] == '0' and atexit.register(time.sleep, 4)"
+    code = f"import atexit, os, time, run; {slow}; run.stop_here(1)"
+    command = ["srun", "--kill-on-bad-exit=1", "-N2", "-n2", "--ntasks-per-node=1", sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == run.REQUEUE, done.stdout + done.stderr
+
+
 def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluster):
     """srun over two nodes; then launch/slurm.sh, which is signalled in the middle, requeued, and ends with the same bits."""
     environment, folder = cluster

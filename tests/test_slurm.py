@@ -168,6 +168,8 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         return "sft: model in" in text()
 
     wait_for("the second go", finished, 240)
+    queue = ["squeue", "--noheader"]
+    wait_for("the job's end", lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout)
     assert f"step {step} of 60" in text()
     a, b = weights(folder / "whole"), weights(folder / "stopped")
     assert all(torch.equal(a[name], b[name]) for name in a)

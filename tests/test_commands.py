@@ -16,6 +16,7 @@ from PIL import Image
 
 import evaluate
 import grpo
+import questions
 import run
 import sample
 import sft
@@ -83,6 +84,18 @@ def test_evaluate_ends_with_json(trained):
     row = json.loads(out.splitlines()[-1])
     assert {"PF", "SC", "Overall", "CLIP_out", "format_ok", "n"} <= set(row) and row["n"] == 16
     assert 0 <= row["PF"] <= 10 and 0 <= row["format_ok"] <= 1
+
+
+@pytest.mark.parametrize("question, rows", [
+    ("noise", ["noise 0.0", "noise 0.4"]), ("mismatch", ["first two exchanged"]), ("references", ["5 references"]),
+    ("captions", []),  # plans of the smoke model do not parse; test_questions.py has some that do
+])  # fmt: skip
+def test_every_open_question_gets_its_table(trained, monkeypatch, capsys, question, rows):
+    monkeypatch.chdir(trained[0])
+    words = ["--config", "smoke", "--question", question, "--num_samples", "3", "--threads", "1"]
+    table = questions.main(parse(questions.Config, questions.PRESETS, words))
+    out = capsys.readouterr().out
+    assert set(rows) <= set(table) and all(row in out for row in rows)
 
 
 def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
@@ -244,6 +257,8 @@ def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message
     (sft, ["--config", "tiny"], "tiny"),
     (sft, ["--config", "smoke", "--hidden_size", "63"], "hidden_size 63"),
     (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
+    (questions, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
+    (questions, ["--question", "captoins"], "noise, mismatch, references, captions"),
 ])  # fmt: skip
 def test_bad_runs(tmp_path, capsys, monkeypatch, module, words, message):
     monkeypatch.chdir(tmp_path)

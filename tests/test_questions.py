@@ -1,6 +1,7 @@
 """The open questions: scores against brute force, and prompts that are spoilt in exactly the way they should be."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ class OneHot:
 
     def embed_captions(self, captions):
         rows = torch.zeros(len(captions), 1000)
-        rows[torch.arange(len(captions)), [hash(caption) % 1000 for caption in captions]] = 1
+        rows[torch.arange(len(captions)), [zlib.crc32(caption.encode()) % 1000 for caption in captions]] = 1
         return rows
 
     def embed_images(self, images):

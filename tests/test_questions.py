@@ -115,7 +115,7 @@ class OneHot:
 
 
 def test_captions_wrong_but_drawn_are_counted_and_ranked(toy, monkeypatch, capsys):
-    """Of each prompt three right plans and two wrong ones, of which one is drawn as it says; one more does not parse."""
+    """Of each prompt three right plans and two wrong ones, one of them drawn as it says; one more does not parse."""
     model, tokenizer = toy
     config, of_picture = questions.Config(num_samples=4, draws=6), {}
 

@@ -292,8 +292,7 @@ def forward_kernel(q_ptr, k_desc, v_desc, out_ptr, lse_ptr, part_ptr, part_lse_p
     """One item: the rows of one tile against a piece of its list. out (Nq, H, D), lse (H, Nq) float32, or a part."""
     work_ptr += tl.program_id(0) * 5
     head, heads = tl.program_id(1), tl.num_programs(1)
-    tile, begin, middle = tl.load(work_ptr), tl.load(work_ptr + 1), tl.load(work_ptr + 2)
-    end, slot = tl.load(work_ptr + 3), tl.load(work_ptr + 4)
+    tile, begin, middle, end = tl.load(work_ptr), tl.load(work_ptr + 1), tl.load(work_ptr + 2), tl.load(work_ptr + 3)
     if tile < 0:
         return
     token, g, valid = _folded_rows(tile, n_queries, GROUP, BLOCK_M)
@@ -317,6 +316,10 @@ def forward_kernel(q_ptr, k_desc, v_desc, out_ptr, lse_ptr, part_ptr, part_lse_p
     total = tl.where(l > 0, l, 1.0)
     lse = tl.where(l > 0, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     out = acc / total[:, None]
+    # Where to write is worked out again: kept through the loops it costs registers (Triton 3.6 spills them).
+    slot = tl.load(work_ptr + 4)
+    token, g, valid = _folded_rows(tl.load(work_ptr), n_queries, GROUP, BLOCK_M)
+    inside = valid[:, None] & (d[None, :] < HEAD_DIM)
     if slot < 0:
         row = token.to(tl.int64) * heads * GROUP + head * GROUP + g
         tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

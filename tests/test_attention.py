@@ -38,6 +38,21 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(A, "tile_config", lambda kernel, *rest: (*tiles[kernel], 4, 1))
 
 
+@pytest.fixture(autouse=True)
+def loop_bounds_in_the_interpreter(monkeypatch):
+    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.4 refuses; later ones squeeze it."""
+    if CUDA or A.triton is None:
+        return
+    from triton.runtime import interpreter as I
+    patch = I._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()     # the scope, which set it, takes it away again
+
+    monkeypatch.setattr(I, "_patch_lang_tensor", patch_lang_tensor)
+
+
 @pytest.fixture
 def bfloat16_in_the_interpreter(monkeypatch):
     if CUDA:

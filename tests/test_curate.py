@@ -53,9 +53,9 @@ class Server:
 
 def misbehave(handler, number):
     """Every kind of trouble, by the number of the request."""
-    kinds = {3: "429", 5: "500", 11: "broken", 14: "timeout", 17: "429", 21: "broken", 26: "503"}
-    refusals = (8, 40, 80)  # one of them reaches a client that lives to record it
-    kind = "refusal" if number in refusals else kinds.get(number)
+    kinds = {3: "429", 5: "500", 14: "timeout", 17: "429", 26: "503"}
+    kinds |= dict.fromkeys((8, 40, 80), "refusal") | dict.fromkeys((11, 21, 83), "broken")
+    kind = kinds.get(number)  # the last refusal and the last broken reply reach a client that lives to record them
     if handler.path.endswith("edits") and not handler.server.requests % 9:
         kind = "truncated picture"
     if kind == "429":

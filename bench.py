@@ -375,17 +375,21 @@ def with_backward(run, inputs):
 
 
 def check_attention(name, q, k, v, mask, rows=64):
-    """A few rows against float64."""
+    """The output of a few rows, and all gradients if only these rows have one, against float64."""
     from kernels.attention import attention, reference
 
-    some = torch.linspace(0, len(mask.q_hi) - 1, rows, device=q.device).long()
+    some = torch.linspace(0, len(mask.q_hi) - 1, rows, device=q.device).long().unique()
     part = Mask(mask.q_hi[some], mask.k_hi, mask.positions()[some])
-    with torch.no_grad():
-        got = attention(q, k, v, mask, "triton")[some].double()
-        expected = reference(q[some].double(), k.double(), v.double(), part)
-    error = float((got - expected).norm() / expected.norm())
-    if not error < 1e-2:
-        raise ValueError(f"{name}: the Triton kernel is wrong by {error:.1e}")
+    do = torch.zeros_like(q).index_copy_(0, some, torch.randn_like(q[some]))
+    out = attention(q, k, v, mask, "triton")
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), do)
+    exact = [x.detach().double().requires_grad_() for x in (q[some], k, v)]
+    expected = reference(*exact, part)
+    expected = (expected, *torch.autograd.grad(expected, exact, do[some].double()))
+    for what, got, right in zip(("out", "dq", "dk", "dv"), (out[some], dq[some], dk, dv), expected):
+        error = ((got.double() - right).norm() / right.norm()).item()
+        if not error < 1e-2:
+            raise ValueError(f"{name}: {what} of the Triton kernel is wrong by {error:.1e}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -509,12 +509,12 @@ def sum_kernel(part_ptr, dk_ptr, dv_ptr, pieces_ptr, n_keys,
 
 # (BLOCK_M, BLOCK_N, warps, stages) for BLOCK_D up to 64, 128 and 256. "few": the forward of few rows (decoding). Chosen
 # from what the compiler makes of them (run this file): as large as fits without spilled registers, in two-byte types
-# (but dq and dkdv of head_dim 256 spill, and its "few" with Triton 3.6).
+# (but dq and dkdv of head_dim 256 spill).
 # Three stages, not two: reading the list's entry takes one of them, and with two the compiler keeps a single buffer of
 # keys and values in the first loop, loads nothing ahead, and ptxas runs the tensor cores synchronously (C7515).
 HOPPER = {                               # 227 KiB of shared memory: H100, H200, B200
     "forward": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 3)),
-    "few":     ((64, 128, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
+    "few":     ((64, 128, 4, 3), (64, 128, 4, 3), (64, 64, 8, 3)),
     "dq":      ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
     "dkdv":    ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 3)),
 }

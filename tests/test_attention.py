@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def loop_bounds_in_the_interpreter(monkeypatch):
-    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.4 refuses; later ones squeeze it."""
+    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.5 refuses; later ones squeeze it."""
     if CUDA or A.triton is None:
         return
     from triton.runtime import interpreter as I

@@ -42,7 +42,8 @@ PRESETS = {"default": {}}
 def best_of(repeats, **rivals):
     """{name: least CPU seconds} of functions without arguments, in alternating rounds."""
     best = {name: float("inf") for name in rivals}
-    for _ in range(repeats + 1):  # the first round warms up, and counts if it happens to be the best
+    # the first round warms up, and counts if it happens to be the best
+    for _ in range(repeats + 1):
         for name, function in rivals.items():
             begun = time.process_time()
             function()
@@ -59,15 +60,22 @@ MID = ModelConfig(
     codec="space_to_depth", latent_side=16,
 )  # fmt: skip  # the codec is not used: latents are given
 OFFICIAL = {  # CPU seconds of the official code on the same case, one thread of another machine
-    "train forward": 0.38, "train forward + backward": 0.86, "prefill": 0.10, "10 steps": 0.55,
-    "10 steps, guidance": 1.53, "64 greedy tokens": 0.42,
-}  # fmt: skip
+    "train forward": 0.38,
+    "train forward + backward": 0.86,
+    "prefill": 0.10,
+    "10 steps": 0.55,
+    "10 steps, guidance": 1.53,
+    "64 greedy tokens": 0.42,
+}
 
 
 def random_reference(generator, side=16):
     patches = torch.randn(side * side, 3 * MID.vit_patch**2, generator=generator)
     return Reference(
-        torch.randn(side * side, MID.token_channels, generator=generator), (side, side), patches, (side, side)
+        torch.randn(side * side, MID.token_channels, generator=generator),
+        (side, side),
+        patches,
+        (side, side),
     )
 
 
@@ -91,7 +99,9 @@ def bench_model(config):
     def loss():
         packed.mask.cache.clear()  # a training step has a new pack and plans its attention anew
         und, gen = model(packed)
-        return model.cross_entropy(und, packed).mean() + F.mse_loss(model.velocity(packed, gen), target)
+        return model.cross_entropy(und, packed).mean() + F.mse_loss(
+            model.velocity(packed, gen), target
+        )
 
     def forward():
         with torch.no_grad():
@@ -103,15 +113,27 @@ def bench_model(config):
 
     def steps(*scales):
         paint(
-            model, layout, [prompt], [[None]], [(14, 14)], Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)), [g]
+            model,
+            layout,
+            [prompt],
+            [[None]],
+            [(14, 14)],
+            Sampler(11, 3.0, *scales, guidance_interval=(0.0, 1.0)),
+            [g],
         )
 
     prefill = lambda: think(model, layout, [prompt], 1, 1, 0.0)
-    rivals = {"train forward": forward, "train forward + backward": backward, "prefill": prefill,
-              "10 steps": lambda: steps(1.0, 1.0), "10 steps, guidance": lambda: steps(4.0, 1.5),
-              "64 greedy tokens": lambda: think(model, layout, [prompt], 1, 64, 0.0)}  # fmt: skip
+    rivals = {
+        "train forward": forward,
+        "train forward + backward": backward,
+        "prefill": prefill,
+        "10 steps": lambda: steps(1.0, 1.0),
+        "10 steps, guidance": lambda: steps(4.0, 1.5),
+        "64 greedy tokens": lambda: think(model, layout, [prompt], 1, 64, 0.0),
+    }
     ours = best_of(config.repeats, **rivals)
-    for name in ("10 steps", "10 steps, guidance", "64 greedy tokens"):  # the official figures have the prefill apart
+    # the official figures have the prefill apart
+    for name in ("10 steps", "10 steps, guidance", "64 greedy tokens"):
         ours[name] -= ours["prefill"]
     print(
         f"{len(packed)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
@@ -120,8 +142,12 @@ def bench_model(config):
     print(f"{'CPU seconds':28s}{'ours':>8s}{'official*':>11s}{'ratio':>8s}")
     for name, seconds in ours.items():
         print(f"{name:28s}{seconds:8.3f}{OFFICIAL[name]:11.2f}{seconds / OFFICIAL[name]:8.2f}")
-    print("* of the official code, on another machine; a ratio between machines is a hint, not a measurement")
-    return {name.replace(",", "").replace(" ", "_"): round(seconds, 4) for name, seconds in ours.items()}
+    print(
+        "* of the official code, on another machine; a ratio between machines is a hint, not a measurement"
+    )
+    return {
+        name.replace(",", "").replace(" ", "_"): round(seconds, 4) for name, seconds in ours.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,11 +218,13 @@ def decoding(members=32, prompt=36864, room=256):
 
 def attention_cases():
     return {
-        "causal 16k": forest(causal), "full 16k": forest(full), "BAGEL pack 36k": forest(bagel_pack),
+        "causal 16k": forest(causal),
+        "full 16k": forest(full),
+        "BAGEL pack 36k": forest(bagel_pack),
         "edit tree": forest(lambda sequence: tree(sequence, (-1026, -VIT, 60))),
         "text-to-image tree": forest(lambda sequence: tree(sequence, (120,))),
         "decode 32 on 36k": decoding(),
-    }  # fmt: skip
+    }
 
 
 def visible_pairs(mask, rows=1024):
@@ -217,11 +245,17 @@ def attention_metadata(config):
     from kernels import attention as A
 
     group, result = HEADS // KEY_HEADS, {}
-    print(f"{'':22s}{'tokens':>8s}{'pairs':>10s}{'lists, ms':>11s}{'forward':>9s}{'dk/dv':>8s}   computed / visible")
+    print(
+        f"{'':22s}{'tokens':>8s}{'pairs':>10s}{'lists, ms':>11s}{'forward':>9s}{'dk/dv':>8s}   computed / visible"
+    )
     for name, mask in attention_cases().items():
         pairs = visible_pairs(mask)
-        rows, keys, _, _ = A.tile_config("few" if len(mask.q_hi) * group <= A.FEW_ROWS else "forward", HEAD_DIM,
-                                         torch.bfloat16, mask.device)  # fmt: skip
+        rows, keys, _, _ = A.tile_config(
+            "few" if len(mask.q_hi) * group <= A.FEW_ROWS else "forward",
+            HEAD_DIM,
+            torch.bfloat16,
+            mask.device,
+        )
         dk_rows, dk_keys, _, _ = A.tile_config("dkdv", HEAD_DIM, torch.bfloat16, mask.device)
         q = torch.empty(len(mask.q_hi), HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
         k = torch.empty(len(mask.k_hi), KEY_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
@@ -235,7 +269,9 @@ def attention_metadata(config):
         for g, m, n in ((group, rows, keys), (1, dk_rows, dk_keys)):
             whole, partly = A.classify_tiles(mask.q_hi, mask.positions(), mask.k_hi, g, m, n)
             computed.append(int((whole | partly).sum()) * m * n / g / pairs)
-        print(f"{name:22s}{len(mask.q_hi):8d}{pairs:10.2e}{1e3 * seconds:11.2f}{computed[0]:9.2f}{computed[1]:8.2f}")
+        print(
+            f"{name:22s}{len(mask.q_hi):8d}{pairs:10.2e}{1e3 * seconds:11.2f}{computed[0]:9.2f}{computed[1]:8.2f}"
+        )
         result[name] = {"ms": 1e3 * seconds, "forward": computed[0], "dkdv": computed[1]}
     return result
 
@@ -271,11 +307,15 @@ def flex_as_bagel_builds_it(mask):
     q_hi, q_pos, k_hi = mask.q_hi, mask.positions(), mask.k_hi
     visible = lambda batch, head, i, j: (j < q_hi[i]) & (q_pos[i] < k_hi[j])
     build = torch.compile(create_block_mask)
-    make = lambda: build(visible, 1, HEADS, len(q_hi), len(k_hi), device=mask.device, BLOCK_SIZE=128)
+    make = lambda: build(
+        visible, 1, HEADS, len(q_hi), len(k_hi), device=mask.device, BLOCK_SIZE=128
+    )
     attend = torch.compile(flex_attention, dynamic=True)
 
     def run(q, k, v, block_mask):
-        out = attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=block_mask, enable_gqa=True)
+        out = attend(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=block_mask, enable_gqa=True
+        )
         return out[0].transpose(0, 1)
 
     return make, run
@@ -286,7 +326,9 @@ def plain_sdpa(name):
 
     def run(q, k, v):
         return F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=name.startswith("causal"), enable_gqa=True
+            *(x.transpose(0, 1)[None] for x in (q, k, v)),
+            is_causal=name.startswith("causal"),
+            enable_gqa=True,
         )[0].transpose(0, 1)
 
     return run
@@ -297,7 +339,9 @@ def attention_on_gpu(config):
     from kernels.attention import attention, backward_lists, forward_lists
 
     g = torch.Generator("cuda").manual_seed(config.seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    draw = lambda *shape: torch.randn(
+        *shape, generator=g, device="cuda", dtype=torch.bfloat16
+    ).requires_grad_()
     a, b = draw(8192, 8192), draw(8192, 8192)
     ceiling = 2 * 8192**3 / gpu_best_of(config.repeats, matmul=lambda: a @ b)["matmul"] / 1e9
     print(f"matmul of 8192^3 in bfloat16, the ceiling: {ceiling:.0f} TFLOP/s")
@@ -327,9 +371,13 @@ def attention_on_gpu(config):
         forward = gpu_best_of(config.repeats, **{key: no_grad(run) for key, run in rivals.items()})
         backward = {}
         if not name.startswith("decode"):
-            both = gpu_best_of(config.repeats, **{key: with_backward(run, (q, k, v)) for key, run in rivals.items()})
+            both = gpu_best_of(
+                config.repeats,
+                **{key: with_backward(run, (q, k, v)) for key, run in rivals.items()},
+            )
             backward = {
-                key: None if both[key] is None or forward[key] is None else both[key] - forward[key] for key in both
+                key: None if both[key] is None or forward[key] is None else both[key] - forward[key]
+                for key in both
             }
 
         def lists():
@@ -337,11 +385,14 @@ def attention_on_gpu(config):
             forward_lists(mask, q, k), backward_lists(mask, q, k)
 
         metadata = gpu_best_of(
-            config.repeats, **{"our lists": lists} | ({"BAGEL's mask": make} if block_mask is not None else {})
+            config.repeats,
+            **{"our lists": lists} | ({"BAGEL's mask": make} if block_mask is not None else {}),
         )
         print(
             f"{name}: {len(mask.q_hi)} queries, {len(mask.k_hi)} keys, {pairs:.2e} visible pairs; masks, ms: "
-            + ", ".join(f"{key} {value:.2f}" for key, value in metadata.items() if value is not None)
+            + ", ".join(
+                f"{key} {value:.2f}" for key, value in metadata.items() if value is not None
+            )
         )
         flop = 4 * pairs * HEADS * HEAD_DIM
         for key in rivals:
@@ -401,11 +452,15 @@ def grpo_case(shape, plan_tokens, side, config):
     import grpo
 
     model = UnifiedModel(shape).initialise(config.seed)
-    torch.nn.init.normal_(model.latent_out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(
+        model.latent_out.weight, std=0.02, generator=torch.Generator().manual_seed(0)
+    )
     settings = grpo.Config(
         config="toy",
         **grpo.PRESETS["toy"]
-        | dict(max_plan_tokens=plan_tokens, picture_side=side, updates=1, train_text=False, kl_beta=0.0),
+        | dict(
+            max_plan_tokens=plan_tokens, picture_side=side, updates=1, train_text=False, kl_beta=0.0
+        ),
     )
     return model, Layout(0, 1, 2, 3, model.config.latent_side, model.config.vit_side), settings
 
@@ -425,7 +480,14 @@ def tree_rollout(model, layout, prompts, settings, generator):
 
     prefix, size = prefill(model, layout, prompts), settings.group_size
     plans, _ = think(
-        model, layout, prompts, size, settings.max_plan_tokens, 1.0, [generator] * size * len(prompts), prefix=prefix
+        model,
+        layout,
+        prompts,
+        size,
+        settings.max_plan_tokens,
+        1.0,
+        [generator] * size * len(prompts),
+        prefix=prefix,
     )
     grid = model.config.picture_grid(settings.picture_side, settings.picture_side)
     plans = [plans[i : i + size] for i in range(0, len(plans), size)]
@@ -484,9 +546,15 @@ def naive_update(model, layout, rollout, advantage, settings):
                 packed = sequence.pack()
                 v = model.velocity(packed, model(packed)[1])
                 mean, std = flow.transition(
-                    rollout.x[k, span], v, rollout.times[k], rollout.times[k + 1], settings.noise_level
+                    rollout.x[k, span],
+                    v,
+                    rollout.times[k],
+                    rollout.times[k + 1],
+                    settings.noise_level,
                 )
-                log_prob = flow.log_prob(rollout.x_next[k, span], mean, std, torch.zeros(n, dtype=torch.long), 1)
+                log_prob = flow.log_prob(
+                    rollout.x_next[k, span], mean, std, torch.zeros(n, dtype=torch.long), 1
+                )
                 (-advantage[group, i] * (log_prob - log_prob.detach()).exp().sum()).backward()
     model.zero_grad()
 
@@ -495,7 +563,9 @@ def tree_update(model, layout, rollout, reward, settings):
     """grpo.update, with an optimiser that changes nothing."""
     import grpo
 
-    grpo.update(model, None, torch.optim.SGD(model.parameters(), 0.0), layout, rollout, reward, settings)
+    grpo.update(
+        model, None, torch.optim.SGD(model.parameters(), 0.0), layout, rollout, reward, settings
+    )
 
 
 def kept_for_backward(model, layout, rollout, settings):
@@ -525,11 +595,21 @@ def bench_grpo(config):
     g, result = torch.Generator().manual_seed(config.seed), {}
     toy = ModelConfig(**TOY)
     side, patch = toy.latent_side, toy.vit_patch
-    picture = lambda: Reference(torch.randn(side**2, toy.token_channels, generator=g), (side, side),
-                                torch.randn(4, 3 * patch**2, generator=g), (2, 2))  # fmt: skip
+    picture = lambda: Reference(
+        torch.randn(side**2, toy.token_channels, generator=g),
+        (side, side),
+        torch.randn(4, 3 * patch**2, generator=g),
+        (2, 2),
+    )
     words = lambda n, vocabulary: torch.randint(4, vocabulary, (n,), generator=g).tolist()
     cases = {
-        "toy": (toy, lambda: Prompt((picture(), picture(), words(20, 512))), 50, 32, dict(group_size=16, window=2)),
+        "toy": (
+            toy,
+            lambda: Prompt((picture(), picture(), words(20, 512))),
+            50,
+            32,
+            dict(group_size=16, window=2),
+        ),
         "mid, 4 references": (
             MID,
             lambda: Prompt((*[random_reference(g) for _ in range(4)], words(40, 512))),
@@ -563,19 +643,31 @@ def bench_grpo(config):
             "update, naive": lambda: naive_update(model, layout, rollout, reward, settings),
             "update, tree": lambda: tree_update(model, layout, rollout, reward, settings),
         }
-        best = best_of(config.repeats, **{key: counting(key, function) for key, function in rivals.items()})
+        best = best_of(
+            config.repeats, **{key: counting(key, function) for key, function in rivals.items()}
+        )
         print(
             f"{name}: prompt {len(prompts[0])} tokens, {settings.group_size} members, plans of {plan_tokens}, "
             f"{settings.window} trained steps"
         )
         for phase in ("rollout", "update"):
             naive, tree = best[f"{phase}, naive"], best[f"{phase}, tree"]
-            memory = "" if phase == "rollout" else f", kept for backward {kept[0] / 1e6:.1f} and {kept[1] / 1e6:.1f} MB"
-            print(f"  {phase:8s} naive {naive:7.2f} s  tree {tree:7.2f} s  {naive / tree:5.1f} times faster; tokens "
-                  f"{counted[f'{phase}, naive']:,} and {counted[f'{phase}, tree']:,}{memory}")  # fmt: skip
+            memory = (
+                ""
+                if phase == "rollout"
+                else f", kept for backward {kept[0] / 1e6:.1f} and {kept[1] / 1e6:.1f} MB"
+            )
+            print(
+                f"  {phase:8s} naive {naive:7.2f} s  tree {tree:7.2f} s  {naive / tree:5.1f} times faster; tokens "
+                f"{counted[f'{phase}, naive']:,} and {counted[f'{phase}, tree']:,}{memory}"
+            )
             result[f"{name.split(',')[0]}_{phase}_speedup"] = round(naive / tree, 2)
     print_seven_billion()
-    return {"update_speedup": result["toy_update_speedup"], "rollout_speedup": result["toy_rollout_speedup"], **result}
+    return {
+        "update_speedup": result["toy_update_speedup"],
+        "rollout_speedup": result["toy_rollout_speedup"],
+        **result,
+    }
 
 
 def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
@@ -587,8 +679,12 @@ def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
     )
     active *= shape.num_hidden_layers
     pair = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
-    flop = lambda tokens, keys: 2 * active * tokens + pair * tokens * keys  # keys: visible to a token, on average
-    picture, kv = IMAGE + 2, 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    # keys: visible to a token, on average
+    flop = lambda tokens, keys: 2 * active * tokens + pair * tokens * keys
+    picture, kv = (
+        IMAGE + 2,
+        4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim,
+    )
     print(
         f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, {window} of them trained, "
         f"plans of {plan}; PFLOP a group"
@@ -605,7 +701,10 @@ def print_seven_billion(group_size=32, window=3, steps=16, plan=150):
         tree = once + group_size * (own + steps * image)
         naive_trained = 3 * group_size * window * (once + own + image)
         tree_trained = 3 * (once + group_size * (own + window * image))
-        cache = [kv * group_size * (prompt + plan + picture) / 1e9, kv * (prompt + group_size * (plan + picture)) / 1e9]
+        cache = [
+            kv * group_size * (prompt + plan + picture) / 1e9,
+            kv * (prompt + group_size * (plan + picture)) / 1e9,
+        ]
         print(
             f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{tree / 1e15:8.0f}"
             f"{naive_trained / 1e15:10.0f}{tree_trained / 1e15:8.0f}"
@@ -644,10 +743,16 @@ def bench_data(config):
                     "instruction": one.instruction,
                     "plan": {
                         "out_caption": one.plan.caption,
-                        "relations": [{f"relation_{j}": r} for j, r in enumerate(one.plan.relations, 1)],
+                        "relations": [
+                            {f"relation_{j}": r} for j, r in enumerate(one.plan.relations, 1)
+                        ],
                     },
                 }
-                writer.write(record, [to_png(noisy(image)) for image in one.references], to_png(noisy(one.target)))
+                writer.write(
+                    record,
+                    [to_png(noisy(image)) for image in one.references],
+                    to_png(noisy(one.target)),
+                )
         source = Source(folder)
         pictures = sum(len(source.sample(i).references) + 1 for i in range(count))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
@@ -679,18 +784,25 @@ def bench_data(config):
             "loader, 1 worker": lambda: read(1),
             "loader, 2 workers": lambda: read(2),
         }
-        best = {name: min(wall(function) for _ in range(config.repeats)) for name, function in rivals.items()}
+        best = {
+            name: min(wall(function) for _ in range(config.repeats))
+            for name, function in rivals.items()
+        }
     print(f"{count} samples of 1024 px, {pictures} pictures, {size / count / 1e6:.1f} MB a sample")
     for name, seconds in best.items():
         print(f"  {name:20s}{count / seconds:8.1f} samples/s{pictures / seconds:8.1f} pictures/s")
-    tokens = 2.7 * (IMAGE + VIT + 4) + IMAGE + 300  # of a sample: 2.7 pictures on average, its references seen twice
+    # of a sample: 2.7 pictures on average, its references seen twice
+    tokens = 2.7 * (IMAGE + VIT + 4) + IMAGE + 300
     need = 0.4 * 989e12 / (6 * 6.5e9 * tokens)
     print(
         f"a step at 7B consumes {need:.2f} samples/s on each GPU (40 % of 989 TFLOP/s, {tokens:,.0f} tokens a sample): "
         f"one worker feeds "
         f"{count / best['loader, 1 worker'] / need:.0f} GPUs"
     )
-    return {name.replace(",", "").replace(" ", "_"): round(count / seconds, 2) for name, seconds in best.items()}
+    return {
+        name.replace(",", "").replace(" ", "_"): round(count / seconds, 2)
+        for name, seconds in best.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,14 +825,17 @@ def bench_scale(config):
             for processes in best:
                 out = f"{folder}/{processes}-{repeat}"
                 launcher = (
-                    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+                    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+                    if processes == 2
+                    else []
                 )
                 options = "--config toy --threads 1 --steps 30 --save_every 1000 --sample_every 1000 --out"
                 command = [sys.executable, *launcher, str(here / "sft.py"), *options.split(), out]
                 subprocess.run(command, env=environment, check=True, capture_output=True)
                 lines = run.read_log(Path(out))[10:]
                 best[processes] = max(
-                    best[processes], sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines)
+                    best[processes],
+                    sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines),
                 )
     print(
         f"sft.py --config toy, tokens/s: one process {best[1]:,.0f}, two {best[2]:,.0f}, "
@@ -746,7 +861,10 @@ def print_communication(tokens=36_864, tflops=400, intra=360e9, inter=45e9):
         flat = sent / (intra if gpus <= 8 else inter)
         line = f"  {gpus:3d} GPUs, sharded over all: {sent / 1e9:6.1f} GB, {flat:5.2f} s"
         if gpus > 8:
-            inside, across = (2 * 2 + 4) * values * 7 / 8, 2 * 4 * values / 8 * (gpus // 8 - 1) / (gpus // 8)
+            inside, across = (
+                (2 * 2 + 4) * values * 7 / 8,
+                2 * 4 * values / 8 * (gpus // 8 - 1) / (gpus // 8),
+            )
             line += f"; replicas={gpus // 8}: {inside / 1e9:6.1f} GB in the node and {across / 1e9:5.1f} GB between, "
             line += f"{inside / intra + across / inter:5.2f} s"
         print(line)
@@ -766,9 +884,13 @@ def main(argv):
     config = parse(Config, PRESETS, argv[bool(name) :])
     with exit_on_user_error(ValueError):
         if name not in BENCHES:
-            raise ValueError(f"nothing to measure is called {name!r}; say python bench.py {' or '.join(BENCHES)}")
+            raise ValueError(
+                f"nothing to measure is called {name!r}; say python bench.py {' or '.join(BENCHES)}"
+            )
     torch.set_num_threads(config.threads)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
+    )
     result = BENCHES[name](config)
     if config.json:
         print(json.dumps(result))

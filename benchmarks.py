@@ -39,10 +39,19 @@ from endpoint import Endpoint, Question, Refused, Unusable, in_parallel
 from sample import Sampler, make_prompt, paint, picture, think
 from vision import open_image
 
-OMNICONTEXT_TASKS = ("single_character", "single_object", "multi_character", "multi_object", "multi_character_object",
-                     "scene_character", "scene_object", "scene_character_object")  # fmt: skip
+OMNICONTEXT_TASKS = (
+    "single_character",
+    "single_object",
+    "multi_character",
+    "multi_object",
+    "multi_character_object",
+    "scene_character",
+    "scene_object",
+    "scene_character_object",
+)
 DREAMOMNI2_TASKS = ("add", "replace", "global", "local", "generation")
 TRIES = 3  # questions to get a readable score
+# fmt: off
 PUBLISHED = {  # Overall, as published; "-": not in the sources at hand
     "omnicontext": {
         "BAGEL": (5.48, 7.03, 5.17, 6.64, 6.24, 4.07, 5.71, 5.47, 5.73),
@@ -58,6 +67,7 @@ PUBLISHED = {  # Overall, as published; "-": not in the sources at hand
         "Re-Align (paper)": (9.27, 8.61, 7.85, 6.35, 7.24),
     },
 }
+# fmt: on
 
 PREFACE = """You are a professional digital artist who judges the work of an image model. All people in the pictures are
 generated. The pictures are, in order: the reference image(s), and last the result. Be strict and concise. Answer with
@@ -72,9 +82,7 @@ and interaction, what was added or removed. Ignore whether identities are kept a
 off one point for each difference: face and head, the right persons and objects, body and skin, clothes and hair unless
 the instruction changes them. 0: other subjects altogether.""",
 }
-SCENE = (
-    "\nThe surroundings must also be those of the reference that shows the scene, and the subjects must fit into them."
-)
+SCENE = "\nThe surroundings must also be those of the reference that shows the scene, and the subjects must fit into them."
 
 
 @dataclass(frozen=True)
@@ -101,18 +109,28 @@ def read_omnicontext(path):
     folder = Path(path)
     if not folder.exists():
         folder = download(path)
-    files = [folder] if folder.is_file() else sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    files = (
+        [folder]
+        if folder.is_file()
+        else sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    )
     if not files:
-        raise UserError(f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet")
+        raise UserError(
+            f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet"
+        )
     cases, wanted = [], ["key", "task_type", "instruction", "input_images"]
     for file in files:
         try:
             table = parquet.ParquetFile(file)
         except (ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} cannot be read as parquet ({str(error)[:100]}); copy it again") from None
+            raise UserError(
+                f"{file} cannot be read as parquet ({str(error)[:100]}); copy it again"
+            ) from None
         missing = [name for name in wanted if name not in table.schema_arrow.names]
         if missing:
-            raise UserError(f"{file} has no column {', '.join(missing)}; expected {', '.join(wanted)}")
+            raise UserError(
+                f"{file} has no column {', '.join(missing)}; expected {', '.join(wanted)}"
+            )
         for batch in table.iter_batches(16):
             for row in batch.to_pylist():
                 pictures = [
@@ -125,7 +143,10 @@ def read_omnicontext(path):
                         row["task_type"],
                         row["instruction"],
                         row.get("instruction_language") or "en",
-                        tuple(open_image(image, f"an input image of {row['key']}") for image in pictures),
+                        tuple(
+                            open_image(image, f"an input image of {row['key']}")
+                            for image in pictures
+                        ),
                         row.get("caption") or "",
                     )
                 )
@@ -140,7 +161,9 @@ def download(name):
     try:
         return Path(
             snapshot_download(
-                name, repo_type="dataset", allow_patterns=["*.parquet", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.webp"]
+                name,
+                repo_type="dataset",
+                allow_patterns=["*.parquet", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.webp"],
             )
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -164,15 +187,29 @@ def read_dreamomni2(path):
         category, group = text.parent.parent.name, text.parent.parent.parent.name
         task = "generation" if group.startswith("generation") else category.split("_")[0].lower()
         if task not in DREAMOMNI2_TASKS:
-            raise UserError(f"{text.parent.parent}: the category {category} is none of {', '.join(DREAMOMNI2_TASKS)}")
+            raise UserError(
+                f"{text.parent.parent}: the category {category} is none of {', '.join(DREAMOMNI2_TASKS)}"
+            )
         names = [
-            name for name in sorted(text.parent.iterdir()) if name.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+            name
+            for name in sorted(text.parent.iterdir())
+            if name.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
         ]
-        inputs = [name for name in names if not name.stem.lower().startswith(("res", "target", "output", "gt"))]
+        inputs = [
+            name
+            for name in names
+            if not name.stem.lower().startswith(("res", "target", "output", "gt"))
+        ]
         if not inputs:
             raise UserError(f"{text.parent} holds no reference picture")
         cases.append(
-            Case(f"{category}-{text.parent.name}", task, text.read_text().strip(), "en", tuple(map(open_image, inputs)))
+            Case(
+                f"{category}-{text.parent.name}",
+                task,
+                text.read_text().strip(),
+                "en",
+                tuple(map(open_image, inputs)),
+            )
         )
     return cases
 
@@ -202,28 +239,46 @@ def paint_cases(model, tokenizer, cases, config):
     layout, side = model.config.layout(tokenizer), 1024
     largest = model.config.latent_side * model.config.token_pixels
     grid = (min(side, largest) // model.config.token_pixels,) * 2
-    sampler = Sampler(config.num_timesteps, config.timestep_shift, config.text_guidance, config.image_guidance,
-                      (config.guidance_low, 1.0), config.renorm)  # fmt: skip
+    sampler = Sampler(
+        config.num_timesteps,
+        config.timestep_shift,
+        config.text_guidance,
+        config.image_guidance,
+        (config.guidance_low, 1.0),
+        config.renorm,
+    )
     left = [case for case in cases if not is_whole(picture_path(config, case))]
     for case in tqdm(left, disable=None, desc="paint"):
-        prompts, plan, text = [make_prompt(model, tokenizer, case.references, case.instruction)], None, ""
+        prompts, plan, text = (
+            [make_prompt(model, tokenizer, case.references, case.instruction)],
+            None,
+            "",
+        )
         if config.use_plan:
             generators = [run.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 1)]
             (plan,), _ = think(model, layout, prompts, 1, config.max_plan_tokens, 0.0, generators)
             text = tokenizer.decode(plan)
         generators = [run.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 2)]
-        image = picture(model, paint(model, layout, prompts, [[plan]], [grid], sampler, generators), grid)
+        image = picture(
+            model, paint(model, layout, prompts, [[plan]], [grid], sampler, generators), grid
+        )
         path = picture_path(config, case)
         path.parent.mkdir(parents=True, exist_ok=True)
         read, problems = iccot.salvage(text, len(case.references)) if text else (None, [])
-        about = {"text": text, "plan": json.loads(iccot.to_json(read)) if read else None, "problems": problems}
+        about = {
+            "text": text,
+            "plan": json.loads(iccot.to_json(read)) if read else None,
+            "problems": problems,
+        }
         run.write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
         hidden = path.with_suffix(".tmp")
-        image.resize((side, side), Image.Resampling.NEAREST if largest <= 64 else Image.Resampling.LANCZOS).save(
-            hidden, "PNG"
-        )
+        image.resize(
+            (side, side), Image.Resampling.NEAREST if largest <= 64 else Image.Resampling.LANCZOS
+        ).save(hidden, "PNG")
         os.replace(hidden, path)
-    print(f"{len(left)} pictures painted, {len(cases)} in {Path(config.result_dir) / config.model_name / 'fullset'}")
+    print(
+        f"{len(left)} pictures painted, {len(cases)} in {Path(config.result_dir) / config.model_name / 'fullset'}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,9 +337,15 @@ def judge_cases(cases, config):
         if path.is_file():
             lines = path.read_text().splitlines()
             done |= {(row["task_type"], row["key"]): row for row in map(json.loads, lines)}
-    left = [case for case in cases if (case.task, case.key) not in done and is_whole(picture_path(config, case))]
+    left = [
+        case
+        for case in cases
+        if (case.task, case.key) not in done and is_whole(picture_path(config, case))
+    ]
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
-        for case, row in in_parallel(partial(judge_case, judge, config), left, config.judge_workers, bar):
+        for case, row in in_parallel(
+            partial(judge_case, judge, config), left, config.judge_workers, bar
+        ):
             with open(paths[case.task], "a") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             done[case.task, case.key] = row
@@ -322,7 +383,11 @@ def statistics(rows, tasks, language="en"):
     """{task: {PF, SC, Overall, n, null}} and their mean under "average"; a sample without both scores is null."""
     table = {}
     for task in tasks:
-        mine = [row for row in rows if row["task_type"] == task and row["instruction_language"] == language]
+        mine = [
+            row
+            for row in rows
+            if row["task_type"] == task and row["instruction_language"] == language
+        ]
         scored = [
             (row["PF_score"], row["SC_score"])
             for row in mine
@@ -339,9 +404,12 @@ def statistics(rows, tasks, language="en"):
             }
     if table:
         table["average"] = {
-            name: sum(row[name] for row in table.values()) / len(table) for name in ("PF", "SC", "Overall")
+            name: sum(row[name] for row in table.values()) / len(table)
+            for name in ("PF", "SC", "Overall")
         }
-        table["average"] |= {name: sum(row[name] for row in table.values() if name in row) for name in ("n", "null")}
+        table["average"] |= {
+            name: sum(row[name] for row in table.values() if name in row) for name in ("n", "null")
+        }
     return table
 
 
@@ -350,27 +418,41 @@ def print_statistics(table, cases, tasks, config):
     print(f"judge: {config.judge_model} at {config.judge_url}, {date.today()}")
     print(f"{'':24s}{'PF':>8s}{'SC':>8s}{'Overall':>9s}{'n':>6s}{'null':>6s}")
     for task, row in table.items():
-        print(f"{task:24s}{row['PF']:8.2f}{row['SC']:8.2f}{row['Overall']:9.2f}{row['n']:6d}{row['null']:6d}")
-    missing = len(cases) - sum(row["n"] + row["null"] for name, row in table.items() if name != "average")
+        print(
+            f"{task:24s}{row['PF']:8.2f}{row['SC']:8.2f}{row['Overall']:9.2f}{row['n']:6d}{row['null']:6d}"
+        )
+    missing = len(cases) - sum(
+        row["n"] + row["null"] for name, row in table.items() if name != "average"
+    )
     if missing:
-        print(f"{missing} of {len(cases)} cases have no picture or another language and are not in these means")
+        print(
+            f"{missing} of {len(cases)} cases have no picture or another language and are not in these means"
+        )
     print(
         "\nOverall, published; given by GPT-4.1 with the official prompts: numbers of another judge are not comparable"
     )
     columns = [*tasks, "average"] if config.bench == "omnicontext" else list(tasks)
     print(
         f"{'':24s}"
-        + "".join(f"{name.replace('character', 'char').replace('object', 'obj')[:13]:>15s}" for name in columns)
+        + "".join(
+            f"{name.replace('character', 'char').replace('object', 'obj')[:13]:>15s}"
+            for name in columns
+        )
     )
     ours = {f"{config.model_name} (ours)": [table.get(name, {}).get("Overall") for name in columns]}
     for name, values in {**PUBLISHED[config.bench], **ours}.items():
-        print(f"{name:24s}" + "".join(f"{'-' if value is None else f'{value:.2f}':>15s}" for value in values))
+        print(
+            f"{name:24s}"
+            + "".join(f"{'-' if value is None else f'{value:.2f}':>15s}" for value in values)
+        )
 
 
 def save_sheets(cases, config, rows=8, side=192):
     """A picture sheet a task: references and the result of its first cases."""
     for task in sorted({case.task for case in cases}):
-        mine = [case for case in cases if case.task == task and is_whole(picture_path(config, case))][:rows]
+        mine = [
+            case for case in cases if case.task == task and is_whole(picture_path(config, case))
+        ][:rows]
         if not mine:
             continue
         columns = max(len(case.references) for case in mine) + 1
@@ -412,12 +494,17 @@ def bench(config, load_model, metric):
     save_sheets(cases, config)
     if config.clip_out:
         score = clip_out(cases, config, metric())
-        print(f"CLIP_out {score:.2f}" if score is not None else "CLIP_out: this benchmark has no ground-truth captions")
+        print(
+            f"CLIP_out {score:.2f}"
+            if score is not None
+            else "CLIP_out: this benchmark has no ground-truth captions"
+        )
     if config.generate_only:
         return {}
     table = statistics(judge_cases(cases, config), tasks)
     print_statistics(table, cases, tasks, config)
     run.write_text(
-        Path(config.result_dir) / config.model_name / f"{config.bench}.json", json.dumps(table, indent=1) + "\n"
+        Path(config.result_dir) / config.model_name / f"{config.bench}.json",
+        json.dumps(table, indent=1) + "\n",
     )
     return table

@@ -14,11 +14,12 @@ Types: int, float, str, bool (true false yes no 1 0, or the bare --key), Literal
 A mistake prints one line on stderr and exits with status 2. --help prints one column a preset.
 This file is not a concept of the paper. Left out: files of settings, nested options, abbreviations.
 """
+
 import ast
 import dataclasses
 import difflib
-import io
 import inspect
+import io
 import math
 import os
 import sys
@@ -46,11 +47,12 @@ def exit_on_user_error(*kinds: type[Exception]):
         yield
     except (UserError, OSError, *kinds) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            if error.filename is None:                    # a broken pipe, a full disk without a name: not ours to judge
+            # a broken pipe, a full disk without a name: not ours to judge
+            if error.filename is None:
                 raise
             message = f"{error.filename}: {error.strerror}"
         else:
-            message = " ".join(str(error).split())        # one line
+            message = " ".join(str(error).split())  # one line
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -65,7 +67,9 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
     argv = sys.argv[1:] if argv is None else list(argv)
     with exit_on_user_error():
         kinds = typing.get_type_hints(Config)
-        kinds = {field.name: kinds[field.name] for field in dataclasses.fields(Config) if field.init}
+        kinds = {
+            field.name: kinds[field.name] for field in dataclasses.fields(Config) if field.init
+        }
         _check_presets(presets, kinds)
         if "--help" in argv or "-h" in argv:
             print(_help(Config, presets, kinds))
@@ -73,17 +77,26 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
         given = _read(argv, kinds)
         name = given.pop("config", next(iter(presets)))
         if name not in presets:
-            raise UserError(f"unknown preset {name!r}{_did_you_mean(name, presets)} (presets: {', '.join(presets)})")
+            raise UserError(
+                f"unknown preset {name!r}{_did_you_mean(name, presets)} (presets: {', '.join(presets)})"
+            )
         values = {**presets[name], **given, **({"config": name} if "config" in kinds else {})}
         for field in dataclasses.fields(Config):
-            if field.name in kinds and field.name not in values and _default(field) is dataclasses.MISSING:
+            if (
+                field.name in kinds
+                and field.name not in values
+                and _default(field) is dataclasses.MISSING
+            ):
                 raise UserError(f"--{field.name} is required (see --help)")
         try:
             config = Config(**values)
-        except ValueError as error:                       # the sentence of __post_init__
+        except ValueError as error:  # the sentence of __post_init__
             raise UserError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
-        print(f"config: {name}" + "".join(f" {key}={_show(value)}" for key, value in given.items()), flush=True)
+        print(
+            f"config: {name}" + "".join(f" {key}={_show(value)}" for key, value in given.items()),
+            flush=True,
+        )
     return config
 
 
@@ -101,12 +114,15 @@ def with_path(argv: list[str], flags: tuple[str, ...], words: int, option: str) 
 
 def to_dict(config) -> dict:
     """The resolved options, ready for JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(config).items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
+
 
 def _read(argv: list[str], kinds: dict[str, type]) -> dict:
     """{key: value} of the options in argv, converted to the types in `kinds`, and "config" for the preset."""
@@ -116,7 +132,9 @@ def _read(argv: list[str], kinds: dict[str, type]) -> dict:
         word = argv[position]
         position += 1
         if not word.startswith("--") or word == "--":
-            raise UserError(f"unexpected argument {word!r}; options are written --key=value (see --help)")
+            raise UserError(
+                f"unexpected argument {word!r}; options are written --key=value (see --help)"
+            )
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if key not in kinds:
@@ -147,7 +165,9 @@ def _convert(key: str, text: str, kind):
     if _optional(kind) is not None and text.lower() == "none":
         return None
     plain = _optional(kind) or kind
-    if plain is str or (typing.get_origin(plain) is typing.Literal and text in typing.get_args(plain)):
+    if plain is str or (
+        typing.get_origin(plain) is typing.Literal and text in typing.get_args(plain)
+    ):
         return text
     if plain is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
@@ -185,18 +205,25 @@ def _did_you_mean(word: str, words, prefix: str = "") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # presets and help
 
+
 def _check_presets(presets: dict[str, dict], kinds: dict[str, type]) -> None:
     for name, values in presets.items():
         for key, value in values.items():
             if key not in kinds:
-                raise UserError(f"preset {name!r} sets the unknown option {key!r}{_did_you_mean(key, kinds)}")
+                raise UserError(
+                    f"preset {name!r} sets the unknown option {key!r}{_did_you_mean(key, kinds)}"
+                )
             if not _is(value, kinds[key]):
-                raise UserError(f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}")
+                raise UserError(
+                    f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}"
+                )
 
 
 def _is(value, kind) -> bool:
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is(item, typing.get_args(kind)[0]) for item in value)
+        return isinstance(value, tuple) and all(
+            _is(item, typing.get_args(kind)[0]) for item in value
+        )
     if _optional(kind) is not None:
         return value is None or _is(value, _optional(kind))
     if typing.get_origin(kind) is typing.Literal:
@@ -224,13 +251,24 @@ def _help(Config: type, presets: dict[str, dict], kinds: dict[str, type]) -> str
     head = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0] if module else ""
     meanings = _comments(Config)
     rows = [("option", "type", *presets, "meaning")]
-    rows.append(("--config", "preset", *presets, f"which column applies; {next(iter(presets))} if not given"))
+    rows.append(
+        (
+            "--config",
+            "preset",
+            *presets,
+            f"which column applies; {next(iter(presets))} if not given",
+        )
+    )
     for field in dataclasses.fields(Config):
         if field.name in kinds and field.name != "config":
             values = [_show(preset.get(field.name, _default(field))) for preset in presets.values()]
-            rows.append((f"--{field.name}", _name(kinds[field.name]), *values, meanings.get(field.name, "")))
+            rows.append(
+                (f"--{field.name}", _name(kinds[field.name]), *values, meanings.get(field.name, ""))
+            )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
     return "\n".join([head, ""] * bool(head) + lines)
 
 
@@ -241,15 +279,21 @@ def _comments(Config: type) -> dict[str, str]:
     for part in reversed(Config.__mro__[:-1]):
         try:
             source = textwrap.dedent(inspect.getsource(part))
-        except (OSError, TypeError):                      # a class typed at a prompt has no source: no help texts
+        except (OSError, TypeError):  # a class typed at a prompt has no source: no help texts
             continue
-        comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                    if token.type == tokenize.COMMENT}
+        comments = {
+            token.start[0]: token
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign) and node.end_lineno in comments:
                 line, texts = node.end_lineno, []
-                while line in comments and (line == node.end_lineno or comments[line].line.lstrip().startswith("#")) \
-                        and comments[line].start[1] > node.col_offset:
+                while (
+                    line in comments
+                    and (line == node.end_lineno or comments[line].line.lstrip().startswith("#"))
+                    and comments[line].start[1] > node.col_offset
+                ):
                     texts.append(comments[line].string.lstrip("# "))
                     line += 1
                 found[node.target.id] = " ".join(texts)

@@ -81,7 +81,7 @@ class Config:
     # scores and cuts
     clip_name: str = "ViT-B-32"  # CLIP of the caption-target score
     clip: str = "openai"
-    aesthetic: str = ""  # .safetensors with weight (1, D) and bias (1,): LAION's linear head on this CLIP; "": no score
+    aesthetic: str = ""  # .safetensors, weight (1, E) and bias (1,): LAION's linear head; "": none
     drop_clip: float = 10.0  # per cent of each task with the lowest CLIP score
     drop_aesthetic: float = 10.0  # per cent of each task with the lowest aesthetic score
     least_clip: float | None = None  # absolute cut in place of the percentage
@@ -192,7 +192,9 @@ def pools_of(config):
                 f"the pool {folder} is missing; --pools must hold characters/, objects/ and scenes/ with pictures"
             )
         found[kind] = sorted(
-            str(path.relative_to(config.pools)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
+            str(path.relative_to(config.pools))
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES
         )
         if not found[kind]:
             raise UserError(f"the pool {folder} holds no {', '.join(SUFFIXES)} picture")
@@ -219,7 +221,9 @@ def draw_references(pools, config):
             "attribute": lambda: [pick("objects"), pick("objects")],
             "scene": lambda: [subject(), pick("scenes")],
             "subject": lambda: [subject()],
-            "subject_composition": lambda: [subject() for _ in range(int(rng.integers(2, config.max_references + 1)))],
+            "subject_composition": lambda: [
+                subject() for _ in range(int(rng.integers(2, config.max_references + 1)))
+            ],
             "scene_composition": lambda: [
                 *(subject() for _ in range(int(rng.integers(1, config.max_references)))),
                 pick("scenes"),
@@ -284,13 +288,18 @@ def plan_question(record, config):
     """References and instruction, and nothing else: the plan must not know the target."""
     shape = ", ".join(f'{{"relation_{i}": "..."}}' for i in range(1, len(record["references"]) + 1))
     prompt = PLAN_PROMPT.format(
-        count=len(record["references"]), instruction=record["instruction"], task=record["task"], shape=shape
+        count=len(record["references"]),
+        instruction=record["instruction"],
+        task=record["task"],
+        shape=shape,
     )
     return Question(prompt, pictures_of(record, config))
 
 
 def target_question(record, config):
-    prompt = TARGET_PROMPT.format(instruction=record["instruction"], caption=record["plan"]["out_caption"])
+    prompt = TARGET_PROMPT.format(
+        instruction=record["instruction"], caption=record["plan"]["out_caption"]
+    )
     return Question(prompt, pictures_of(record, config), config.image_size)
 
 
@@ -311,7 +320,9 @@ def read_plan(record, answer):
     start, end = answer.find("{"), answer.rfind("}")
     text = answer[start : end + 1] if start >= 0 else answer
     plan = (
-        iccot.from_json(text, len(record["references"])) if start >= 0 else iccot.parse(text, len(record["references"]))
+        iccot.from_json(text, len(record["references"]))
+        if start >= 0
+        else iccot.parse(text, len(record["references"]))
     )
     return {"plan": json.loads(iccot.to_json(plan))}
 
@@ -408,14 +419,20 @@ def write_shards(records, config):
     with ShardWriter(folder, config.shard_size) as writer:
         for key, record in sorted(scored.items()):
             if not reasons[key]:
-                kept = {name: record[name] for name in ("key", "task", "instruction", "plan", "scores")}
+                kept = {
+                    name: record[name] for name in ("key", "task", "instruction", "plan", "scores")
+                }
                 kept["provenance"] = {
                     "references": record["references"],
                     "chat_model": config.chat_model,
                     "image_model": config.image_model,
                     "judge_model": config.judge_model or config.chat_model,
                 }
-                writer.write(kept, pictures_of(record, config), (Path(config.out) / record["target"]).read_bytes())
+                writer.write(
+                    kept,
+                    pictures_of(record, config),
+                    (Path(config.out) / record["target"]).read_bytes(),
+                )
     return reasons
 
 
@@ -423,10 +440,15 @@ def report(all_records, reasons, config):
     """report.md: what each stage dropped and why, and what is left of each task."""
     lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
     for stage in STAGES[1:-1]:
-        why = Counter(record["dropped"].split(":")[0] for record in all_records[stage].values() if "dropped" in record)
+        why = Counter(
+            record["dropped"].split(":")[0]
+            for record in all_records[stage].values()
+            if "dropped" in record
+        )
         lines += [f"| {stage} | {reason} | {count} |" for reason, count in why.most_common()]
     lines += [
-        f"| cuts | {reason} | {count} |" for reason, count in Counter(r for r in reasons.values() if r).most_common()
+        f"| cuts | {reason} | {count} |"
+        for reason, count in Counter(r for r in reasons.values() if r).most_common()
     ]
     lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
     begun = Counter(record["task"] for record in all_records["references"].values())
@@ -439,7 +461,9 @@ def report(all_records, reasons, config):
     print(text)
     if left:
         source = Source(Path(config.out) / "shards")
-        picture_sheet([source.sample(i) for i in range(min(12, len(source)))]).save(Path(config.out) / "examples.png")
+        picture_sheet([source.sample(i) for i in range(min(12, len(source)))]).save(
+            Path(config.out) / "examples.png"
+        )
         print(f"{left} samples in {config.out}/shards, examples in {config.out}/examples.png")
 
 
@@ -450,7 +474,8 @@ def report(all_records, reasons, config):
 def estimate(records, config):
     """What the models would be asked, at most one answer each: requests, pictures sent and made, tokens (about)."""
     count, references = len(records), sum(len(record["references"]) for record in records.values())
-    words = (len(INSTRUCTION_PROMPT) + len(PLAN_PROMPT) + len(TARGET_PROMPT) + 2 * 1200) // 4  # characters a token
+    # characters a token
+    words = (len(INSTRUCTION_PROMPT) + len(PLAN_PROMPT) + len(TARGET_PROMPT) + 2 * 1200) // 4
     picture = 1000  # tokens of a picture of about a megapixel, roughly; ask your provider
     print(f"{count} samples, {references} references; nothing was asked")
     print(
@@ -473,7 +498,9 @@ def curate(config):
     out = Path(config.out)
     run.check_writable(out)
     settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
-    if (out / "settings.json").is_file() and (before := run.read_json(out / "settings.json")) != settings:
+    if (out / "settings.json").is_file() and (
+        before := run.read_json(out / "settings.json")
+    ) != settings:
         key = next(key for key in settings if before.get(key) != settings[key])
         raise UserError(
             f"{out} was begun with {key}={before.get(key)}, now {key}={settings[key]}; choose another --out"
@@ -488,7 +515,10 @@ def curate(config):
         if config.dry_run:
             return estimate(drawn, config)
         run.write_text(out / "settings.json", json.dumps(settings) + "\n")
-        run.write_text(out / "references.jsonl", "".join(json.dumps(record) + "\n" for record in drawn.values()))
+        run.write_text(
+            out / "references.jsonl",
+            "".join(json.dumps(record) + "\n" for record in drawn.values()),
+        )
         records["references"] = drawn
     if config.dry_run:
         return estimate(records["references"], config)
@@ -505,9 +535,13 @@ def curate(config):
         endpoint(config.image_url or config.chat_url, config.image_model),
     )
     judge = endpoint(config.chat_url, config.judge_model or config.chat_model)
-    scorer = lru_cache(lambda: (clip := open_clip_of(config), aesthetic_head(config.aesthetic, clip)))
+    scorer = lru_cache(
+        lambda: (clip := open_clip_of(config), aesthetic_head(config.aesthetic, clip))
+    )
     stages = {
-        "instructions": lambda r: usable_answer(chat, instruction_question(r, config), partial(read_instruction, r)),
+        "instructions": lambda r: usable_answer(
+            chat, instruction_question(r, config), partial(read_instruction, r)
+        ),
         "plans": lambda r: usable_answer(chat, plan_question(r, config), partial(read_plan, r)),
         "targets": lambda r: usable_answer(
             painter, target_question(r, config), lambda answer: keep_target(r, answer, config)

@@ -19,12 +19,13 @@ do not determine, so "caption exactly right" is a fair measure.
     python data.py --show PATH                the same for samples on disk (shards.py)
     python data.py --check PATH               lists what is wrong with them
 """
+
 import hashlib
 import math
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -34,14 +35,17 @@ from PIL import Image, ImageDraw, ImageFont
 import iccot
 from config import UserError, exit_on_user_error, parse, with_path
 
-SIZE, HALF = 32, 16                       # pixels: a picture or scene; a thing or the reference picture of a subject
+SIZE, HALF = 32, 16  # pixels: a picture or scene; a thing or the reference picture of a subject
 SPLITS = ("train", "held_out")
-SALT = "81"                               # of the hash that splits; chosen so that each kind of scene is in both
+SALT = "81"  # of the hash that splits; chosen so that each kind of scene is in both
+# fmt: off
 TASKS = {"add": 15.1, "replace": 13.8, "attribute": 14.8, "scene": 13.8,                       # editing, per cent
          "subject": 14.4, "subject_composition": 15.9, "scene_composition": 12.2}              # generation
 PLACES = ("top left", "top right", "bottom left", "bottom right")                              # in reading order
 DEFAULT_PLACES = ("bottom left", "bottom right", "top left", "top right")   # who stands where when nobody says
+# fmt: on
 
+# fmt: off
 COLOURS = {"red": (216, 48, 52), "yellow": (252, 214, 50), "green": (44, 160, 70), "blue": (50, 92, 220),
            "purple": (138, 62, 184), "pink": (250, 142, 196)}
 CHARACTER_LOOKS = {
@@ -53,17 +57,20 @@ OBJECT_LOOKS = {
     "accent": {"white": (255, 255, 255), "black": (44, 40, 52), "cyan": (110, 222, 228)}}
 SCENE_LOOKS = {"palette": ("day", "dusk"), "sun": ("left", "right"), "detail": ("plain", "clouds", "stones")}
 TINTS = ((250, 249, 244), (240, 246, 252), (252, 241, 241), (241, 250, 241))   # paper behind a reference subject
+# fmt: on
 
 # Sixteen sprites of 16 x 16 pixels, six a sheet. H hair, F face, C colour, c its shade, A accent; the rest is INK.
 # A dark outline is added around each. Glasses and hat are laid over any character.
 CHARACTERS = ("man", "woman", "robot", "cat", "bear", "rabbit")
 OBJECTS = ("ball", "box", "cup", "star", "car", "fish", "tree", "house")
+# fmt: off
 INK = {"E": (34, 28, 44), "N": (196, 82, 92), "L": (70, 76, 112), "W": (236, 244, 250), "K": (40, 36, 50),
        "B": (128, 84, 52), "Y": (246, 150, 40), "M": (96, 40, 60), "G": (150, 214, 244)}
 SCREENS = {"light": (206, 240, 250), "tan": (126, 206, 184), "deep": (62, 92, 136)}   # the face of a robot
 OUTLINE = (48, 42, 58)
+# fmt: on
 SHEETS = (
-"""
+    """
 ................ ................ ......NNNN...... ................ ................ ...HH......HH...
 ...HHHHHHHHHH... ...HHHHHHHHHH... .......HH....... ..HH........HH.. ..HHH......HHH.. ...HF......FH...
 ..HHHHHHHHHHHH.. ..HHHHHHHHHHHH.. ..HHHHHHHHHHHH.. ..HHH......HHH.. .HFFHHHHHHHHFFH. ...HF......FH...
@@ -81,7 +88,7 @@ SHEETS = (
 ....LLLLLLLL.... ..cCCCCCCCCCCc.. ..CCCCCCCCCCCC.. ...CCCCCCCCCC... ..HHHH....HHHH.. ...CCCCCCCCCC...
 ....LL....LL.... ..ccFFccccFFcc.. ...LLL....LLL... ...HHH....HHH... ..HHHH....HHHH.. ..HHHH....HHHH..
 """,
-"""
+    """
 ................ ................ ................ ................ ................ ................
 ................ ....AA....AA.... ................ .......CC....... ................ ................
 .....CCCCCC..... ...AA.A..A.AA... ..AAAAAAAAA..... .......CC....... ................ ......AAA.......
@@ -99,7 +106,7 @@ SHEETS = (
 ................ ..CCCCCAACCCCC.. ..ccccccccc..... ..C..........C.. ................ ................
 ................ ................ ................ ................ ................ ................
 """,
-"""
+    """
 ......CCCC...... .......AA....... ................ .....YYYYYY.....
 ....CCCCCCCC.... ......AAAA...... ................ .....YYYYYY.....
 ...CCCCCCACCC... .....AAAAAA..... ................ .....MMMMMM.....
@@ -120,6 +127,7 @@ SHEETS = (
 )
 
 # A scene: its preposition, then for each palette the colours of sky, backdrop, ground and detail.
+# fmt: off
 SCENES = {
     "meadow": ("in", ((150, 208, 250), (92, 168, 92), (140, 206, 92), (250, 250, 255)),
                      ((252, 190, 140), (110, 130, 70), (160, 164, 76), (255, 226, 190))),
@@ -134,14 +142,17 @@ SCENES = {
     "forest": ("in", ((132, 176, 130), (30, 92, 56), (92, 122, 58), (190, 214, 150)),
                      ((96, 132, 140), (16, 50, 54), (66, 84, 58), (150, 184, 176))),
 }
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what there is to know about a picture
 
+
 @dataclass(frozen=True)
 class Subject:
     """One identity. `looks` are hidden from captions: hair, face, accessory; or pattern, accent."""
+
     kind: str
     colour: str
     looks: tuple[str, ...]
@@ -150,6 +161,7 @@ class Subject:
 @dataclass(frozen=True)
 class Scene:
     """One background. `looks` are hidden from captions: palette, sun, detail."""
+
     kind: str
     looks: tuple[str, str, str]
 
@@ -157,6 +169,7 @@ class Scene:
 @dataclass(frozen=True)
 class Thing:
     """A subject at a place. `given` names the attributes that the references show: SC asks for these alone."""
+
     place: str
     subject: Subject
     given: tuple[str, ...]
@@ -165,26 +178,30 @@ class Thing:
 @dataclass(frozen=True)
 class Truth:
     """All of a target. `scene_given`: a reference shows the scene; if not, words name its kind, its looks are free."""
+
     scene: Scene
-    things: tuple[Thing, ...]             # those of an edited picture in reading order, then in the order of the words
+    # those of an edited picture in reading order, then in the order of the words
+    things: tuple[Thing, ...]
     scene_given: bool
 
 
 @dataclass(frozen=True)
 class Sample:
     """RGB pictures. references: 16 x 16 for a subject, 32 x 32 for a scene or a picture to edit; target: 32 x 32."""
+
     key: str
     task: str
     references: tuple[Image.Image, ...]
     instruction: str
     plan: iccot.ICCoT
     target: Image.Image
-    truth: Truth | None = None            # known only of what the toy world drew
+    truth: Truth | None = None  # known only of what the toy world drew
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Each from 0 to 10."""
+
     pf: float
     sc: float
     overall: float
@@ -205,20 +222,24 @@ def _thing(place: str, subject: Subject, unknown: str = "") -> Thing:
     return Thing(place, subject, tuple(name for name in attributes(subject) if name != unknown))
 
 
-@lru_cache(maxsize=None)
+@cache
 def subjects() -> tuple[Subject, ...]:
     """Every identity of the world: 6 x 6 x 36 characters and 8 x 6 x 12 objects."""
-    return tuple(Subject(kind, colour, looks) for kind in CHARACTERS + OBJECTS for colour in COLOURS
-                 for looks in product(*looks_of(kind).values()))
+    return tuple(
+        Subject(kind, colour, looks)
+        for kind in CHARACTERS + OBJECTS
+        for colour in COLOURS
+        for looks in product(*looks_of(kind).values())
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def scenes() -> tuple[Scene, ...]:
     """Every scene variant of the world: 6 x 12."""
     return tuple(Scene(kind, looks) for kind in SCENES for looks in product(*SCENE_LOOKS.values()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def split_of(identity: Subject | Scene) -> str:
     """The one split in which an identity or scene variant occurs: one in six, by a stable hash, is held out."""
     words = (SALT, identity.kind, getattr(identity, "colour", "scene"), *identity.looks)
@@ -228,6 +249,7 @@ def split_of(identity: Subject | Scene) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # drawing
 
+
 def _letters(kind: str) -> np.ndarray:
     """One sprite of SHEETS as characters, (16, 16)."""
     index = (CHARACTERS + OBJECTS + ("glasses", "hat")).index(kind)
@@ -235,7 +257,7 @@ def _letters(kind: str) -> np.ndarray:
     return np.array([list(row.split()[index % 6]) for row in rows])
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """A subject as (rgb uint8 (16, 16, 3), silhouette bool (16, 16)); outside the silhouette rgb is 0."""
     letters, looks = _letters(subject.kind), attributes(subject)
@@ -249,8 +271,12 @@ def sprite(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
             letters = np.where(over == ".", letters, over)
     else:
         y, x = np.mgrid[:HALF, :HALF]
-        pattern = {"plain": x < 0, "stripes": y % 4 == 3, "dots": (x % 4 % 3 > 0) & (y % 4 % 3 > 0),
-                   "checks": (x // 2 + y // 2) % 2 == 0}[looks["pattern"]]
+        pattern = {
+            "plain": x < 0,
+            "stripes": y % 4 == 3,
+            "dots": (x % 4 % 3 > 0) & (y % 4 % 3 > 0),
+            "checks": (x // 2 + y // 2) % 2 == 0,
+        }[looks["pattern"]]
         ink["A"] = OBJECT_LOOKS["accent"][looks["accent"]]
         letters = np.where((letters == "C") & pattern, "A", letters)
     inside = np.pad(letters != ".", 1)
@@ -275,7 +301,9 @@ def _backdrop(pen: ImageDraw.ImageDraw, kind: str, fill: tuple, ground: tuple) -
     elif kind == "city":
         for left, top in ((0, 9), (5, 5), (10, 11), (14, 7), (19, 4), (23, 10), (28, 6)):
             pen.rectangle((left, top, left + 3, 20), fill)
-            pen.point(((left + 1, top + 2), (left + 2, top + 4), (left + 1, top + 6)), (250, 214, 110))
+            pen.point(
+                ((left + 1, top + 2), (left + 2, top + 4), (left + 1, top + 6)), (250, 214, 110)
+            )
     elif kind == "snowfield":
         pen.polygon(((-8, 18), (4, 5), (15, 18)), fill)
         pen.polygon(((9, 18), (19, 7), (29, 18)), fill)
@@ -286,7 +314,7 @@ def _backdrop(pen: ImageDraw.ImageDraw, kind: str, fill: tuple, ground: tuple) -
     pen.rectangle((0, 19 if kind == "beach" else 17 if kind == "city" else 15, 31, 31), ground)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scene_picture(scene: Scene) -> np.ndarray:
     """An empty scene, uint8 (32, 32, 3)."""
     palette, sun, detail = scene.looks
@@ -317,7 +345,7 @@ def draw(truth: Truth) -> np.ndarray:
     for thing in truth.things:
         rgb, silhouette = sprite(thing.subject)
         y, x = _corner(thing.place)
-        np.copyto(picture[y:y + HALF, x:x + HALF], rgb, where=silhouette[..., None])
+        np.copyto(picture[y : y + HALF, x : x + HALF], rgb, where=silhouette[..., None])
     return picture
 
 
@@ -329,6 +357,7 @@ def _portrait(rng: np.random.Generator, subject: Subject) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # words
+
 
 def phrase(subject: Subject) -> str:
     """What a caption says of a subject: "a man in red", "a blue ball"."""
@@ -344,11 +373,16 @@ def _listing(items: list[str]) -> str:
 def caption(truth: Truth) -> str:
     """Kinds, colours, places and the scene; no hidden looks."""
     things = [f"{phrase(thing.subject)} at the {thing.place}" for thing in truth.things]
-    return f"A {truth.scene.kind} with {_listing(things)}." if things else f"An empty {truth.scene.kind}."
+    return (
+        f"A {truth.scene.kind} with {_listing(things)}."
+        if things
+        else f"An empty {truth.scene.kind}."
+    )
 
 
 def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[str]:
     """`count` different captions, each with exactly one fact changed: a colour, a kind, a place or the scene."""
+
     def change(**fields):
         things = list(truth.things)
         things[index] = replace(thing, **fields)
@@ -360,11 +394,13 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
     for _ in range(1000):
         if len(found) > count:
             return found[1:]
-        fact = _pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3:])
+        fact = _pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
         index = int(rng.integers(max(1, len(truth.things))))
         thing = truth.things[index] if truth.things else None
         if fact == "scene":
-            words = caption(replace(truth, scene=replace(truth.scene, kind=_pick(rng, tuple(SCENES)))))
+            words = caption(
+                replace(truth, scene=replace(truth.scene, kind=_pick(rng, tuple(SCENES))))
+            )
         elif fact == "colour":
             words = change(subject=replace(thing.subject, colour=_pick(rng, tuple(COLOURS))))
         elif fact == "kind":
@@ -374,13 +410,16 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
             words = change(place=_pick(rng, free)) if free else found[0]
         if words not in found:
             found.append(words)
-    raise ValueError(f"{count} wrong captions asked of {found[0]!r}, which has about {len(found) - 1}; ask for fewer")
+    raise ValueError(
+        f"{count} wrong captions asked of {found[0]!r}, which has about {len(found) - 1}; ask for fewer"
+    )
 
 
 @dataclass(frozen=True)
 class Wording:
     """How an instruction speaks: `style`, and "the first image" (ordinal) or "image 1"."""
-    style: str                            # instructive, descriptive or vague
+
+    style: str  # instructive, descriptive or vague
     ordinal: bool
 
     def image(self, number: int) -> str:
@@ -404,13 +443,16 @@ class Wording:
 # An edit keeps what it does not change, so all of that counts as shown by image 1. Vague wordings rely on
 # DEFAULT_PLACES, in the order of the references, or on there being one thing only.
 
+
 def _pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pool(split: str, kind: type) -> tuple:
-    return tuple(one for one in (subjects() if kind is Subject else scenes()) if split_of(one) == split)
+    return tuple(
+        one for one in (subjects() if kind is Subject else scenes()) if split_of(one) == split
+    )
 
 
 def _cast(rng: np.random.Generator, split: str, count: int, taken: tuple = ()) -> list[Subject]:
@@ -440,13 +482,22 @@ def _add(rng, split, wording, max_references):
     cast = _cast(rng, split, added, tuple(thing.subject.kind for thing in source.things))
     things = [_thing(place, subject) for place, subject in zip(free, cast)]
     one, placed = wording.image(1), wording.placed(things, 2)
-    words = {"instructive": f"Add {placed} to {one}.",
-             "descriptive": f"The picture of {one} with {placed}.",
-             "vague": _pick(rng, (f"Add {'it' if added == 1 else 'them'} to {one}.", f"Complete {one}."))}
+    words = {
+        "instructive": f"Add {placed} to {one}.",
+        "descriptive": f"The picture of {one} with {placed}.",
+        "vague": _pick(
+            rng, (f"Add {'it' if added == 1 else 'them'} to {one}.", f"Complete {one}.")
+        ),
+    }
     relations = ["The rest is consistent with image_1."]
     relations += [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 2)]
     truth = Truth(source.scene, (*source.things, *things), True)
-    return [draw(source)] + [_portrait(rng, subject) for subject in cast], words[wording.style], relations, truth
+    return (
+        [draw(source)] + [_portrait(rng, subject) for subject in cast],
+        words[wording.style],
+        relations,
+        truth,
+    )
 
 
 def _replace(rng, split, wording, max_references):
@@ -454,50 +505,74 @@ def _replace(rng, split, wording, max_references):
     things = list(source.things)
     index = int(rng.integers(len(things)))
     old = things[index]
-    new, = _cast(rng, split, 1, tuple(thing.subject.kind for thing in things))
+    (new,) = _cast(rng, split, 1, tuple(thing.subject.kind for thing in things))
     things[index] = _thing(old.place, new)
     one, two = wording.image(1), wording.image(2)
     name = _pick(rng, (f"the {old.subject.kind}", f"the thing at the {old.place}"))
-    words = {"instructive": f"Replace {name} of {one} with the thing of {two}.",
-             "descriptive": f"The picture of {one} with {phrase(new)} ({two}) instead of {name}.",
-             "vague": _pick(rng, (f"Put the thing of {two} in its place.", f"Swap it for {two}."))}[wording.style]
+    words = {
+        "instructive": f"Replace {name} of {one} with the thing of {two}.",
+        "descriptive": f"The picture of {one} with {phrase(new)} ({two}) instead of {name}.",
+        "vague": _pick(rng, (f"Put the thing of {two} in its place.", f"Swap it for {two}.")),
+    }[wording.style]
     relations = ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."]
-    return [draw(source), _portrait(rng, new)], words, relations, Truth(source.scene, tuple(things), True)
+    return (
+        [draw(source), _portrait(rng, new)],
+        words,
+        relations,
+        Truth(source.scene, tuple(things), True),
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _edits(subject: Subject, name: str) -> tuple[Subject, ...]:
     """The subjects of the same split that differ in one attribute, colour or pattern, alone."""
     if name == "colour":
         changed = (replace(subject, colour=colour) for colour in COLOURS)
     else:
-        changed = (replace(subject, looks=(pattern, subject.looks[1])) for pattern in OBJECT_LOOKS["pattern"])
+        changed = (
+            replace(subject, looks=(pattern, subject.looks[1]))
+            for pattern in OBJECT_LOOKS["pattern"]
+        )
     return tuple(one for one in changed if one != subject and split_of(one) == split_of(subject))
 
 
 def _attribute(rng, split, wording, max_references):
     name = "pattern" if rng.random() < 0.4 else "colour"
-    while True:                           # until some thing of the source may change and stay in the split
+    while True:  # until some thing of the source may change and stay in the split
         source = _source(rng, split, 1 if wording.style == "vague" else int(rng.integers(1, 4)))
         old = _pick(rng, source.things)
         if (name == "colour" or old.subject.kind in OBJECTS) and _edits(old.subject, name):
             break
     new = _pick(rng, _edits(old.subject, name))
     kind, one, two = new.kind, wording.image(1), wording.image(2)
-    who = _pick(rng, (f"the {kind}", f"the thing at the {old.place}")) if wording.style != "vague" else "it"
+    who = (
+        _pick(rng, (f"the {kind}", f"the thing at the {old.place}"))
+        if wording.style != "vague"
+        else "it"
+    )
     references, relations = [draw(source)], ["The rest is consistent with image_1."]
     if name == "pattern":
-        while (owner := _pick(rng, _pool(split, Subject))).kind not in OBJECTS or owner.looks[0] != new.looks[0]:
+        while (owner := _pick(rng, _pool(split, Subject))).kind not in OBJECTS or owner.looks[
+            0
+        ] != new.looks[0]:
             pass
         references.append(_portrait(rng, owner))
         relations.append(f"The pattern of the {kind} is from image_2.")
-        words = {"instructive": f"Give {who} of {one} the pattern of {two}.", "vague": f"Use the pattern of {two}.",
-                 "descriptive": f"The picture of {one} where {who} has the pattern of {two}."}[wording.style]
+        words = {
+            "instructive": f"Give {who} of {one} the pattern of {two}.",
+            "vague": f"Use the pattern of {two}.",
+            "descriptive": f"The picture of {one} where {who} has the pattern of {two}.",
+        }[wording.style]
     else:
-        words = {"instructive": f"Make {who} of {one} {new.colour}.", "vague": f"Make it {new.colour}.",
-                 "descriptive": f"The picture of {one} where {who} is {new.colour}."}[wording.style]
-    things = [_thing(old.place, new, "colour" if name == "colour" else "") if thing is old else thing
-              for thing in source.things]
+        words = {
+            "instructive": f"Make {who} of {one} {new.colour}.",
+            "vague": f"Make it {new.colour}.",
+            "descriptive": f"The picture of {one} where {who} is {new.colour}.",
+        }[wording.style]
+    things = [
+        _thing(old.place, new, "colour" if name == "colour" else "") if thing is old else thing
+        for thing in source.things
+    ]
     return references, words, relations, Truth(source.scene, tuple(things), True)
 
 
@@ -507,11 +582,15 @@ def _scene(rng, split, wording, max_references):
         pass
     who = _listing([f"the {thing.subject.kind}" for thing in source.things])
     one, two = wording.image(1), wording.image(2)
-    words = {"instructive": f"Move everything of {one} into the scene of {two}.",
-             "descriptive": f"{who} of {one} in the scene of {two}.",
-             "vague": _pick(rng, ("Change the scene.", f"Go to {two}."))}[wording.style]
-    relations = [f"{_capital(who)} {'is' if len(source.things) == 1 else 'are'} from image_1.",
-                 "The scene is consistent with image_2."]
+    words = {
+        "instructive": f"Move everything of {one} into the scene of {two}.",
+        "descriptive": f"{who} of {one} in the scene of {two}.",
+        "vague": _pick(rng, ("Change the scene.", f"Go to {two}.")),
+    }[wording.style]
+    relations = [
+        f"{_capital(who)} {'is' if len(source.things) == 1 else 'are'} from image_1.",
+        "The scene is consistent with image_2.",
+    ]
     return [draw(source), scene_picture(scene)], words, relations, replace(source, scene=scene)
 
 
@@ -541,9 +620,11 @@ def _compose(rng, split, wording, max_references, fewest, most, scene_given):
         relations.append(f"The scene is consistent with image_{len(references)}.")
     placed = wording.placed(things, 1, named=rng.random() < 0.7)
     together = ("Put it", "It is") if len(cast) == 1 else ("Put them together", "They meet")
-    words = {"instructive": f"{_pick(rng, ('Put', 'Draw'))} {placed}, {where}.",
-             "descriptive": f"{placed}, {where}.",
-             "vague": f"{_pick(rng, together)} {where}."}[wording.style]
+    words = {
+        "instructive": f"{_pick(rng, ('Put', 'Draw'))} {placed}, {where}.",
+        "descriptive": f"{placed}, {where}.",
+        "vague": f"{_pick(rng, together)} {where}.",
+    }[wording.style]
     return references, words + patterns, relations, Truth(scene, tuple(things), scene_given)
 
 
@@ -555,7 +636,9 @@ def _check(split: str, max_references: int) -> None:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
     if not 2 <= max_references <= 9:
-        raise ValueError(f"max_references={max_references} is outside 2 to 9, what the toy world can ask for")
+        raise ValueError(
+            f"max_references={max_references} is outside 2 to 9, what the toy world can ask for"
+        )
 
 
 def draw_sample(split: str, index: int, seed: int = 0, max_references: int = 4) -> Sample:
@@ -573,23 +656,39 @@ def draw_sample(split: str, index: int, seed: int = 0, max_references: int = 4) 
         references, words, relations, truth = make(rng, split, wording, max_references)
     else:
         most = min(max_references - 1, len(PLACES))
-        fewest, most, scene_given = {"subject": (1, 1, False), "subject_composition": (2, max(2, most), False),
-                                     "scene_composition": (1, most, True)}[task]
-        references, words, relations, truth = _compose(rng, split, wording, max_references, fewest, most, scene_given)
-    return Sample(f"{split}-{seed}-{index:08d}", task, tuple(Image.fromarray(one) for one in references),
-                  _capital(words), iccot.ICCoT(caption(truth), tuple(relations)), Image.fromarray(draw(truth)), truth)
+        fewest, most, scene_given = {
+            "subject": (1, 1, False),
+            "subject_composition": (2, max(2, most), False),
+            "scene_composition": (1, most, True),
+        }[task]
+        references, words, relations, truth = _compose(
+            rng, split, wording, max_references, fewest, most, scene_given
+        )
+    return Sample(
+        f"{split}-{seed}-{index:08d}",
+        task,
+        tuple(Image.fromarray(one) for one in references),
+        _capital(words),
+        iccot.ICCoT(caption(truth), tuple(relations)),
+        Image.fromarray(draw(truth)),
+        truth,
+    )
 
 
 def enlarged(sample: Sample, scale: int) -> Sample:
     """The same sample with every pixel `scale` x `scale` pixels wide; the judge averages them down again."""
-    grow = lambda image: image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    return replace(sample, references=tuple(map(grow, sample.references)), target=grow(sample.target))
+    grow = lambda image: image.resize(
+        (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+    )
+    return replace(
+        sample, references=tuple(map(grow, sample.references)), target=grow(sample.target)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the judge
 
-SHARP, LOST = 0.06, 0.22                  # rms distance to the nearest template, of the range 0 to 1: q = 1, q = 0
+SHARP, LOST = 0.06, 0.22  # rms distance to the nearest template, of the range 0 to 1: q = 1, q = 0
 
 
 def _quality(seen: np.ndarray, template: np.ndarray) -> float:
@@ -603,7 +702,7 @@ def _quality(seen: np.ndarray, template: np.ndarray) -> float:
     return min(1.0, max(0.0, (lost - distance) / (lost - sharp)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _templates() -> tuple[np.ndarray, ...]:
     """All T sprites: silhouettes (T, 256), pixels (T, 768), sums of their squares (T,); all scenes (V, 32, 32, 3)."""
     drawn = [sprite(subject) for subject in subjects()]
@@ -615,25 +714,40 @@ def _templates() -> tuple[np.ndarray, ...]:
 
 def _pixels(image) -> np.ndarray:
     """Any PIL image or uint8 array as float32 (32, 32, 3) in [0, 1]; other sizes are averaged down."""
-    image = (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
-    image = image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    image = (
+        image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    ).convert("RGB")
+    image = (
+        image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    )
     return np.asarray(image, np.float32) / 255
 
 
-def _nearest(picture: np.ndarray, background: np.ndarray) -> dict[str, tuple[Subject | None, float]]:
+def _nearest(
+    picture: np.ndarray, background: np.ndarray
+) -> dict[str, tuple[Subject | None, float]]:
     """For each place the nearest subject (None: nothing stands there) and the quality q of the match.
 
     With x the crop, b the scene behind it, s a sprite and m its silhouette, the squared distance to the composite
     is |m (x - s)|^2 + |(1 - m) (x - b)|^2 = |x - b|^2 + m (x^2 - (x - b)^2) - 2 x s + |s|^2: two matrix products.
     """
     silhouettes, pixels, squares, _ = _templates()
-    crops, behind = _places(picture), _places(background)                                             # (4, 256, 3)
-    error = np.square(crops - behind).sum(-1)                                                         # (4, 256)
-    cost = (np.square(crops).sum(-1) - error) @ silhouettes.T - 2 * crops.reshape(4, -1) @ pixels.T + squares  # (4, T)
+    crops, behind = _places(picture), _places(background)  # (4, 256, 3)
+    error = np.square(crops - behind).sum(-1)  # (4, 256)
+    # (4, T)
+    cost = (
+        (np.square(crops).sum(-1) - error) @ silhouettes.T
+        - 2 * crops.reshape(4, -1) @ pixels.T
+        + squares
+    )
     found = {}
-    for place, crop, template, best, least in zip(PLACES, crops, behind, cost.argmin(1), cost.min(1)):
-        if least < 0:                     # this subject explains the crop better than the empty scene
-            template = np.where(silhouettes[best][:, None] > 0, pixels[best].reshape(-1, 3), template)
+    for place, crop, template, best, least in zip(
+        PLACES, crops, behind, cost.argmin(1), cost.min(1)
+    ):
+        if least < 0:  # this subject explains the crop better than the empty scene
+            template = np.where(
+                silhouettes[best][:, None] > 0, pixels[best].reshape(-1, 3), template
+            )
         found[place] = subjects()[best] if least < 0 else None, _quality(crop, template)
     return found
 
@@ -648,7 +762,7 @@ def _uncovered(standing: dict[str, Subject]) -> np.ndarray:
     visible = np.ones((SIZE, SIZE), bool)
     for place, subject in standing.items():
         y, x = _corner(place)
-        visible[y:y + HALF, x:x + HALF] = ~sprite(subject)[1]
+        visible[y : y + HALF, x : x + HALF] = ~sprite(subject)[1]
     return visible
 
 
@@ -670,9 +784,10 @@ def judge(image, truth: Truth) -> Verdict:
     """
     picture, backgrounds = _pixels(image), _templates()[3]
     visible = _uncovered({thing.place: thing.subject for thing in truth.things})
-    weight = np.repeat(visible, 3).astype(np.float32)                                                 # (3072,)
-    flat = backgrounds.reshape(len(backgrounds), -1)                                                  # (V, 3072)
-    best = int((np.square(flat) @ weight - 2 * flat @ (weight * picture.reshape(-1))).argmin())    # the least |x - b|^2
+    weight = np.repeat(visible, 3).astype(np.float32)  # (3072,)
+    flat = backgrounds.reshape(len(backgrounds), -1)  # (V, 3072)
+    # the least |x - b|^2
+    best = int((np.square(flat) @ weight - 2 * flat @ (weight * picture.reshape(-1))).argmin())
     scene, found = scenes()[best], _nearest(picture, backgrounds[best])
     behind = _uncovered({place: subject for place, (subject, _) in found.items() if subject})
     scene_quality = _quality(picture[behind], backgrounds[best][behind])
@@ -686,11 +801,17 @@ def judge(image, truth: Truth) -> Verdict:
         following.append(quality * (kind_right + colour_right) / 2)
         if thing.given:
             wanted, seen = attributes(thing.subject), attributes(subject) if kind_right else {}
-            consistent.append(quality * np.mean([seen.get(name) == wanted[name] for name in thing.given]))
-    if found:                             # the places that should be free
-        following.append(scene_quality * np.mean([subject is None for subject, _ in found.values()]))
+            consistent.append(
+                quality * np.mean([seen.get(name) == wanted[name] for name in thing.given])
+            )
+    if found:  # the places that should be free
+        following.append(
+            scene_quality * np.mean([subject is None for subject, _ in found.values()])
+        )
     if truth.scene_given:
-        consistent.append(scene_right * np.mean([a == b for a, b in zip(scene.looks, truth.scene.looks)]))
+        consistent.append(
+            scene_right * np.mean([a == b for a, b in zip(scene.looks, truth.scene.looks)])
+        )
     pf = 10 * float(np.mean(following))
     sc = 10 * float(np.mean(consistent)) if consistent else 10.0
     return Verdict(pf, sc, math.sqrt(pf * sc))
@@ -710,25 +831,42 @@ def train_tokenizer(folder, vocab_size: int = 1024):
     Text is cut at white space only, so that tags fuse with their neighbours as in Qwen2.5 ("<out_caption>A" is one
     token); the think and field tags are ordinary text. Every byte is in the vocabulary: any unicode round-trips.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # slow to import: only here
+    # slow to import: only here
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from pretrained import load_tokenizer
+
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size={vocab_size} is too small; {256 + len(SPECIAL_TOKENS)} hold the bytes alone")
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small; {256 + len(SPECIAL_TOKENS)} hold the bytes alone"
+        )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     samples = (draw_sample("train", index, max_references=4 + index % 2) for index in range(2000))
-    tokenizer.train_from_iterator((text for one in samples for text in (one.instruction, iccot.render(one.plan))),
-                                  trainer)
+    tokenizer.train_from_iterator(
+        (text for one in samples for text in (one.instruction, iccot.render(one.plan))), trainer
+    )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[2:]), clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        clean_up_tokenization_spaces=False,
+    )
     wrapped.save_pretrained(folder)
     return load_tokenizer(folder)
 
@@ -736,26 +874,33 @@ def train_tokenizer(folder, vocab_size: int = 1024):
 # ---------------------------------------------------------------------------------------------------------------------
 # looking at it
 
+
 @dataclass(frozen=True)
 class Config:
-    show: bool = False                    # draw a sheet of samples
-    check: bool = False                   # read every sample at `path` and list what is wrong; status 1 if anything is
-    path: str = ""                        # samples on disk; "": the toy world. --show PATH says the same
-    split: str = "train"                  # train or held_out
-    index: int = 0                        # number of the first sample to look at
-    count: int = 21                       # samples to show, evenly of the seven tasks
-    seed: int = 0                         # of the samples
-    max_references: int = 4               # most reference images of a sample, 2 to 9
-    out: str = "out/samples.png"          # where the sheet goes
+    show: bool = False  # draw a sheet of samples
+    check: bool = False  # read every sample at `path`, list what is wrong; then status 1
+    path: str = ""  # samples on disk; "": the toy world (--show PATH)
+    split: str = "train"  # train or held_out
+    index: int = 0  # number of the first sample to look at
+    count: int = 21  # samples to show, evenly of the seven tasks
+    seed: int = 0  # of the samples
+    max_references: int = 4  # most reference images of a sample, 2 to 9
+    out: str = "out/samples.png"  # where the sheet goes
 
     def __post_init__(self):
         if self.count < 1 or self.index < 0 or self.seed < 0:
-            raise ValueError(f"count={self.count}, index={self.index}, seed={self.seed}: "
-                             "count must be positive, index and seed not negative")
+            raise ValueError(
+                f"count={self.count}, index={self.index}, seed={self.seed}: "
+                "count must be positive, index and seed not negative"
+            )
         if Path(self.out).suffix.lower() != ".png":
-            raise ValueError(f"out={self.out}: the sheet is a PNG file; give a name that ends in .png")
+            raise ValueError(
+                f"out={self.out}: the sheet is a PNG file; give a name that ends in .png"
+            )
         if self.check and not self.path:
-            raise ValueError("check needs samples on disk: --check PATH; those of the toy world are drawn and right")
+            raise ValueError(
+                "check needs samples on disk: --check PATH; those of the toy world are drawn and right"
+            )
         _check(self.split, self.max_references)
 
 
@@ -776,12 +921,21 @@ def picture_sheet(samples: list[Sample], side: int = 128) -> Image.Image:
         pen.rectangle((left - 4, top - 4, left + cell - 5, top + cell - 5), fill=(40, 40, 40))
         sheet.paste(fitted(sample.target, side), (left, top))
         verdict = judge(sample.target, sample.truth) if sample.truth else None
-        judged = f"   (target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})" if verdict else f"   {sample.key}"
-        lines = [sample.task + judged,
-                 *textwrap.wrap(sample.instruction, 92), *textwrap.wrap("> " + sample.plan.caption, 92),
-                 *(f"> {i}: {relation}" for i, relation in enumerate(sample.plan.relations, 1))]
-        for i, line in enumerate(lines[:side // 15]):
-            colour = (150, 150, 150) if i == 0 else (0, 90, 60) if line.startswith(">") else (0, 0, 0)
+        judged = (
+            f"   (target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})"
+            if verdict
+            else f"   {sample.key}"
+        )
+        lines = [
+            sample.task + judged,
+            *textwrap.wrap(sample.instruction, 92),
+            *textwrap.wrap("> " + sample.plan.caption, 92),
+            *(f"> {i}: {relation}" for i, relation in enumerate(sample.plan.relations, 1)),
+        ]
+        for i, line in enumerate(lines[: side // 15]):
+            colour = (
+                (150, 150, 150) if i == 0 else (0, 90, 60) if line.startswith(">") else (0, 0, 0)
+            )
             pen.text((left + cell + 8, top + 15 * i), line, fill=colour, font=font)
     return sheet
 
@@ -789,7 +943,9 @@ def picture_sheet(samples: list[Sample], side: int = 128) -> Image.Image:
 def fitted(image: Image.Image, side: int) -> Image.Image:
     """A toy picture enlarged four times, so that subjects keep their size beside scenes; any other fitted."""
     if max(image.size) <= SIZE:
-        return image.resize((image.width * side // SIZE, image.height * side // SIZE), Image.Resampling.NEAREST)
+        return image.resize(
+            (image.width * side // SIZE, image.height * side // SIZE), Image.Resampling.NEAREST
+        )
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
@@ -812,6 +968,7 @@ def _check_all(path: str) -> None:
     from tqdm import tqdm
 
     from shards import Source, problems_of
+
     source = Source(path)
     bar = tqdm(range(len(source)), disable=None, desc="check")
     problems = [problem for number in bar for problem in problems_of(source, number)]
@@ -837,16 +994,24 @@ def main(argv: list[str] | None = None) -> None:
         if config.show:
             if config.path:
                 from shards import Source
+
                 source = Source(config.path, config.seed)
-                samples = [source.sample(i) for i in range(config.index, min(len(source), config.index + config.count))]
+                samples = [
+                    source.sample(i)
+                    for i in range(config.index, min(len(source), config.index + config.count))
+                ]
                 if not samples:
-                    raise UserError(f"--index={config.index}: {config.path} holds {len(source)} samples")
+                    raise UserError(
+                        f"--index={config.index}: {config.path} holds {len(source)} samples"
+                    )
             else:
                 samples = _first_of_each_task(config)
             out = Path(config.out)
             out.parent.mkdir(parents=True, exist_ok=True)
             picture_sheet(samples).save(out)
-            print(f"wrote {out}: {len(samples)} samples of {config.path or f'the {config.split} split'}")
+            print(
+                f"wrote {out}: {len(samples)} samples of {config.path or f'the {config.split} split'}"
+            )
 
 
 if __name__ == "__main__":

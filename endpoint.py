@@ -85,7 +85,12 @@ class Endpoint:
         max_tokens=1400,
     ):
         self.url, self.model, self.replies = url.rstrip("/"), model, Path(replies)
-        self.timeout, self.max_tokens, self.pace, self.asked = timeout, max_tokens, Pace(per_minute), 0
+        self.timeout, self.max_tokens, self.pace, self.asked = (
+            timeout,
+            max_tokens,
+            Pace(per_minute),
+            0,
+        )
         self.replies.mkdir(parents=True, exist_ok=True)
         retry = Retry(
             tries - 1,
@@ -139,7 +144,12 @@ class Endpoint:
             kept = json.loads(path.read_text())
         else:
             self.pace.wait()
-            kept = {"model": self.model, "prompt": question.prompt, "images": len(question.images), **ask(question)}
+            kept = {
+                "model": self.model,
+                "prompt": question.prompt,
+                "images": len(question.images),
+                **ask(question),
+            }
             hidden = path.with_suffix(f".{threading.get_ident()}.tmp")
             with open(hidden, "w") as file:
                 file.write(json.dumps(kept))
@@ -154,17 +164,29 @@ class Endpoint:
 
     def _ask_chat(self, question):
         images = [
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}}
+            {
+                "type": "image_url",
+                "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()},
+            }
             for image in question.images
         ]
         content = [{"type": "text", "text": question.prompt}, *images]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": self.max_tokens}
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_tokens,
+        }
         return self._post("chat/completions", json=body)
 
     def _ask_image(self, question):
-        files = [("image[]", (f"image_{i}.png", image, "image/png")) for i, image in enumerate(question.images, 1)]
+        files = [
+            ("image[]", (f"image_{i}.png", image, "image/png"))
+            for i, image in enumerate(question.images, 1)
+        ]
         return self._post(
-            "images/edits", files=files, data={"model": self.model, "prompt": question.prompt, "size": question.size}
+            "images/edits",
+            files=files,
+            data={"model": self.model, "prompt": question.prompt, "size": question.size},
         )
 
     def _post(self, route, **content):
@@ -183,10 +205,15 @@ class Endpoint:
         if response.status_code == 200:
             return {"unusable": "the reply is not JSON"} if reply is None else {"reply": reply}
         error = reply.get("error", reply) if isinstance(reply, dict) else {}
-        message = str(error.get("message", "") if isinstance(error, dict) else error)[:200] or response.reason
+        message = (
+            str(error.get("message", "") if isinstance(error, dict) else error)[:200]
+            or response.reason
+        )
         code = str(error.get("code", "")) if isinstance(error, dict) else ""
         if response.status_code == 400 and (
-            "policy" in code + message.lower() or "moderation" in code + message.lower() or "safety" in message.lower()
+            "policy" in code + message.lower()
+            or "moderation" in code + message.lower()
+            or "safety" in message.lower()
         ):
             return {"refused": message}
         advice = {
@@ -194,8 +221,10 @@ class Endpoint:
             403: f"the key in {self.key_variable} may not do this",
             404: f"is {self.model!r} the name of a model there, and does the URL end in /v1?",
         }
-        raise UserError(f"{self.url}/{route} answered {response.status_code} ({message}); "
-                        + advice.get(response.status_code, "nothing was lost: repeat the command to go on"))  # fmt: skip
+        raise UserError(
+            f"{self.url}/{route} answered {response.status_code} ({message}); "
+            + advice.get(response.status_code, "nothing was lost: repeat the command to go on")
+        )
 
 
 def _reason(error):

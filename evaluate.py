@@ -53,7 +53,7 @@ MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
     side: int = data.SIZE  # pixels of the pictures, before the codec's resize rule
-    data: str = "toy"  # held-out prompts of the toy world, or samples on disk (shards.py), which have no exact judge
+    data: str = "toy"  # held-out prompts of the toy world, or samples on disk (no exact judge)
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     num_samples: int = 200  # prompts
     max_references: int = 4
@@ -61,8 +61,8 @@ class Config:
     timestep_shift: float = 10.0
     text_guidance: float = 1.0  # 1: no guidance
     use_plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
-    metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP that measures CLIP_out; toys: toy
-    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or the folder of a toy CLIP
+    metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP of CLIP_out; toys: toy
+    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
     clip_steps: int = 0  # training steps of the toy CLIP, if it is missing
     seed: int = 0  # of the noise
     data_seed: int = 0  # of the prompts
@@ -71,13 +71,13 @@ class Config:
     json: bool = False  # end with one line of JSON
     config: str = ""  # name of the preset
     # benchmarks
-    bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint and judge it; its data follow: --bench NAME PATH
+    bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint, judge: --bench NAME PATH
     bench_path: str = ""  # its data: a folder, a parquet file, or owner/name on Hugging Face
     result_dir: str = "out/bench"
     model_name: str = "realign"  # folder of this model's pictures and scores
     generate_only: bool = False  # paint, and do not judge
     clip_out: bool = False  # CLIP_out, where the benchmark has ground-truth captions
-    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible base URL; a local server does too
+    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible; may be local
     judge_model: str = "gpt-4.1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
     judge_workers: int = 16  # questions at a time
@@ -88,23 +88,33 @@ class Config:
     device: str = "cpu"  # or cuda
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
     # ablation
-    ablation: bool = False  # train and measure all rows of the paper's ablation instead of one checkpoint
+    ablation: bool = False  # train and measure all rows of the paper's ablation
     seeds: int = 3  # of the ablation
     runs: str = "out/ablation"  # where its runs are kept
 
     def __post_init__(self):
         if self.num_samples < 1 or self.seeds < 1:
-            raise ValueError(f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1")
+            raise ValueError(
+                f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1"
+            )
         if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture"
+            )
         if bool(self.bench) != bool(self.bench_path):
-            raise ValueError("--bench needs the name of a benchmark and its data: --bench omnicontext PATH")
+            raise ValueError(
+                "--bench needs the name of a benchmark and its data: --bench omnicontext PATH"
+            )
 
 
 PRESETS = {
     "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
     "smoke": dict(
-        checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy", metric="out/smoke-clip-metric", clip_steps=20
+        checkpoint="out/smoke-grpo",
+        num_samples=16,
+        metric_name="toy",
+        metric="out/smoke-clip-metric",
+        clip_steps=20,
     ),
     "full": dict(
         checkpoint="out/full-grpo",
@@ -130,26 +140,52 @@ class Result:
     image: Image.Image
 
 
-def generate(model, layout, tokenizer, samples, seed=0, shift=10.0, num_timesteps=7, text_guidance=1.0, use_plan=True,
-             temperature=0.0, batch=50, side=data.SIZE):  # fmt: skip
+def generate(
+    model,
+    layout,
+    tokenizer,
+    samples,
+    seed=0,
+    shift=10.0,
+    num_timesteps=7,
+    text_guidance=1.0,
+    use_plan=True,
+    temperature=0.0,
+    batch=50,
+    side=data.SIZE,
+):
     """Plan and paint `samples` (anything with references and an instruction). Returns a Result for each.
 
     side: pixels of the square pictures, before the codec's resize rule.
     """
-    sampler = Sampler(num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0))
+    sampler = Sampler(
+        num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0)
+    )
     grid = model.config.picture_grid(side, side)
     results = []
     for first in tqdm(range(0, len(samples), batch), disable=None, desc="evaluate", leave=False):
         part = samples[first : first + batch]
         prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in part]
-        generators = lambda purpose: [run.generator(seed, first + i, purpose) for i in range(len(part))]
+        generators = lambda purpose: [
+            run.generator(seed, first + i, purpose) for i in range(len(part))
+        ]
         plans = [None] * len(part)
         if use_plan:
             plans, _ = think(model, layout, prompts, 1, MAX_PLAN_TOKENS, temperature, generators(1))
-        x = paint(model, layout, prompts, [[plan] for plan in plans], [grid] * len(part), sampler, generators(2))
+        x = paint(
+            model,
+            layout,
+            prompts,
+            [[plan] for plan in plans],
+            [grid] * len(part),
+            sampler,
+            generators(2),
+        )
         for one, plan, tokens in zip(part, plans, x.split(grid[0] * grid[1])):
             text = "" if plan is None else tokenizer.decode(plan)
-            read, problems = iccot.salvage(text, len(one.references)) if plan is not None else (None, [])
+            read, problems = (
+                iccot.salvage(text, len(one.references)) if plan is not None else (None, [])
+            )
             valid = plan is not None and is_valid(text, len(one.references))
             results.append(Result(text, read, valid, picture(model, tokens, grid)))
     return results
@@ -181,9 +217,13 @@ def measure(samples, results, clip):
 
     CLIP_out compares pictures with the true captions, CLIP_plan with those that the model wrote: what stage 2 rewards.
     """
-    verdicts = [data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth]
+    verdicts = [
+        data.judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth
+    ]
     pictures = clip.embed_images([result.image for result in results])  # (n, embedding)
-    agreement = lambda e, captions: 100 * float(compare(e, clip.embed_captions(captions), "clip_cos").mean())
+    agreement = lambda e, captions: (
+        100 * float(compare(e, clip.embed_captions(captions), "clip_cos").mean())
+    )
     mean = lambda values: sum(values) / len(values) if values else math.nan
     planned = [i for i, r in enumerate(results) if r.plan is not None and r.plan.caption.strip()]
     return {
@@ -191,10 +231,15 @@ def measure(samples, results, clip):
         "SC": mean([v.sc for v in verdicts]),
         "Overall": mean([v.overall for v in verdicts]),
         "CLIP_out": agreement(pictures, [one.plan.caption for one in samples]),
-        "CLIP_plan": agreement(pictures[planned], [results[i].plan.caption for i in planned]) if planned else math.nan,
+        "CLIP_plan": agreement(pictures[planned], [results[i].plan.caption for i in planned])
+        if planned
+        else math.nan,
         "format_ok": mean([result.valid for result in results]),
         "caption_ok": mean(
-            [r.plan is not None and r.plan.caption == one.plan.caption for one, r in zip(samples, results)]
+            [
+                r.plan is not None and r.plan.caption == one.plan.caption
+                for one, r in zip(samples, results)
+            ]
         ),
         "plan_ok": mean([result.plan == one.plan for one, result in zip(samples, results)]),
         "n": len(samples),
@@ -206,11 +251,15 @@ def by_task(samples, results):
     table = {}
     for task in data.TASKS:
         verdicts = [
-            data.judge(r.image, one.truth) for one, r in zip(samples, results) if one.truth and one.task == task
+            data.judge(r.image, one.truth)
+            for one, r in zip(samples, results)
+            if one.truth and one.task == task
         ]
         if verdicts:
             n = len(verdicts)
-            table[task] = tuple(sum(getattr(v, key) for v in verdicts) / n for key in ("pf", "sc", "overall")) + (n,)
+            table[task] = tuple(
+                sum(getattr(v, key) for v in verdicts) / n for key in ("pf", "sc", "overall")
+            ) + (n,)
     return table
 
 
@@ -220,7 +269,12 @@ def save_grid(path, samples, results, side=128, pad=4):
     cell = side + pad
     sheet = Image.new("RGB", (columns * cell + pad, len(samples) * cell + pad), (255, 255, 255))
     for row, (one, result) in enumerate(zip(samples, results)):
-        pictures = [*one.references, *[None] * (columns - 2 - len(one.references)), one.target, result.image]
+        pictures = [
+            *one.references,
+            *[None] * (columns - 2 - len(one.references)),
+            one.target,
+            result.image,
+        ]
         for column, image in enumerate(pictures):
             if image is not None:
                 sheet.paste(data.fitted(image, side), (pad + column * cell, pad + row * cell))
@@ -262,7 +316,12 @@ def print_table(rows):
 # the ablation
 
 ROWS = {  # name: (script, options, whether it plans, the paper's PF, SC, Overall and CLIP_out)
-    "base": ("sft.py", ["--plan_dropout", "1", "--in_context", "false"], False, (6.92, 5.47, 5.80, 32.44)),
+    "base": (
+        "sft.py",
+        ["--plan_dropout", "1", "--in_context", "false"],
+        False,
+        (6.92, 5.47, 5.80, 32.44),
+    ),
     "SFT without IC-CoT": ("sft.py", ["--plan_dropout", "1"], False, None),
     "SFT": ("sft.py", [], True, (7.51, 6.46, 6.77, 33.32)),
     "SFT + RGA": ("grpo.py", ["--rid", "false"], True, (7.46, 6.54, 6.80, 33.50)),
@@ -272,7 +331,10 @@ COLUMNS = ("PF", "SC", "Overall", "CLIP_out")
 
 
 def run_folder(config, name, seed):
-    return Path(config.runs) / f"{config.config}-{name.lower().replace(' + ', '-').replace(' ', '-')}-{seed}"
+    return (
+        Path(config.runs)
+        / f"{config.config}-{name.lower().replace(' + ', '-').replace(' ', '-')}-{seed}"
+    )
 
 
 def train_row(config, name, seed):
@@ -281,8 +343,19 @@ def train_row(config, name, seed):
     folder = run_folder(config, name, seed)
     if (folder / "model").is_dir():
         return
-    command = [sys.executable, str(Path(__file__).with_name(script)), "--config", config.config, "--out", str(folder),
-               "--seed", str(seed), "--threads", str(torch.get_num_threads()), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name(script)),
+        "--config",
+        config.config,
+        "--out",
+        str(folder),
+        "--seed",
+        str(seed),
+        "--threads",
+        str(torch.get_num_threads()),
+        *options,
+    ]
     if script == "grpo.py":
         command += ["--init", str(run_folder(config, "SFT", seed)), "--eval_samples", "8"]
     print(f"ablation: {name}, seed {seed}", flush=True)
@@ -301,8 +374,16 @@ def measure_row(config, name, seed, samples, clip):
     if path.is_file() and (found := run.read_json(path))["how"] == how:
         return found["row"]
     model, tokenizer = load_model(folder)
-    results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
-                       config.num_timesteps, use_plan=ROWS[name][2])  # fmt: skip
+    results = generate(
+        model,
+        model.config.layout(tokenizer),
+        tokenizer,
+        samples,
+        config.seed,
+        config.timestep_shift,
+        config.num_timesteps,
+        use_plan=ROWS[name][2],
+    )
     row = measure(samples, results, clip)
     run.write_text(path, json.dumps({"how": how, "row": row}) + "\n")
     return row
@@ -321,13 +402,18 @@ def ablation(config):
     print(text)
     run.write_text(Path(config.runs) / f"{config.config}.md", text + "\n")
     plot_rewards(config, Path(config.runs) / f"{config.config}.png")
-    print(f"table in {config.runs}/{config.config}.md, rewards in {config.runs}/{config.config}.png")
+    print(
+        f"table in {config.runs}/{config.config}.md, rewards in {config.runs}/{config.config}.png"
+    )
     return rows
 
 
 def ablation_table(rows):
     """Markdown: mean ± standard deviation over seeds, the values of all seeds, the paper's numbers in brackets."""
-    lines = ["| | " + " | ".join(COLUMNS) + " | Overall of each seed |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines = [
+        "| | " + " | ".join(COLUMNS) + " | Overall of each seed |",
+        "| --- " * (len(COLUMNS) + 2) + "|",
+    ]
     for name, found in rows.items():
         cells = []
         for i, column in enumerate(COLUMNS):
@@ -338,7 +424,9 @@ def ablation_table(rows):
             cells.append(f"{mean:.2f} ± {std:.2f}{paper}")
         cells.append(", ".join(f"{row['Overall']:.2f}" for row in found))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "In brackets: the paper's numbers, of other pictures and another judge."])
+    return "\n".join(
+        [*lines, "", "In brackets: the paper's numbers, of other pictures and another judge."]
+    )
 
 
 def plot_rewards(config, path):
@@ -349,11 +437,19 @@ def plot_rewards(config, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key, title in zip(axes, ("reward", "reward_std"), ("mean reward", "standard deviation within a group")):
+    for axis, key, title in zip(
+        axes, ("reward", "reward_std"), ("mean reward", "standard deviation within a group")
+    ):
         for name, colour in (("SFT + RGA", "tab:orange"), ("SFT + RGA + RID", "tab:blue")):
             for seed in range(config.seeds):
                 values = [line[key] for line in run.read_log(run_folder(config, name, seed))]
-                axis.plot(values, color=colour, linewidth=0.8, alpha=0.7, label=name if seed == 0 else None)
+                axis.plot(
+                    values,
+                    color=colour,
+                    linewidth=0.8,
+                    alpha=0.7,
+                    label=name if seed == 0 else None,
+                )
         axis.set(title=title, xlabel="iteration")
         axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -375,16 +471,33 @@ def main(config):
     if config.bench:
         with exit_on_user_error(ValueError):
             run.choose_threads(config.threads)
-            bench(config, partial(load_model, config.checkpoint, config.device, getattr(torch, config.dtype)),
-                  partial(metric_clip, config.metric_name, config.metric, config.clip_steps))  # fmt: skip
+            bench(
+                config,
+                partial(load_model, config.checkpoint, config.device, getattr(torch, config.dtype)),
+                partial(metric_clip, config.metric_name, config.metric, config.clip_steps),
+            )
         return
     with exit_on_user_error(ValueError):
-        model, tokenizer = load_model(config.checkpoint, config.device, getattr(torch, config.dtype))
+        model, tokenizer = load_model(
+            config.checkpoint, config.device, getattr(torch, config.dtype)
+        )
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-        samples = test_samples(config.data, config.num_samples, config.max_references, config.data_seed, config.scale)
+        samples = test_samples(
+            config.data, config.num_samples, config.max_references, config.data_seed, config.scale
+        )
     run.choose_threads(config.threads)
-    results = generate(model, model.config.layout(tokenizer), tokenizer, samples, config.seed, config.timestep_shift,
-                       config.num_timesteps, config.text_guidance, config.use_plan, side=config.side)  # fmt: skip
+    results = generate(
+        model,
+        model.config.layout(tokenizer),
+        tokenizer,
+        samples,
+        config.seed,
+        config.timestep_shift,
+        config.num_timesteps,
+        config.text_guidance,
+        config.use_plan,
+        side=config.side,
+    )
     row = measure(samples, results, clip)
     print_table({Path(config.checkpoint).name: row})
     for task, (pf, sc, overall, n) in by_task(samples, results).items():
@@ -393,7 +506,11 @@ def main(config):
         save_grid(config.grid, samples[:8], results[:8])
         print(f"pictures in {config.grid}")
     if config.json:
-        print(json.dumps({key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}))
+        print(
+            json.dumps(
+                {key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}
+            )
+        )
 
 
 if __name__ == "__main__":

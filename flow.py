@@ -20,6 +20,7 @@ whatever comes in (bfloat16 is too coarse for log-probs), or in float64 if the l
 Left out: higher-order solvers, distillation, other noise schedules (DanceGRPO's constant, R3's clamp).
 Run: python -m pytest tests/test_flow.py
 """
+
 import functools
 import math
 
@@ -45,6 +46,7 @@ def _time(t, like):
 
 
 # ---------------------------------------------------------------- training: path and target
+
 
 def interpolate(data, noise, t):
     """The point x_t on the straight line from data (t = 0) to noise (t = 1). data, noise (N, C) -> (N, C)."""
@@ -81,6 +83,7 @@ def velocity_mse(v, target, image_of_token=None, images=None):
 
 # ---------------------------------------------------------------- time
 
+
 def shift_time(t, shift):
     """Move times towards the noise: s t / (1 + (s - 1) t). shift 1 changes nothing; 0 and 1 stay where they are."""
     return shift * t / (1 + (shift - 1) * t)
@@ -98,15 +101,19 @@ def time_grid(num_timesteps, shift):
     `num_timesteps` counts grid points: a grid of 50 means 49 evaluations of the model, the last from grid[-2] to 0.
     """
     if num_timesteps < 2:
-        raise ValueError(f"num_timesteps is {num_timesteps}, but a sampler needs at least 2 grid points (1 step)")
+        raise ValueError(
+            f"num_timesteps is {num_timesteps}, but a sampler needs at least 2 grid points (1 step)"
+        )
     if shift <= 0:
         raise ValueError(f"the time shift is {shift}, but it must be above 0 (1 means no shift)")
     grid = shift_time(torch.linspace(1, 0, num_timesteps, dtype=torch.float32), shift)
-    grid[0] = 1  # a shift such as 2.294 rounds to 0.9999999, where the SDE's noise level would explode
+    # a shift such as 2.294 rounds to 0.9999999, where the SDE's noise level would explode
+    grid[0] = 1
     return grid
 
 
 # ---------------------------------------------------------------- one step of a sampler
+
 
 def euler_step(x, v, t, t_next):
     """One ODE step from t to t_next < t. x, v (N, C) -> (N, C)."""
@@ -132,7 +139,9 @@ def transition(x, v, t, t_next, noise_level, kind="flow"):
     if kind not in ("flow", "cps"):
         raise ValueError(f"SDE kind {kind!r} is unknown; use 'flow' or 'cps'")
     if not 0 <= noise_level <= (1 if kind == "cps" else math.inf):
-        raise ValueError(f"noise level {noise_level} does not fit SDE kind {kind!r}: use 0 or more (cps: at most 1)")
+        raise ValueError(
+            f"noise level {noise_level} does not fit SDE kind {kind!r}: use 0 or more (cps: at most 1)"
+        )
     x, v = _float(x, v)
     t, t_next = _time(t, x), _time(t_next, x)
     euler, noise_estimate = euler_step(x, v, t, t_next), estimates(x, v, t)[1]
@@ -158,6 +167,7 @@ def sde_step(x, v, t, t_next, noise_level, noise=None, generator=None, kind="flo
 
 # ---------------------------------------------------------------- per image: log-probability and divergence
 
+
 def image_sum(values, image_of_token, images):
     """Sum one value a token over the tokens of each image. (N,) -> (I,), in the dtype of values.
 
@@ -175,8 +185,10 @@ def image_mean(values, image_of_token, images):
 
 def _check_std(std, what):
     if not bool((std > 0).all()):
-        raise ValueError(f"{what} needs a standard deviation above 0, but a step has none (noise level 0, or the last "
-                         "step of 'cps'); keep such steps out of the SDE window")
+        raise ValueError(
+            f"{what} needs a standard deviation above 0, but a step has none (noise level 0, or the last "
+            "step of 'cps'); keep such steps out of the SDE window"
+        )
 
 
 def log_prob(x_next, mean, std, image_of_token, images):
@@ -187,7 +199,10 @@ def log_prob(x_next, mean, std, image_of_token, images):
     """
     x_next, mean, std = _float(x_next, mean, torch.as_tensor(std))
     _check_std(std, "a log-probability")
-    density = -(x_next - mean).square() / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)  # (N, C)
+    # (N, C)
+    density = (
+        -(x_next - mean).square() / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
+    )
     return image_mean(density, image_of_token, images)
 
 
@@ -203,6 +218,7 @@ def kl_divergence(mean, mean_reference, std, image_of_token, images):
 
 
 # ---------------------------------------------------------------- guidance
+
 
 def guidance_active(t, interval):
     """Whether guidance is on at time t (a number or a whole grid): low < t <= high, in float32 as in BAGEL. Bool."""
@@ -221,8 +237,17 @@ def _length(x, renorm, image_of_token, images):
     return squares.clamp_min(1e-30).sqrt()[image_of_token, None]  # (I,) -> (N, 1)
 
 
-def guide(v, v_text, v_image, text_scale, image_scale, renorm="global", renorm_min=0.0,
-          image_of_token=None, images=None):
+def guide(
+    v,
+    v_text,
+    v_image,
+    text_scale,
+    image_scale,
+    renorm="global",
+    renorm_min=0.0,
+    image_of_token=None,
+    images=None,
+):
     """Classifier-free guidance with three contexts, text first and image around it (BAGEL). All (N, C) -> (N, C).
 
     v          velocity in the full context; v_text with the text left out; v_image with the images left out
@@ -233,17 +258,23 @@ def guide(v, v_text, v_image, text_scale, image_scale, renorm="global", renorm_m
     As in the official code, text_scale <= 1 returns v: image guidance alone does nothing.
     """
     if renorm not in RENORMS:
-        raise ValueError(f"guidance renormalisation {renorm!r} is unknown; use one of {', '.join(RENORMS)}")
+        raise ValueError(
+            f"guidance renormalisation {renorm!r} is unknown; use one of {', '.join(RENORMS)}"
+        )
     if text_scale <= 1:
         return _float(v)[0]
     if v_text is None or (v_image is None and image_scale > 1):
         missing = "v_text" if v_text is None else "v_image"
-        raise ValueError(f"{missing} is None, but text_scale {text_scale} and image_scale {image_scale} need it")
+        raise ValueError(
+            f"{missing} is None, but text_scale {text_scale} and image_scale {image_scale} need it"
+        )
     v, v_text, v_image = _float(v, v_text, v if v_image is None else v_image)
 
     def shrink(guided):  # scale down, never up, towards the length of the unguided velocity
         length = _length(guided, renorm, image_of_token, images)
-        return guided * (_length(v, renorm, image_of_token, images) / (length + 1e-8)).clamp(renorm_min, 1)
+        return guided * (_length(v, renorm, image_of_token, images) / (length + 1e-8)).clamp(
+            renorm_min, 1
+        )
 
     guided = v_text + text_scale * (v - v_text)
     if renorm == "text_channel":

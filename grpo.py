@@ -56,12 +56,12 @@ import plan
 import run
 from config import exit_on_user_error, parse
 from kernels.attention import describe_backend
-from model import MODELS, ModelConfig
 from lora import add_lora, merge_lora, reset_lora
+from model import MODELS, ModelConfig
 from pretrained import find_model, load_config, load_model, load_tokenizer, load_weights, save_model
 from reward import Clip, compare, train_toy_clip
-from shards import open_source
 from sample import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
+from shards import open_source
 
 # P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens a picture
 
@@ -74,13 +74,13 @@ class Config:
     data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     max_references: int = 4
-    prompts_per_step: int = 16  # groups; with 32 members 256 pictures an update (Flow-GRPO: 384 to 576)
+    prompts_per_step: int = 16  # groups; 256 pictures an update (Flow-GRPO: 384 to 576)
     groups_at_once: int = 1  # rolled out together, and
-    pictures_at_once: int = 8  # members of them painted together: both bound the memory, not the result
+    pictures_at_once: int = 8  # of their members painted together: both bound memory alone
     group_size: int = 32  # members of a group (paper)
     # rollout
     rid: bool = True  # every member writes its own plan; false: one plan a group
-    images_per_cot: int = 1  # pictures of each plan; above 1, pictures compete with those of the same plan only
+    images_per_cot: int = 1  # pictures of each plan; above 1 they compete with each other only
     cot_temperature: float = 1.0  # of the plans
     max_plan_tokens: int = 256
     picture_side: int = 1024  # pixels of the square pictures, before the codec's resize rule
@@ -90,18 +90,18 @@ class Config:
     sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
     noise_level: float = 0.7  # a of the SDE (Flow-GRPO); for cps 0.8
     window: int = 3  # stochastic steps of a rollout, which are the trained ones
-    window_end: float = 0.5  # the window lies in this first share of the steps; the last step is never in it
+    window_end: float = 0.5  # the window lies in this first share of the steps, never in the last
     text_guidance: float = 1.0  # of rollouts and updates alike; 1: off
     image_guidance: float = 1.0
     # objective
     reward: Literal["clip_l2", "clip_cos"] = "clip_l2"
-    cross_score: bool = False  # reward a picture with the mean over all captions of its group (a variance study)
+    cross_score: bool = False  # mean reward over all captions of the group (a variance study)
     std: Literal["group", "global"] = "group"  # what advantages are divided by
     std_floor: float = 0.003  # of the rewards of a group
     max_advantage: float = 5.0
     clip_kappa: float = 0.025  # clip range times sqrt(D)
-    guard: bool = False  # GRPO-Guard's ratio: centred, and equal in size at all steps (arXiv 2510.22319)
-    kl: Literal["velocity", "latent"] = "velocity"  # |v - v_ref|^2, or the divergence of the two transitions
+    guard: bool = False  # GRPO-Guard's ratio: centred, alike at all steps (2510.22319)
+    kl: Literal["velocity", "latent"] = "velocity"  # |v - v_ref|^2, or that of the transitions
     kl_beta: float = 1.5e-5  # weight of the KL to the stage 1 model (UniGRPO)
     train_text: bool = False  # policy gradient on the plans too, with their mean reward
     text_clip_range: float = 0.2
@@ -109,29 +109,29 @@ class Config:
     # optimisation
     steps: int = 200  # iterations of rollout and update (paper)
     updates: int = 2  # optimiser steps an iteration, each on its share of the groups
-    tokens_per_pack: int = 36_864  # of members in one forward and backward pass: bounds the memory, not the result
-    train: Literal["all", "gen", "lora"] = "all"  # gen: generation expert and latent layers; lora: adapters on it
+    tokens_per_pack: int = 36_864  # of members in one pass: bounds the memory, not the result
+    train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5  # between R3's 5e-6 and UniGRPO's 3e-5
     max_grad_norm: float = 1.0
-    average: float = 0.9  # decay of the moving average of the weights, which is what is saved (Flow-GRPO); 0: off
+    average: float = 0.9  # decay of the moving average of the weights, which is saved; 0: off
     # machine
-    checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
-    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = True  # sum gradients over processes every pass (a shard stays) or once a step (all stay)
-    replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
+    checkpointing: bool = True  # recompute each block backward: less memory, a third more time
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic alone
+    sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
+    replicas: int = 1  # copies of the model, each sharded over its part of the processes
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     plan: bool = False  # print what each GPU would hold, and stop
     gpus: int = 8  # of that plan
     gpu_memory: float = 80.0  # GB of each, 10^9 bytes
     # run
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
-    clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or the folder of a toy CLIP
+    clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
     metric_name: str = "ViT-B-32"  # the same for the CLIP that measures CLIP_out
     metric: str = "openai"
     clip_steps: int = 0  # training steps of the two toy CLIPs, if they are missing
-    eval_data: str = "toy"  # prompts of the final table: held-out ones of the toy world, or samples on disk
+    eval_data: str = "toy"  # prompts of the final table: toy (held out), or samples on disk
     eval_samples: int = 200  # how many
     eval_timesteps: int = 50
     target: float | None = None  # exit with status 1 unless Overall rises by this much, held out
@@ -140,18 +140,24 @@ class Config:
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     save_every: int = 20  # steps between training states
     keep: int = 2  # training states that stay
-    export: bool = False  # write the newest state as `out`/model in BAGEL's layout, and train no further
-    async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
+    export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
+    async_save: bool = False  # write states while training goes on; one more copy on the host
     sample_every: int = 20
 
     def __post_init__(self):
         if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size}: advantages compare the members of a group; use at least 2")
+            raise ValueError(
+                f"group_size={self.group_size}: advantages compare the members of a group; use at least 2"
+            )
         if self.prompts_per_step % self.updates:
-            raise ValueError(f"prompts_per_step={self.prompts_per_step} must be a multiple of updates={self.updates}")
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} must be a multiple of updates={self.updates}"
+            )
         if not 1 <= self.window <= last_start(self) + self.window:
-            raise ValueError(f"window={self.window} does not fit into the first window_end={self.window_end} of "
-                             f"{self.num_timesteps - 1} denoising steps")  # fmt: skip
+            raise ValueError(
+                f"window={self.window} does not fit into the first window_end={self.window_end} of "
+                f"{self.num_timesteps - 1} denoising steps"
+            )
         if self.group_size % self.images_per_cot or (self.images_per_cot > 1 and not self.rid):
             raise ValueError(
                 f"images_per_cot={self.images_per_cot} must divide group_size={self.group_size}, with rid on"
@@ -167,14 +173,17 @@ class Config:
 
     @property
     def sampler(self):
-        return Sampler(self.num_timesteps, self.timestep_shift, self.text_guidance, self.image_guidance)
+        return Sampler(
+            self.num_timesteps, self.timestep_shift, self.text_guidance, self.image_guidance
+        )
 
 
+# fmt: off
 TOY = dict(
     clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0,
     lr=3e-4, eval_timesteps=7, picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
     checkpointing=False, precision="float32", sum_every_pass=False,
-)  # fmt: skip
+)
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1, steps=30, train_text=True,
@@ -192,11 +201,12 @@ PRESETS = {
         metric="out/toy-clip-metric", clip_steps=300, out="out/small-grpo",
     ),
     "full": dict(),  # the efficient recipe
-    "paper": dict(  # what is published (group_size 32, 200 steps, lr 1e-6, 50 denoising steps); the rest Flow-GRPO's
+    "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's
         lr=1e-6, updates=1, train="all", kl_beta=0.0, average=0.0, num_timesteps=51, window=25, window_end=1.0,
         text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05, out="out/paper-grpo",
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def last_start(config):
@@ -258,29 +268,63 @@ def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
 def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     """Roll out these groups together."""
     generators = lambda purpose, many, same=False: [
-        [run.generator(config.seed, number, purpose, 0 if same else i) for i in range(many)] for number in numbers
+        [run.generator(config.seed, number, purpose, 0 if same else i) for i in range(many)]
+        for number in numbers
     ]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
     prefix, each = prefill(model, layout, prompts), config.plans_per_group
-    written, ended = think(model, layout, prompts, each, config.max_plan_tokens, config.cot_temperature,
-                           sum(generators(1, each), []), prefix=prefix)  # fmt: skip
+    written, ended = think(
+        model,
+        layout,
+        prompts,
+        each,
+        config.max_plan_tokens,
+        config.cot_temperature,
+        sum(generators(1, each), []),
+        prefix=prefix,
+    )
     plans = [written[i : i + each] for i in range(0, len(written), each)]
     captions = []
     for one, group in zip(samples, plans):
         texts = [tokenizer.decode(plan) for plan in group]
         captions += [
-            iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else "" for text in texts
+            iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else ""
+            for text in texts
         ]
     grid = model.config.picture_grid(config.picture_side, config.picture_side)
-    first = int(torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2)))
-    of_member = [[group[i * each // config.group_size] for i in range(config.group_size)] for group in plans]
-    noises, starts = generators(3, config.group_size), generators(4, config.group_size, config.same_start)
+    first = int(
+        torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2))
+    )
+    of_member = [
+        [group[i * each // config.group_size] for i in range(config.group_size)] for group in plans
+    ]
+    noises, starts = (
+        generators(3, config.group_size),
+        generators(4, config.group_size, config.same_start),
+    )
     painted = []
-    for some in (slice(i, i + config.pictures_at_once) for i in range(0, config.group_size, config.pictures_at_once)):
-        painted.append(paint_members(model, layout, prompts, *([rows[some] for rows in group] for group in
-                                     (of_member, starts, noises)), grid, first, prefix, config))  # fmt: skip
-    x, before, after, log_prob = (torch.cat(parts, dim) for parts, dim in zip(zip(*painted), (1, 2, 2, 1)))
-    times = flow.time_grid(config.num_timesteps, config.timestep_shift)[first : first + config.window + 1]
+    for some in (
+        slice(i, i + config.pictures_at_once)
+        for i in range(0, config.group_size, config.pictures_at_once)
+    ):
+        painted.append(
+            paint_members(
+                model,
+                layout,
+                prompts,
+                *([rows[some] for rows in group] for group in (of_member, starts, noises)),
+                grid,
+                first,
+                prefix,
+                config,
+            )
+        )
+    x, before, after, log_prob = (
+        torch.cat(parts, dim) for parts, dim in zip(zip(*painted), (1, 2, 2, 1))
+    )
+    times = flow.time_grid(config.num_timesteps, config.timestep_shift)[
+        first : first + config.window + 1
+    ]
     images = [picture(model, tokens, grid) for tokens in x.flatten(0, 1)]
     return Rollout(
         prompts,
@@ -312,17 +356,31 @@ def paint_members(model, layout, prompts, plans, starts, noises, grid, first, pr
         if not first <= k < first + config.window:
             return flow.euler_step(x, v, t, t_next)
         noise = draw_noise([n] * members, x.shape[1], noises)
-        x_next, mean, std = flow.sde_step(x, v, t, t_next, config.noise_level, noise, kind=config.sde)
+        x_next, mean, std = flow.sde_step(
+            x, v, t, t_next, config.noise_level, noise, kind=config.sde
+        )
         kept.append((x, x_next, flow.log_prob(x_next, mean, std, image_of_token, members)))
         return x_next
 
     x = paint(
-        model, layout, prompts, plans, [grid] * len(prompts), config.sampler, sum(starts, []), sde_or_ode, prefix=prefix
+        model,
+        layout,
+        prompts,
+        plans,
+        [grid] * len(prompts),
+        config.sampler,
+        sum(starts, []),
+        sde_or_ode,
+        prefix=prefix,
     )
     before, after, log_prob = (torch.stack(values) for values in zip(*kept))
     shape = (len(prompts), count, n, x.shape[1])
-    return (x.view(shape), before.view(-1, *shape), after.view(-1, *shape),
-            log_prob.view(-1, *shape[:2]).permute(1, 2, 0))  # fmt: skip
+    return (
+        x.view(shape),
+        before.view(-1, *shape),
+        after.view(-1, *shape),
+        log_prob.view(-1, *shape[:2]).permute(1, 2, 0),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,11 +395,17 @@ def rewards(clip, rollout, config):
     if not valid.any():
         return torch.zeros(member_valid.shape)
     u = clip.embed_captions([caption for caption in rollout.captions if caption])
-    captions = u.new_zeros(groups * each, u.shape[1]).index_put((valid.flatten().nonzero().squeeze(1),), u)
+    captions = u.new_zeros(groups * each, u.shape[1]).index_put(
+        (valid.flatten().nonzero().squeeze(1),), u
+    )
     captions = captions.view(groups, each, -1)  # (P, J, embedding)
     e = clip.embed_images(rollout.images).view(groups, config.group_size, -1)  # (P, G, embedding)
     if config.cross_score:
-        scores = compare(e[:, :, None], captions[:, None], config.reward).masked_fill(~valid[:, None], 0).sum(2)
+        scores = (
+            compare(e[:, :, None], captions[:, None], config.reward)
+            .masked_fill(~valid[:, None], 0)
+            .sum(2)
+        )
         scores = scores / valid.sum(1, keepdim=True).clamp_min(1)
     else:
         scores = compare(e, captions.repeat_interleave(config.group_size // each, 1), config.reward)
@@ -393,9 +457,16 @@ class Batch:
     image_of_token: torch.Tensor  # (B * S * T,) which of the B * S steps
 
     def to(self, device):
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
         return replace(
-            self, **moved, packed=self.packed.to(device), rows={k: v.to(device) for k, v in self.rows.items()}
+            self,
+            **moved,
+            packed=self.packed.to(device),
+            rows={k: v.to(device) for k, v in self.rows.items()},
         )
 
 
@@ -427,7 +498,8 @@ def make_batch(layout, rollout, group, chunk, config):
     n, window = rollout.grid[0] * rollout.grid[1], len(rollout.x)
     pictures = config.group_size // config.plans_per_group
     members = torch.tensor(chunk) + group * config.group_size  # (B,)
-    token = (members[:, None] * n + torch.arange(n))[:, None].expand(-1, window, -1).flatten()  # (B * S * T,)
+    # (B * S * T,)
+    token = (members[:, None] * n + torch.arange(n))[:, None].expand(-1, window, -1).flatten()
     step = torch.arange(window)[None, :, None].expand(len(members), -1, n).flatten()  # (B * S * T,)
     x = rollout.x[step, token]
     plans, noised = [], []
@@ -436,12 +508,26 @@ def make_batch(layout, rollout, group, chunk, config):
             plans.append(member // pictures)
             noised.append([])
         noised[-1] += [(x_t, rollout.grid, t) for x_t, t in zip(images, rollout.times)]
-    packed, rows = lay_out(layout, [rollout.prompts[group]], [[rollout.plans[group][plan] for plan in plans]], [noised],
-                           config.sampler.contexts, loss=config.train_text)  # fmt: skip
+    packed, rows = lay_out(
+        layout,
+        [rollout.prompts[group]],
+        [[rollout.plans[group][plan] for plan in plans]],
+        [noised],
+        config.sampler.contexts,
+        loss=config.train_text,
+    )
     shared, rest = packed.cut()
-    return shared, Batch(rest, rows, members, torch.tensor(plans) + group * config.plans_per_group, x,
-                         rollout.x_next[step, token], rollout.times[step], rollout.times[step + 1],
-                         torch.arange(len(members) * window).repeat_interleave(n))  # fmt: skip
+    return shared, Batch(
+        rest,
+        rows,
+        members,
+        torch.tensor(plans) + group * config.plans_per_group,
+        x,
+        rollout.x_next[step, token],
+        rollout.times[step],
+        rollout.times[step + 1],
+        torch.arange(len(members) * window).repeat_interleave(n),
+    )
 
 
 @dataclass
@@ -457,8 +543,12 @@ class Policy:
     def old(self, guard):
         """What is needed of it as p_old."""
         kept = ("log_prob", "text", "mean", "std") if guard else ("log_prob", "text")
-        return Policy(**{name: value.detach() if name in kept and value is not None else None
-                         for name, value in vars(self).items()})  # fmt: skip
+        return Policy(
+            **{
+                name: value.detach() if name in kept and value is not None else None
+                for name, value in vars(self).items()
+            }
+        )
 
 
 def policy(model, context, batch, config):
@@ -466,16 +556,27 @@ def policy(model, context, batch, config):
     batch = batch.to(run.device())
     und, gen = model(batch.packed, context=context)
     images = int(batch.image_of_token[-1]) + 1
-    v = guided(model.velocity(batch.packed, gen), batch.rows, batch.t, config.sampler, batch.image_of_token, images)
+    v = guided(
+        model.velocity(batch.packed, gen),
+        batch.rows,
+        batch.t,
+        config.sampler,
+        batch.image_of_token,
+        images,
+    )
     mean, std = flow.transition(batch.x, v, batch.t, batch.t_next, config.noise_level, config.sde)
-    log_prob = flow.log_prob(batch.x_next, mean, std, batch.image_of_token, images).view(len(batch.members), -1)
+    log_prob = flow.log_prob(batch.x_next, mean, std, batch.image_of_token, images).view(
+        len(batch.members), -1
+    )
     text = -model.cross_entropy(und, batch.packed) if config.train_text else None
     return Policy(log_prob, v, mean, std.expand(len(v), 1), text)
 
 
 def clipped(ratio, advantage, clip_range):
     """The clipped surrogate loss of each ratio, to be averaged."""
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    return torch.maximum(
+        -advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    )
 
 
 def likelihood_ratio(new, old, batch, config):
@@ -487,7 +588,8 @@ def likelihood_ratio(new, old, batch, config):
     log_ratio = new.log_prob - old.log_prob
     if config.guard:
         image_of_token = batch.image_of_token.to(log_ratio.device)
-        shift = flow.kl_divergence(new.mean, old.mean, old.std, image_of_token, log_ratio.numel())  # (B * S,)
+        # (B * S,)
+        shift = flow.kl_divergence(new.mean, old.mean, old.std, image_of_token, log_ratio.numel())
         std = flow.image_mean(old.std, image_of_token, log_ratio.numel())
         log_ratio = (log_ratio + shift.view_as(log_ratio)) * std.view_as(log_ratio)
     return log_ratio.exp()
@@ -497,11 +599,15 @@ def text_loss(new, old, batch, rollout, advantage, config):
     """Clipped loss summed over the plan tokens of a batch. advantage (P * J,)."""
     lengths = plan_lengths(rollout)
     of_plan = batch.plans.repeat_interleave(lengths[batch.plans])  # (labels,)
-    place = torch.cat([torch.arange(int(length)) for length in lengths[batch.plans]])  # (labels,) within its plan
+    # (labels,) within its plan
+    place = torch.cat([torch.arange(int(length)) for length in lengths[batch.plans]])
     written = place < (lengths - (~rollout.ended).long())[of_plan]
     here = torch.isin(of_plan * (config.group_size // config.plans_per_group), batch.members)
-    loss = clipped((new.text - old.text).exp(), advantage[of_plan].to(new.text), config.text_clip_range)
-    return (loss * (written & here).to(loss)).sum()  # a plan in several batches counts where its first picture is
+    loss = clipped(
+        (new.text - old.text).exp(), advantage[of_plan].to(new.text), config.text_clip_range
+    )
+    # a plan in several batches counts where its first picture is
+    return (loss * (written & here).to(loss)).sum()
 
 
 def plan_lengths(rollout):
@@ -519,12 +625,17 @@ def update(model, anchor, optimizer, layout, rollout, reward, config):
     trees = [batches(layout, rollout, group, config) for group in range(groups)]
     passes = [int(count) for count in run.reduced([len(found) for _, found in trees], "max")]
     for_images, for_plans = (advantage.flatten() for advantage in advantages(reward, config))
-    clip_range = config.clip_kappa / rollout.x[0, : rollout.grid[0] * rollout.grid[1]].numel() ** 0.5
+    clip_range = (
+        config.clip_kappa / rollout.x[0, : rollout.grid[0] * rollout.grid[1]].numel() ** 0.5
+    )
     old = [[None] * len(found) for _, found in trees]
-    with run.gathered(model):  # p_old; the groups of the first optimiser step get it from that step's own forward pass
+    # p_old; the groups of the first optimiser step get it from that step's own forward pass
+    with run.gathered(model):
         for group in range(share, groups):
             context = model.keys_and_values(trees[group][0].to(run.device()))
-            old[group] = [policy(model, context, batch, config).old(config.guard) for batch in trees[group][1]]
+            old[group] = [
+                policy(model, context, batch, config).old(config.guard) for batch in trees[group][1]
+            ]
     words = plan_lengths(rollout) - (~rollout.ended).long()
     health, norms, finite = [], [], True
     for first in range(0, groups, share):
@@ -532,17 +643,32 @@ def update(model, anchor, optimizer, layout, rollout, reward, config):
         text_scale = config.text_weight * run.size() / run.reduced([int(words[plans].sum())])[0]
         scales = 1 / (share * config.group_size * config.window), text_scale, clip_range
         for group in range(first, first + share):
-            health += group_backward(model, anchor, trees[group], old[group], rollout, for_images, for_plans, scales,
-                                     passes[group], group == first + share - 1, config)  # fmt: skip
+            health += group_backward(
+                model,
+                anchor,
+                trees[group],
+                old[group],
+                rollout,
+                for_images,
+                for_plans,
+                scales,
+                passes[group],
+                group == first + share - 1,
+                config,
+            )
         norm, stepped = run.step_if_finite(optimizer, config.max_grad_norm)
         norms.append(norm)
         finite &= stepped
     old_log_prob = torch.cat([one.log_prob for tree in old for one in tree]).cpu()
     mismatch = (old_log_prob - rollout.log_prob).abs().mean().item()
-    return summary(health, norms, share * config.plans_per_group, clip_range) | {"mismatch": mismatch}, finite
+    return summary(health, norms, share * config.plans_per_group, clip_range) | {
+        "mismatch": mismatch
+    }, finite
 
 
-def group_backward(model, anchor, tree, old, rollout, for_images, for_plans, scales, passes, last, config):
+def group_backward(
+    model, anchor, tree, old, rollout, for_images, for_plans, scales, passes, last, config
+):
     """Gradients of one group, the graph cut at the prompt's keys and values. Fills `old` where it is None.
 
     passes: of all processes alike; one with fewer batches repeats its last one with weight 0. last: of this step.
@@ -572,9 +698,19 @@ def group_backward(model, anchor, tree, old, rollout, for_images, for_plans, sca
         if config.train_text:
             total = total + text_scale * text_loss(new, old[i], batch, rollout, for_plans, config)
         total.backward()
-        health.append({"plans": batch.plans, "loss": loss.item(), "kl": kl.item(), "ratio": ratio.detach().flatten()})
+        health.append(
+            {
+                "plans": batch.plans,
+                "loss": loss.item(),
+                "kl": kl.item(),
+                "ratio": ratio.detach().flatten(),
+            }
+        )
     pairs = [
-        (x, leaf.grad) for kept, own in zip(context, leaves) for x, leaf in zip(kept, own) if leaf.grad is not None
+        (x, leaf.grad)
+        for kept, own in zip(context, leaves)
+        for x, leaf in zip(kept, own)
+        if leaf.grad is not None
     ]
     run.sum_gradients(model, config.sum_every_pass or last)
     if pairs:
@@ -589,7 +725,9 @@ def divergence(new, anchor, batch, config):
     if config.kl == "velocity":
         return flow.velocity_mse(new.v, anchor.v)
     image_of_token = batch.image_of_token.to(new.v.device)
-    return flow.kl_divergence(new.mean, anchor.mean, new.std, image_of_token, new.log_prob.numel()).mean()
+    return flow.kl_divergence(
+        new.mean, anchor.mean, new.std, image_of_token, new.log_prob.numel()
+    ).mean()
 
 
 def summary(health, norms, plans_per_update, clip_range):
@@ -598,13 +736,17 @@ def summary(health, norms, plans_per_update, clip_range):
     first = torch.cat([one["ratio"] for one, i in zip(health, number) if i == 0])
     last = torch.cat([one["ratio"] for one, i in zip(health, number) if i == number[-1]])
     return {
-        "loss": sum(one["loss"] for one in health) / len(norms), "kl": sum(one["kl"] for one in health) / len(health),
-        "ratio_first_min": first.min().item(), "ratio_first_mean": first.mean().item(),
-        "ratio_first_max": first.max().item(), "ratio_last": last.mean().item(),
+        "loss": sum(one["loss"] for one in health) / len(norms),
+        "kl": sum(one["kl"] for one in health) / len(health),
+        "ratio_first_min": first.min().item(),
+        "ratio_first_mean": first.mean().item(),
+        "ratio_first_max": first.max().item(),
+        "ratio_last": last.mean().item(),
         "clip_high": (last > 1 + clip_range).float().mean().item(),
-        "clip_low": (last < 1 - clip_range).float().mean().item(), "clip_range": clip_range,
+        "clip_low": (last < 1 - clip_range).float().mean().item(),
+        "clip_range": clip_range,
         "grad_norm": sum(norms) / len(norms),
-    }  # fmt: skip
+    }
 
 
 def trained_parameters(model, what):
@@ -643,11 +785,16 @@ def prepare(config):
     """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
     if run.is_main():
         train_clips(config)
-        if not (Path(config.init) / "model").is_dir() and not (Path(config.init) / "llm_config.json").is_file():
+        if (
+            not (Path(config.init) / "model").is_dir()
+            and not (Path(config.init) / "llm_config.json").is_file()
+        ):
             script = str(Path(__file__).with_name("sft.py"))
             command = [sys.executable, script, "--config", config.config, "--out", config.init]
             command += ["--threads", str(torch.get_num_threads())]
-            alone = {key: value for key, value in os.environ.items() if key not in run.OF_A_LAUNCHER}
+            alone = {
+                key: value for key, value in os.environ.items() if key not in run.OF_A_LAUNCHER
+            }
             code = subprocess.run(command, env=alone).returncode
             if code:
                 sys.exit(code)
@@ -679,13 +826,18 @@ def train(config):
     begun = time.perf_counter()
     if config.plan:
         plan.print_plan(
-            config, load_config(find_model(config.init)) if Path(config.init).exists() else plan_shape(config)
+            config,
+            load_config(find_model(config.init))
+            if Path(config.init).exists()
+            else plan_shape(config),
         )
         return
     with exit_on_user_error(ValueError):
         run.launch(config.timeout_minutes)
         folder = run.start(config)
-        each = run.share(config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates)
+        each = run.share(
+            config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates
+        )
         step = run.newest_step(folder)
         steps = run.last_step(folder, step, config)
         prepare(config)
@@ -694,7 +846,9 @@ def train(config):
         clip = Clip(config.clip_name, config.clip, run.device())
     layout = model.config.layout(tokenizer)
     anchor = {name: p.detach().clone() for name, p in trained.items()} if config.kl_beta else None
-    optimizer = torch.optim.AdamW(trained.values(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained.values(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
+    )
     average = run.new_average(trained) if config.average else {}
     if step:
         run.load_state(folder, step, trained, optimizer, average)
@@ -707,10 +861,17 @@ def train(config):
     )
     stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
     first = step
-    bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="grpo",
-               disable=None if run.is_main() else True)  # fmt: skip
+    bar = tqdm(
+        range(step, steps),
+        initial=step,
+        total=config.steps,
+        desc="grpo",
+        disable=None if run.is_main() else True,
+    )
     for step in bar:
-        values, finite = iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config, step)
+        values, finite = iteration(
+            model, anchor, optimizer, layout, tokenizer, clip, source, config, step
+        )
         bad = 0 if finite else bad + 1
         if bad == run.BAD_STEPS:
             run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
@@ -727,17 +888,33 @@ def train(config):
             saver.wait()
             run.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0:
-            evaluate.save_strip(folder, step + 1, model, layout, tokenizer, config, config.eval_data,
-                                side=config.picture_side, shift=config.timestep_shift,
-                                num_timesteps=config.eval_timesteps)  # fmt: skip
+            evaluate.save_strip(
+                folder,
+                step + 1,
+                model,
+                layout,
+                tokenizer,
+                config,
+                config.eval_data,
+                side=config.picture_side,
+                shift=config.timestep_shift,
+                num_timesteps=config.eval_timesteps,
+            )
     saver.wait()
-    run.say(f"grpo: {run.seconds(begun)} in this command{run.pace(folder, first, model, config.precision)}")
+    run.say(
+        f"grpo: {run.seconds(begun)} in this command{run.pace(folder, first, model, config.precision)}"
+    )
     export(model, average, tokenizer, folder, config)
     if run.is_main() and not config.export:
         gain = compare_stages(config, folder)
-        run.say(f"grpo: {run.seconds(begun)} with the table; model in {folder}/model, pictures in {folder}/grid.png")
+        run.say(
+            f"grpo: {run.seconds(begun)} with the table; model in {folder}/model, pictures in {folder}/grid.png"
+        )
         if config.target is not None and gain < config.target:
-            print(f"Overall rose by {gain:.3f}, less than the target of {config.target}", file=sys.stderr)
+            print(
+                f"Overall rose by {gain:.3f}, less than the target of {config.target}",
+                file=sys.stderr,
+            )
             sys.exit(1)
 
 
@@ -745,7 +922,8 @@ def export(model, average, tokenizer, folder, config):
     """The finished model in BAGEL's layout: what was trained (or its average), adapters merged, and the rest."""
     everything = dict(model.named_parameters()) | average
     weights = run.whole_weights(
-        merge_lora(everything, config.lora_rank, config.lora_alpha), getattr(torch, config.precision)
+        merge_lora(everything, config.lora_rank, config.lora_alpha),
+        getattr(torch, config.precision),
     )
     if run.is_main():
         save_model(model, tokenizer, folder / "model", weights)
@@ -754,7 +932,13 @@ def export(model, average, tokenizer, folder, config):
 
 def sample_indices(config, step):
     """Numbers of the samples whose groups this process rolls out; the first of them are for the first update."""
-    return list(range(step * config.prompts_per_step + run.rank(), (step + 1) * config.prompts_per_step, run.size()))
+    return list(
+        range(
+            step * config.prompts_per_step + run.rank(),
+            (step + 1) * config.prompts_per_step,
+            run.size(),
+        )
+    )
 
 
 def iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config, step):
@@ -774,15 +958,23 @@ def iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config,
     of_plan = reward.view(len(reward), config.plans_per_group, -1)  # (P, J, pictures)
     words = [len(caption.split()) for caption in rollout.captions if caption]
     return {
-        "step": step, "reward": reward.mean().item(), "reward_std": reward.std(1, correction=0).mean().item(),
+        "step": step,
+        "reward": reward.mean().item(),
+        "reward_std": reward.std(1, correction=0).mean().item(),
         "reward_std_between": of_plan.mean(2).std(1, correction=0).mean().item(),
         "reward_std_within": of_plan.std(2, correction=0).mean().item(),
         "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
-        "parse_failures": (~rollout.valid).float().mean().item(), "caption_words": sum(words) / max(1, len(words)),
-        "truncated": clip.truncated - truncated, **health, "skipped": float(not finite), "rollout_seconds": seconds[0],
-        "reward_seconds": seconds[1], "update_seconds": seconds[2], "rollout_tokens": tokens[0],
+        "parse_failures": (~rollout.valid).float().mean().item(),
+        "caption_words": sum(words) / max(1, len(words)),
+        "truncated": clip.truncated - truncated,
+        **health,
+        "skipped": float(not finite),
+        "rollout_seconds": seconds[0],
+        "reward_seconds": seconds[1],
+        "update_seconds": seconds[2],
+        "rollout_tokens": tokens[0],
         "update_tokens": tokens[2],
-    }, finite  # fmt: skip
+    }, finite
 
 
 def compare_stages(config, folder):
@@ -791,12 +983,21 @@ def compare_stages(config, folder):
     Returns by how much Overall rose.
     """
     metric = evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
-    samples = evaluate.test_samples(config.eval_data, config.eval_samples, config.max_references, scale=config.scale)
+    samples = evaluate.test_samples(
+        config.eval_data, config.eval_samples, config.max_references, scale=config.scale
+    )
     rows = {}
     for name, path in (("SFT", config.init), ("SFT + GRPO", folder)):
         model, tokenizer = load_model(path, run.device())
-        results = evaluate.generate(model, model.config.layout(tokenizer), tokenizer, samples, side=config.picture_side,
-                                    shift=config.timestep_shift, num_timesteps=config.eval_timesteps)  # fmt: skip
+        results = evaluate.generate(
+            model,
+            model.config.layout(tokenizer),
+            tokenizer,
+            samples,
+            side=config.picture_side,
+            shift=config.timestep_shift,
+            num_timesteps=config.eval_timesteps,
+        )
         rows[name] = evaluate.measure(samples, results, metric)
     evaluate.save_grid(folder / "grid.png", samples[:8], results[:8])
     run.write_text(folder / "table.json", run.json.dumps(rows, indent=1) + "\n")

@@ -16,6 +16,7 @@ Left out: checking that a relation is true, and escaping (no field may hold a ta
 
     iccot.parse(iccot.render(plan), references=2) == plan
 """
+
 import json
 import re
 from dataclasses import dataclass
@@ -29,17 +30,36 @@ GENERATION_SYSTEM_PROMPT = (
 )
 
 TAG = re.compile(r"</?[A-Za-z]\w*>")
-LOOSE_TAG = re.compile(r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE)
-JSON_FIELD = re.compile(r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL)
+LOOSE_TAG = re.compile(
+    r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE
+)
+JSON_FIELD = re.compile(
+    r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL
+)
 
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+ORDINALS = (
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+)
 # "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or "image 90 degrees"
 IMAGE_NUMBER = re.compile(
     r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)(\d{1,2})(?!\w|\.\d)"
-    r"(?!\s*(?:%|percent|px|pixels?|times|degrees))", re.IGNORECASE)
+    r"(?!\s*(?:%|percent|px|pixels?|times|degrees))",
+    re.IGNORECASE,
+)
 IMAGE_ORDINAL = re.compile(
     r"\b(" + "|".join(ORDINALS) + r"|\d{1,2}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -](?:reference )?"
-    r"(?:image|picture|photo|photograph|reference)\b", re.IGNORECASE)
+    r"(?:image|picture|photo|photograph|reference)\b",
+    re.IGNORECASE,
+)
 
 
 class PlanError(ValueError):
@@ -49,12 +69,14 @@ class PlanError(ValueError):
 @dataclass(frozen=True)
 class ICCoT:
     """One plan. `relations[i]` belongs to reference image i + 1; "" marks one that `salvage` could not find."""
+
     caption: str
     relations: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
+
 
 def render(plan: ICCoT, think: bool = True) -> str:
     """The plan as text, in `<think>` tags unless think=False. PlanError if a field is empty or holds a tag.
@@ -65,7 +87,9 @@ def render(plan: ICCoT, think: bool = True) -> str:
     fields += [(f"relation_{i}", text) for i, text in enumerate(plan.relations, 1) if text]
     for name, text in fields:
         if not text.strip() or text != text.strip() or TAG.search(text):
-            raise PlanError(f"{name} cannot be written: {text!r} is empty, has outer white space or holds a tag")
+            raise PlanError(
+                f"{name} cannot be written: {text!r} is empty, has outer white space or holds a tag"
+            )
     body = " ".join(f"<{name}>{text}</{name}>" for name, text in fields)
     return f"<think>{body}</think>" if think else body
 
@@ -78,6 +102,7 @@ def to_json(plan: ICCoT) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading, strictly
+
 
 def parse(text: str, references: int | None = None) -> ICCoT:
     """Read `render`'s form, with or without think tags; PlanError says what is wrong and at which character.
@@ -97,8 +122,12 @@ def parse(text: str, references: int | None = None) -> ICCoT:
             _check_images(text, start, position, references)
         relations.append(relation)
     if references is not None and len(relations) < references and not _stray(text, position):
-        _fail(text, position, f"<relation_{len(relations) + 1}> is missing: {_there_are(references)}, each needs a "
-                              f"relation, found {len(relations)}")
+        _fail(
+            text,
+            position,
+            f"<relation_{len(relations) + 1}> is missing: {_there_are(references)}, each needs a "
+            f"relation, found {len(relations)}",
+        )
     if wrapped:
         if not text.startswith("</think>", position):
             _fail(text, position, _unexpected(text, position, "</think>", len(relations)))
@@ -106,8 +135,11 @@ def parse(text: str, references: int | None = None) -> ICCoT:
     if position < len(text):
         _fail(text, position, _unexpected(text, position, "the end", len(relations)))
     if references is not None and len(relations) > references:
-        _fail(text, text.index(f"<relation_{references + 1}>"),
-              f"{len(relations)} relations for {references} reference images")
+        _fail(
+            text,
+            text.index(f"<relation_{references + 1}>"),
+            f"{len(relations)} relations for {references} reference images",
+        )
     return ICCoT(caption, tuple(relations))
 
 
@@ -120,18 +152,23 @@ def from_json(text: str, references: int | None = None) -> ICCoT:
     if not isinstance(value, dict) or set(value) != {"out_caption", "relations"}:
         raise PlanError('a JSON plan needs exactly the keys "out_caption" and "relations"')
     if not isinstance(value["relations"], list):
-        raise PlanError('"relations" must be a list of {"relation_1": ...}, {"relation_2": ...}, ...')
+        raise PlanError(
+            '"relations" must be a list of {"relation_1": ...}, {"relation_2": ...}, ...'
+        )
     relations = []
     for i, item in enumerate(value["relations"], 1):
         if not isinstance(item, dict) or set(item) != {f"relation_{i}"}:
-            raise PlanError(f'item {i} of "relations" must be {{"relation_{i}": ...}}, found {json.dumps(item)}')
+            raise PlanError(
+                f'item {i} of "relations" must be {{"relation_{i}": ...}}, found {json.dumps(item)}'
+            )
         relations.append(item[f"relation_{i}"])
     for name, field in [("out_caption", value["out_caption"])] + [
-            (f"relation_{i}", relation) for i, relation in enumerate(relations, 1)]:
+        (f"relation_{i}", relation) for i, relation in enumerate(relations, 1)
+    ]:
         if not isinstance(field, str) or not field.strip():
             raise PlanError(f'"{name}" must be a sentence, found {json.dumps(field)}')
     plan = ICCoT(value["out_caption"].strip(), tuple(relation.strip() for relation in relations))
-    return parse(render(plan), references)                # the same rules as the tag form
+    return parse(render(plan), references)  # the same rules as the tag form
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -151,7 +188,7 @@ def _field(text: str, position: int, name: str) -> tuple[str, int]:
         _fail(text, position, f"{opening} is never closed")
     if tag.group() != closing:
         _fail(text, tag.start(), f"the tag {tag.group()} stands inside {opening}")
-    content = text[start:tag.start()].strip()
+    content = text[start : tag.start()].strip()
     if not content:
         _fail(text, position, f"{opening} is empty")
     return content, _skip_space(text, tag.end())
@@ -170,13 +207,18 @@ def _unexpected(text: str, position: int, wanted: str, relations: int) -> str:
     if tag is None:
         return f"there is text outside the tags where {wanted} should be"
     number = re.fullmatch(r"<relation_(\d+)>", tag.group())
-    if relations >= 0 and (tag.group() == "<out_caption>" or number and int(number[1]) <= relations):
+    if relations >= 0 and (
+        tag.group() == "<out_caption>" or number and int(number[1]) <= relations
+    ):
         return f"{tag.group()} occurs twice"
     if relations >= 0 and number:
         return f"{tag.group()} is out of order: <relation_{relations + 1}> should come first"
     if relations < 0 and number:
-        return f"{tag.group()} is out of order: {wanted} should come first" if wanted in text \
+        return (
+            f"{tag.group()} is out of order: {wanted} should come first"
+            if wanted in text
             else f"{wanted} is missing"
+        )
     return f"{tag.group()} stands where {wanted} should be"
 
 
@@ -184,16 +226,21 @@ def _check_images(text: str, start: int, end: int, references: int) -> None:
     """PlanError if text[start:end], one relation, names an image that is not there."""
     for number, offset in image_numbers(text[start:end]):
         if not 1 <= number <= references:
-            _fail(text, start + offset, f"a relation names image {number}, but {_there_are(references)}")
+            _fail(
+                text,
+                start + offset,
+                f"a relation names image {number}, but {_there_are(references)}",
+            )
 
 
 def _fail(text: str, position: int, message: str) -> None:
-    snippet = text[position:position + 40]
+    snippet = text[position : position + 40]
     raise PlanError(f"{message} (at character {position}: {snippet!r})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading, leniently
+
 
 def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, list[str]]:
     """What can be saved from any text, and a list of what was missing or repaired. Never raises.
@@ -219,7 +266,9 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
     for i, relation in enumerate(relations, 1):
         if not relation:
             notes.append(f"relation_{i} is missing")
-        elif references is not None and any(not 1 <= n <= references for n, _ in image_numbers(relation)):
+        elif references is not None and any(
+            not 1 <= n <= references for n, _ in image_numbers(relation)
+        ):
             notes.append(f"relation_{i} names an image that is not there")
     return ICCoT(caption, relations), notes
 
@@ -229,22 +278,24 @@ def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
     fields: dict[str, str] = {}
     tags = list(LOOSE_TAG.finditer(text))
     ends = [tag.start() for tag in tags[1:]] + [len(text)]
-    previous = None                                       # name of the last tag when it was an opening one
-    before = text[:tags[0].start()] if tags else text     # text between the last tag and this one
+    previous = None  # name of the last tag when it was an opening one
+    before = text[: tags[0].start()] if tags else text  # text between the last tag and this one
     for tag, end in zip(tags, ends):
         name = re.sub(r"[ -]", "_", tag[2].lower()).replace("outcaption", "out_caption")
         name = re.sub(r"relation_?0*(\d)", r"relation_\1", name)
         if name != "think":
-            if not tag[1]:                                # <name>: its text runs to the next tag, whichever that is
-                _keep(fields, name, text[tag.end():end], notes)
+            if not tag[1]:  # <name>: its text runs to the next tag, whichever that is
+                _keep(fields, name, text[tag.end() : end], notes)
                 closed = LOOSE_TAG.match(text, end)
                 if not (closed and closed[1]):
                     notes.append(f"<{name}> was not closed")
-            elif previous is None and name not in fields: # </name> alone: its text runs back to the last tag
+            elif (
+                previous is None and name not in fields
+            ):  # </name> alone: its text runs back to the last tag
                 notes.append(f"</{name}> was not opened")
                 _keep(fields, name, before, notes)
         previous = name if not tag[1] and name != "think" else None
-        before = text[tag.end():end]
+        before = text[tag.end() : end]
     return fields
 
 
@@ -258,7 +309,7 @@ def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str
             notes.append(f'"{name}" was not closed')
         try:
             content = json.loads(f'"{raw}"', strict=False)
-        except json.JSONDecodeError:                      # an escape that JSON does not know: keep the raw characters
+        except json.JSONDecodeError:  # an escape that JSON does not know: keep the raw characters
             content = raw
         _keep(fields, name, content, notes)
     return fields
@@ -266,7 +317,7 @@ def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str
 
 def _keep(fields: dict[str, str], name: str, content: str, notes: list[str]) -> None:
     """Store a cleaned field unless it is empty or a duplicate."""
-    content = re.sub(r"</?[\w ]*$", "", content)          # a closing tag cut off by the end of the text
+    content = re.sub(r"</?[\w ]*$", "", content)  # a closing tag cut off by the end of the text
     content = " ".join(TAG.sub(" ", content).split())
     if name in fields:
         notes.append(f"{name} occurs twice, the first one counts")
@@ -277,10 +328,11 @@ def _keep(fields: dict[str, str], name: str, content: str, notes: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # references named in a sentence
 
+
 def image_numbers(text: str) -> list[tuple[int, int]]:
     """(number, character offset) of every reference image that a sentence names: "image 2", "the second image", ..."""
     found = []
-    for match in IMAGE_NUMBER.finditer(text):             # "images 1, 2 and 3" is one match with three numbers
+    for match in IMAGE_NUMBER.finditer(text):  # "images 1, 2 and 3" is one match with three numbers
         found += [(int(number[0]), match.start()) for number in re.finditer(r"\d+", match[0])]
     for match in IMAGE_ORDINAL.finditer(text):
         word = match[1].lower()
@@ -292,10 +344,16 @@ def check_instruction(instruction: str, references: int) -> None:
     """ValueError when the instruction names a reference image that was not given."""
     for number, offset in image_numbers(instruction):
         if not 1 <= number <= references:
-            raise ValueError(f"the instruction names image {number} (at character {offset}: "
-                             f"{instruction[offset:offset + 20]!r}), but {_there_are(references)}; "
-                             "give the missing reference or change the instruction")
+            raise ValueError(
+                f"the instruction names image {number} (at character {offset}: "
+                f"{instruction[offset : offset + 20]!r}), but {_there_are(references)}; "
+                "give the missing reference or change the instruction"
+            )
 
 
 def _there_are(references: int) -> str:
-    return "there is 1 reference image" if references == 1 else f"there are {references or 'no'} reference images"
+    return (
+        "there is 1 reference image"
+        if references == 1
+        else f"there are {references or 'no'} reference images"
+    )

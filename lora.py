@@ -18,7 +18,9 @@ class LoraLinear(nn.Linear):
     """A linear layer with an adapter; its own weight keeps its name."""
 
     def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
         self.weight, self.bias = linear.weight, linear.bias
         like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
         self.lora_a = nn.Parameter(torch.zeros(rank, linear.in_features, **like))
@@ -49,7 +51,9 @@ def reset_lora(model, seed):
             if hasattr(parameter, "device_mesh"):
                 from torch.distributed.tensor import distribute_tensor
 
-                whole = distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+                whole = distribute_tensor(
+                    whole.to(parameter.device), parameter.device_mesh, parameter.placements
+                )
             parameter.copy_(whole)
 
 
@@ -60,5 +64,7 @@ def merge_lora(weights, rank, alpha):
     for name, b in weights.items():
         if name.endswith(".lora_b"):
             layer = name.removesuffix(".lora_b")
-            merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + alpha / rank * (b @ weights[f"{layer}.lora_a"])
+            merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + alpha / rank * (
+                b @ weights[f"{layer}.lora_a"]
+            )
     return merged

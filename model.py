@@ -83,15 +83,22 @@ class ModelConfig:
         if self.codec not in ("flux", "space_to_depth"):
             raise ValueError(f"codec={self.codec!r}: expected flux or space_to_depth")
         if self.codec == "flux" and self.codec_factor != 2 ** (len(self.vae_multipliers) - 1):
-            raise ValueError(f"codec_factor={self.codec_factor}, but {len(self.vae_multipliers)} vae_multipliers make "
-                             f"{2 ** (len(self.vae_multipliers) - 1)} pixels a latent")  # fmt: skip
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"codec_factor={self.codec_factor}, but {len(self.vae_multipliers)} vae_multipliers make "
+                f"{2 ** (len(self.vae_multipliers) - 1)} pixels a latent"
+            )
+        if (
+            self.hidden_size % self.num_attention_heads
+            or self.num_attention_heads % self.num_key_value_heads
+        ):
             raise ValueError(
                 f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
                 f"num_key_value_heads {self.num_key_value_heads}: each must be a multiple of the next"
             )
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (sin-cos position tables)")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 (sin-cos position tables)"
+            )
 
     @property
     def head_dim(self):
@@ -116,7 +123,9 @@ class ModelConfig:
     @property
     def vit_rule(self):
         """Resize rule of the eye."""
-        return ResizeRule(self.vit_longest or self.vit_side * self.vit_patch, self.vit_shortest, self.vit_patch)
+        return ResizeRule(
+            self.vit_longest or self.vit_side * self.vit_patch, self.vit_shortest, self.vit_patch
+        )
 
     def picture_grid(self, width, height):
         """(h, w) tokens of a picture of this size in pixels, after the codec's resize."""
@@ -132,25 +141,29 @@ class ModelConfig:
         ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
         for name, token in zip(names, ids):
             if token is None or token == tokenizer.unk_token_id or not 0 <= token < self.vocab_size:
-                raise ValueError(f"the tokenizer has no special token {name} inside {self.vocab_size} embeddings")
+                raise ValueError(
+                    f"the tokenizer has no special token {name} inside {self.vocab_size} embeddings"
+                )
         return Layout(*ids, self.latent_side, self.vit_side)
 
 
+# fmt: off
 TOY = dict(
     hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=640, rope_theta=1e4, vit_hidden_size=192, vit_intermediate_size=576, vit_num_layers=2, vit_num_heads=4,
     vit_patch=16, vit_side=2, vit_shortest=16, codec="space_to_depth", codec_factor=2, latent_channels=12,
     latent_patch=2, latent_side=8, image_shortest=16, position_scale=math.pi, position_theta=16.0,
-)  # fmt: skip
+)
 SMOKE = TOY | dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_hidden_size=64,
     vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
-)  # fmt: skip
+)
 SMALL = TOY | dict(  # 98M parameters, pictures of 64 x 64
     hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
     vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
-)  # fmt: skip
+)
 MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
+# fmt: on
 
 
 class RMSNorm(nn.Module):
@@ -175,7 +188,9 @@ class Expert(nn.Module):
         groups = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size) for size in (heads, groups, groups))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, size) for size in (heads, groups, groups)
+        )
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
         self.o_proj = nn.Linear(heads, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
@@ -186,7 +201,10 @@ class Expert(nn.Module):
     def heads(self, x, cos, sin):
         """Queries, keys and values of x (n, W): (n, H, D), (n, G, D), (n, G, D)."""
         x = self.input_layernorm(x)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x, attended):
@@ -209,9 +227,12 @@ class Block(nn.Module):
         cache, context: (keys, values) of this layer, (slots, G, D) and (rows outside this pack, G, D); see `forward`.
         """
         cut = len(und)
-        parts = [p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])]
+        parts = [
+            p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])
+        ]
         heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
-        q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))  # (N, H, D), (N, G, D), in sequence order
+        # (N, H, D), (N, G, D), in sequence order
+        q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))
         own = k, v
         if cache is not None:
             keys, values = cache
@@ -219,8 +240,10 @@ class Block(nn.Module):
             keys[slots], values[slots] = k, v
             k, v = keys, values
         elif context is not None:
-            k, v = (take(torch.cat(both), packed.key_order) for both in zip(context, own))  # (keys, G, D)
-        attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)  # (N, H * D), sorted by expert
+            # (keys, G, D)
+            k, v = (take(torch.cat(both), packed.key_order) for both in zip(context, own))
+        # (N, H * D), sorted by expert
+        attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)
         for expert, x, rows in parts:
             if expert is self.und:
                 und = expert.finish(x, attended[rows])
@@ -253,7 +276,9 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t):
         half = self.features // 2
-        frequencies = torch.exp(-torch.arange(half, device=t.device) * (torch.log(torch.tensor(1e4)) / half))
+        frequencies = torch.exp(
+            -torch.arange(half, device=t.device) * (torch.log(torch.tensor(1e4)) / half)
+        )
         angles = t.float()[:, None] * frequencies  # (images, 128)
         features = torch.cat([angles.cos(), angles.sin()], -1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
@@ -283,16 +308,29 @@ class UnifiedModel(nn.Module):
         self.time_embedder = TimeEmbedder(c.hidden_size)
         self.latent_in = nn.Linear(c.token_channels, c.hidden_size)
         self.latent_out = nn.Linear(c.hidden_size, c.token_channels)
-        self.eye = Eye(c.vit_hidden_size, c.vit_intermediate_size, c.vit_num_layers, c.vit_num_heads, c.vit_patch,
-                       c.vit_side)  # fmt: skip
+        self.eye = Eye(
+            c.vit_hidden_size,
+            c.vit_intermediate_size,
+            c.vit_num_layers,
+            c.vit_num_heads,
+            c.vit_patch,
+            c.vit_side,
+        )
         self.connector = Connector(c.vit_hidden_size, c.hidden_size)
         self.register_buffer("latent_positions", c.position_table(c.latent_side), persistent=False)
         self.register_buffer("vit_positions", c.position_table(c.vit_side), persistent=False)
         self.codec = SpaceToDepth(c.codec_factor)
         if c.codec == "flux":
-            self.codec = FluxCodec(c.vae_channels, c.vae_multipliers, c.vae_blocks, c.latent_channels, c.vae_scale,
-                                   c.vae_shift)  # fmt: skip
-        self.checkpointing = False  # recompute each block and each layer of the eye in the backward pass
+            self.codec = FluxCodec(
+                c.vae_channels,
+                c.vae_multipliers,
+                c.vae_blocks,
+                c.latent_channels,
+                c.vae_scale,
+                c.vae_shift,
+            )
+        # recompute each block and each layer of the eye in the backward pass
+        self.checkpointing = False
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed):
@@ -317,7 +355,9 @@ class UnifiedModel(nn.Module):
                 continue
             embeddings = {"embed_tokens.weight": 1.0, "eye.position_embedding.weight": 0.02}
             std = embeddings.get(name, parameter.shape[1] ** -0.5)
-            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")):
+            if name.endswith(
+                ("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")
+            ):
                 std *= depth
             nn.init.normal_(parameter, std=std, generator=generator)
         return self
@@ -327,8 +367,13 @@ class UnifiedModel(nn.Module):
         und = self.embed_tokens(packed.text_ids)  # (T, W)
         if len(packed.vit_index):
             patches = packed.vit_patches.to(und.dtype)
-            features = self.eye(patches, packed.vit_position_ids, packed.vit_lengths, self.checkpointing)
-            seen = self.connector(features) + self.vit_positions[packed.vit_position_ids].to(und.dtype)  # (V, W)
+            features = self.eye(
+                patches, packed.vit_position_ids, packed.vit_lengths, self.checkpointing
+            )
+            # (V, W)
+            seen = self.connector(features) + self.vit_positions[packed.vit_position_ids].to(
+                und.dtype
+            )
             und = torch.cat([und, seen])
         if not len(packed.latent_index):
             return und, und[:0]
@@ -351,12 +396,16 @@ class UnifiedModel(nn.Module):
     def _run(self, packed, cache=None, context=None):
         self.tokens += len(packed)
         und, gen = self.embed(packed)
-        cos, sin = rope(packed.positions[packed.order], self.config.head_dim, self.config.rope_theta, und.dtype)
+        cos, sin = rope(
+            packed.positions[packed.order], self.config.head_dim, self.config.rope_theta, und.dtype
+        )
         kept = []
         for layer, block in enumerate(self.blocks):
             before = None if context is None else context[layer]
             if self.checkpointing and torch.is_grad_enabled():
-                und, gen, own = checkpoint(block, und, gen, packed, cos, sin, None, before, use_reentrant=False)
+                und, gen, own = checkpoint(
+                    block, und, gen, packed, cos, sin, None, before, use_reentrant=False
+                )
             else:
                 slots = None if cache is None else (cache.keys[layer], cache.values[layer])
                 und, gen, own = block(und, gen, packed, cos, sin, slots, before)
@@ -373,11 +422,17 @@ class UnifiedModel(nn.Module):
         In chunks of MAX_LOGITS, recomputed in the backward pass: never are the logits of a whole pack held (at 152,064
         classes and 32,768 tokens they would be 20 GB in float32, and as much again for their gradient).
         """
-        rows, labels, chunk = packed.label_rows, packed.labels, max(1, MAX_LOGITS // self.config.vocab_size)
+        rows, labels, chunk = (
+            packed.label_rows,
+            packed.labels,
+            max(1, MAX_LOGITS // self.config.vocab_size),
+        )
         if len(rows) <= chunk:
             return self._cross_entropy(und, rows, labels)
         parts = zip(rows.split(chunk), labels.split(chunk))
-        return torch.cat([checkpoint(self._cross_entropy, und, *part, use_reentrant=False) for part in parts])
+        return torch.cat(
+            [checkpoint(self._cross_entropy, und, *part, use_reentrant=False) for part in parts]
+        )
 
     def _cross_entropy(self, und, rows, labels):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
@@ -414,7 +469,9 @@ def take(x, index):
 
 def rope(positions, head_dim, theta, dtype):
     """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32 (docs/BAGEL.md §4)."""
-    frequencies = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    frequencies = 1 / theta ** (
+        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    )
     angles = positions.float()[:, None] * frequencies  # (N, D / 2)
     return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
 
@@ -434,7 +491,8 @@ def sincos_table(side, width, scale=1.0, theta=1e4):
     frequencies = scale * theta ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)
     wave = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
-    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1).float()  # columns, then rows
+    # columns, then rows
+    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1).float()
 
 
 @dataclass(frozen=True)
@@ -445,13 +503,25 @@ class TableConfig(ModelConfig):
 
 def parameter_table(model):
     """{part: values}, docs/BAGEL.md §2; the two frozen position tables count, the codec does not."""
-    parts = {"embeddings and head": ("embed_tokens", "lm_head"), "understanding experts": (".und.", "norm_und"),
-             "generation experts": (".gen.", "norm_gen"), "ViT": ("eye.",), "connector": ("connector.",),
-             "time embedder": ("time_embedder.",), "vae2llm": ("latent_in.",), "llm2vae": ("latent_out.",),
-             "latent position table": ("latent_positions",), "ViT position table": ("vit_positions",)}  # fmt: skip
+    parts = {
+        "embeddings and head": ("embed_tokens", "lm_head"),
+        "understanding experts": (".und.", "norm_und"),
+        "generation experts": (".gen.", "norm_gen"),
+        "ViT": ("eye.",),
+        "connector": ("connector.",),
+        "time embedder": ("time_embedder.",),
+        "vae2llm": ("latent_in.",),
+        "llm2vae": ("latent_out.",),
+        "latent position table": ("latent_positions",),
+        "ViT position table": ("vit_positions",),
+    }
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    table = {part: sum(tensor.numel() for name, tensor in named.items() if any(key in name for key in keys))
-             for part, keys in parts.items()}  # fmt: skip
+    table = {
+        part: sum(
+            tensor.numel() for name, tensor in named.items() if any(key in name for key in keys)
+        )
+        for part, keys in parts.items()
+    }
     if sum(table.values()) != sum(tensor.numel() for tensor in named.values()):
         raise KeyError("a parameter belongs to no part of the table, or to two; mend `parts`")
     return table
@@ -461,14 +531,21 @@ def memory_table(model):
     """{use: bytes}: weights, their gradients and AdamW's moments; activations come on top and depend on the pack."""
     c, values = model.config, sum(parameter_table(model).values())
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    codec = sum(tensor.numel() for tensor in model.codec.weights.parameters()) if c.codec == "flux" else 0
+    codec = (
+        sum(tensor.numel() for tensor in model.codec.weights.parameters())
+        if c.codec == "flux"
+        else 0
+    )
     gen = sum(p.numel() for name, p in model.named_parameters() if ".gen." in name)
     return {
-        "weights, bfloat16": 2 * values, "weights, float32": 4 * values, "codec, float32": 4 * codec,
-        "KV cache, 1,000 tokens, bfloat16": 2000 * cache, "KV cache, 1,000 tokens, float32": 4000 * cache,
+        "weights, bfloat16": 2 * values,
+        "weights, float32": 4 * values,
+        "codec, float32": 4 * codec,
+        "KV cache, 1,000 tokens, bfloat16": 2000 * cache,
+        "KV cache, 1,000 tokens, float32": 4000 * cache,
         "training, float32 (weights, gradients, moments, average)": 20 * values,
         "training the generation expert alone, float32": 8 * values + 12 * gen,
-    }  # fmt: skip
+    }
 
 
 def print_tables(config):
@@ -483,7 +560,10 @@ def print_tables(config):
         for use, size in memory_table(model).items():
             print(f"{use:58s}{size / 1e9:10.3f} GB")
     if not config.count and not config.memory:
-        print("nothing to do; --count prints the parameter table, --memory what it needs", file=sys.stderr)
+        print(
+            "nothing to do; --count prints the parameter table, --memory what it needs",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

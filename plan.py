@@ -45,7 +45,9 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device))
+        ctx.save_for_backward(
+            q, k, v, out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        )
         return out
 
     @staticmethod
@@ -81,7 +83,11 @@ class kept_bytes:
 
 def on_meta(packed):
     """A pack without memory."""
-    moved = {name: value.to("meta") for name, value in vars(packed).items() if isinstance(value, torch.Tensor)}
+    moved = {
+        name: value.to("meta")
+        for name, value in vars(packed).items()
+        if isinstance(value, torch.Tensor)
+    }
     moved = {name: value for name, value in moved.items() if name not in ("order", "inverse")}
     return replace(packed, **moved)
 
@@ -106,8 +112,10 @@ def activations(shape, packed, checkpointing, context_rows=0, dtype=torch.bfloat
         with kept_bytes(model.parameters()) as whole:
             model(packed, context=context)
         width = shape.hidden_size
-        und, gen = (torch.empty(n, width, dtype=dtype, device="meta").requires_grad_()
-                    for n in (len(packed) - len(packed.latent_index), len(packed.latent_index)))  # fmt: skip
+        und, gen = (
+            torch.empty(n, width, dtype=dtype, device="meta").requires_grad_()
+            for n in (len(packed) - len(packed.latent_index), len(packed.latent_index))
+        )
         cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
         with kept_bytes(model.parameters()) as block:
             model.blocks[0](und, gen, packed, cos, cos, None, context[0] if context else None)
@@ -122,8 +130,12 @@ def a_prompt(shape, case):
     h, w = shape.picture_grid(case.side, case.side)
     width, height = shape.vit_rule.size(case.side, case.side)
     patches = (height // shape.vit_patch, width // shape.vit_patch)
-    reference = Reference(torch.empty(h * w, shape.token_channels), (h, w),
-                          torch.empty(patches[0] * patches[1], 3 * shape.vit_patch**2), patches)  # fmt: skip
+    reference = Reference(
+        torch.empty(h * w, shape.token_channels),
+        (h, w),
+        torch.empty(patches[0] * patches[1], 3 * shape.vit_patch**2),
+        patches,
+    )
     return layout, Prompt((*[reference] * case.references, [4] * case.words)), h * w
 
 
@@ -135,11 +147,18 @@ def packs(shape, case, config):
         prompt.write(sequence)
     shared, members = sequence.pack(), Sequence(layout)
     with members.document():
-        while members.length == 0 or members.length + case.plan + config.window * (n + 2) <= config.tokens_per_pack:
+        while (
+            members.length == 0
+            or members.length + case.plan + config.window * (n + 2) <= config.tokens_per_pack
+        ):
             with members.branch():
                 members.text([4] * (case.plan - 2))
                 for _ in range(config.window):
-                    members.noise(torch.empty(n, shape.token_channels), shape.picture_grid(case.side, case.side), 0.5)
+                    members.noise(
+                        torch.empty(n, shape.token_channels),
+                        shape.picture_grid(case.side, case.side),
+                        0.5,
+                    )
     return shared, members.pack()
 
 
@@ -156,14 +175,17 @@ def memory(config, shape, gpus, case=Case()):
         add_lora(model, config.lora_rank, config.lora_alpha)
     trained = sum(p.numel() for p in trained_parameters(model, config.train).values())
     everything = sum(p.numel() for p in model.parameters())
-    count = lambda module, grad=False: sum(p.numel() for p in module.parameters() if p.requires_grad or not grad)
+    count = lambda module, grad=False: sum(
+        p.numel() for p in module.parameters() if p.requires_grad or not grad
+    )
     block, block_trained = count(model.blocks[0]), count(model.blocks[0], True)
     inside = sum(count(unit) for unit in (*model.blocks, *model.eye.layers))
     inside_trained = sum(count(unit, True) for unit in (*model.blocks, *model.eye.layers))
     root, root_trained = everything - inside, trained - inside_trained
     _, prompt, n = a_prompt(shape, case)
     shared, members = packs(shape, case, config)
-    kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width  # bytes a token
+    # bytes a token
+    kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
     painted = config.groups_at_once * min(config.group_size, config.pictures_at_once)
     canvas = painted * len(config.sampler.contexts) * (n + 2)
     cached = (
@@ -171,7 +193,9 @@ def memory(config, shape, gpus, case=Case()):
     )  # the prompt's own cache, and a copy
     dtype = getattr(torch, config.precision)
     prompt_kept, prompt_block = activations(shape, shared, config.checkpointing, 0, dtype)
-    members_kept, members_block = activations(shape, members, config.checkpointing, len(shared), dtype)
+    members_kept, members_block = activations(
+        shape, members, config.checkpointing, len(shared), dtype
+    )
     codec = sum(p.numel() for p in model.codec.weights.parameters()) if shape.codec == "flux" else 0
     parts = {
         "weights, frozen": width * (everything - trained) / shards,
@@ -183,14 +207,19 @@ def memory(config, shape, gpus, case=Case()):
         "CLIP and codec": 4 * ((CLIP if config.clip_name != "toy" else 0) + codec),
     }
     update = {
-        "gathered blocks and root": width * (2 * block + root) + (width + 4) * block_trained + width * root_trained,
-        "prompt's graph": prompt_kept + 3 * kv * len(shared),  # and its keys and values as leaves, and their gradients
-        "members' graph": members_kept, "one block again": max(prompt_block, members_block),
-    }  # fmt: skip
+        "gathered blocks and root": width * (2 * block + root)
+        + (width + 4) * block_trained
+        + width * root_trained,
+        # and its keys and values as leaves, and their gradients
+        "prompt's graph": prompt_kept + 3 * kv * len(shared),
+        "members' graph": members_kept,
+        "one block again": max(prompt_block, members_block),
+    }
     rollout = {
-        "gathered weights": width * everything, "KV cache": kv * cached,
+        "gathered weights": width * everything,
+        "KV cache": kv * cached,
         "activations": width * canvas * (3 * shape.hidden_size + 3 * shape.intermediate_size),
-    }  # fmt: skip
+    }
     always = sum(parts.values())
     return {
         "always": parts,
@@ -218,12 +247,21 @@ def print_plan(config, shape):
     print(f"{'GB on each GPU':30s}" + "".join(f"{way:>10s}" for way in ways))
     for kind in ("always", "update", "rollout"):
         for name in first[kind]:
-            print(f"  {name:28s}" + "".join(f"{way[kind][name] / 1e9:10.2f}" for way in ways.values()))
+            print(
+                f"  {name:28s}" + "".join(f"{way[kind][name] / 1e9:10.2f}" for way in ways.values())
+            )
     for peak in ("peak of the update", "peak of a rollout"):
         print(f"{peak:30s}" + "".join(f"{way[peak] / 1e9:10.2f}" for way in ways.values()))
-    most = {name: max(way["peak of the update"], way["peak of a rollout"]) / 1e9 for name, way in ways.items()}
+    most = {
+        name: max(way["peak of the update"], way["peak of a rollout"]) / 1e9
+        for name, way in ways.items()
+    }
     verdict = {
-        name: "fits" if peak <= 0.9 * config.gpu_memory else "tight" if peak <= config.gpu_memory else "no"
+        name: "fits"
+        if peak <= 0.9 * config.gpu_memory
+        else "tight"
+        if peak <= config.gpu_memory
+        else "no"
         for name, peak in most.items()
     }
     print(f"{'fits, a tenth left free':30s}" + "".join(f"{verdict[way]:>10s}" for way in ways))

@@ -33,6 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model import ModelConfig, UnifiedModel
 
+# fmt: off
 RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name counts
     (r"blocks\.(\d+)\.und\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)", r"language_model.model.layers.\1.self_attn.\2.\3"),
     (r"blocks\.(\d+)\.gen\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)",
@@ -57,19 +58,23 @@ RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name coun
     (r"eye\.layers\.(\d+)\.(fc\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.mlp.\2.\3"),
     (r"eye\.layers\.(\d+)\.(layer_norm\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.\2.\3"),
     (r"eye\.post_layernorm\.(\w+)", r"vit_model.vision_model.post_layernorm.\1"),
-]  # fmt: skip
+]
+# fmt: on
+# fmt: off
 LLM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size", "rope_theta", "rms_norm_eps")  # fmt: skip
+            "vocab_size", "rope_theta", "rms_norm_eps")
 VIT_KEYS = {"hidden_size": "vit_hidden_size", "intermediate_size": "vit_intermediate_size",
-            "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}  # fmt: skip
+            "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}
 OWN_KEYS = ("vit_side", "vit_shortest", "vit_longest", "codec", "codec_factor", "latent_channels", "latent_patch",
             "latent_side", "image_shortest", "image_longest", "vae_channels", "vae_multipliers", "vae_blocks",
-            "vae_scale", "vae_shift", "position_scale", "position_theta")  # fmt: skip
+            "vae_scale", "vae_shift", "position_scale", "position_theta")
+# fmt: on
 BUILT_IN = {  # what the code does whatever a config says, so it must say the same or nothing
     "llm_config": {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
     "vit_config": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
 }
-TABLES = {"latent_positions": "latent_side", "vit_positions": "vit_side"}  # deterministic: rebuilt, checked if present
+# deterministic: rebuilt, checked if present
+TABLES = {"latent_positions": "latent_side", "vit_positions": "vit_side"}
 
 
 def official_name(name):
@@ -86,17 +91,30 @@ def save_model(model, tokenizer, folder, weights=None):
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    named = dict(weights or model.named_parameters()) | {name: getattr(model, name) for name in TABLES}
-    write_tensors(hidden / "ema.safetensors", {official_name(name): tensor for name, tensor in named.items()})
+    named = dict(weights or model.named_parameters()) | {
+        name: getattr(model, name) for name in TABLES
+    }
+    write_tensors(
+        hidden / "ema.safetensors", {official_name(name): tensor for name, tensor in named.items()}
+    )
     if model.config.codec == "flux":
         write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
     config = asdict(model.config)
     llm = {key: config[key] for key in LLM_KEYS}
-    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-            "tie_word_embeddings": False, "attention_dropout": 0.0, "max_position_embeddings": 32768}  # fmt: skip
+    llm |= {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": 32768,
+    }
     vit = {theirs: config[ours] for theirs, ours in VIT_KEYS.items()}
-    vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": config["vit_num_layers"] + 1,
-            "image_size": config["vit_side"] * config["vit_patch"]}  # fmt: skip
+    vit |= {
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": config["vit_num_layers"] + 1,
+        "image_size": config["vit_side"] * config["vit_patch"],
+    }
     own = {key: config[key] for key in OWN_KEYS}
     for name, content in (("llm_config", llm), ("vit_config", vit), ("config", own)):
         (hidden / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -125,14 +143,22 @@ def find_model(path):
     A name is looked up on the hub only where no such path and no folder `owner` exists here.
     """
     path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists():
+    if (
+        not path.exists()
+        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))
+        and not path.parent.exists()
+    ):
         path = download(str(path))
     for folder in (path, path / "model"):
         if (folder / "llm_config.json").is_file():
             return folder
     if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint folder not found: {path}; train one with python sft.py --config toy")
-    raise FileNotFoundError(f"{path} is no checkpoint: neither it nor its folder `model` holds llm_config.json")
+        raise FileNotFoundError(
+            f"checkpoint folder not found: {path}; train one with python sft.py --config toy"
+        )
+    raise FileNotFoundError(
+        f"{path} is no checkpoint: neither it nor its folder `model` holds llm_config.json"
+    )
 
 
 def download(name):
@@ -152,7 +178,10 @@ def download(name):
 
 def load_config(folder):
     """ModelConfig from the three JSON files; what they leave out is BAGEL-7B's."""
-    read = {name: read_json(Path(folder) / f"{name}.json") for name in ("llm_config", "vit_config", "config")}
+    read = {
+        name: read_json(Path(folder) / f"{name}.json")
+        for name in ("llm_config", "vit_config", "config")
+    }
     values = {key: read["llm_config"][key] for key in LLM_KEYS if key in read["llm_config"]}
     vit = read["vit_config"]
     values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
@@ -172,7 +201,9 @@ def load_config(folder):
             values[field.name] = tuple(values[field.name])
         given, kind = values.get(field.name, field.default), type(field.default)
         if type(given) is not kind and not (kind is float and type(given) is int):
-            raise ValueError(f"the configs in {folder} give {field.name}={given!r}; expected {kind.__name__}")
+            raise ValueError(
+                f"the configs in {folder} give {field.name}={given!r}; expected {kind.__name__}"
+            )
     return ModelConfig(**values)
 
 
@@ -221,35 +252,57 @@ def read_tensors(path, module, rename, device, tables):
     rename: our name -> the file's; tables: what else the file may hold, and its values.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout")
-    parameters = {rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name}
+        raise FileNotFoundError(
+            f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout"
+        )
+    parameters = {
+        rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name
+    }
     tables = {rename(name): table for name, table in tables.items()}
     try:
         with safe_open(path, "pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            check_keys(path, found, {key: tuple(p.shape) for key, (_, p) in parameters.items()},
-                       {key: tuple(table.shape) for key, table in tables.items()})  # fmt: skip
+            check_keys(
+                path,
+                found,
+                {key: tuple(p.shape) for key, (_, p) in parameters.items()},
+                {key: tuple(table.shape) for key, table in tables.items()},
+            )
             for key, (name, parameter) in parameters.items():
                 sharded = isinstance(parameter, DTensor)
-                tensor = file.get_slice(key)[own_rows(parameter)] if sharded else file.get_tensor(key)
+                tensor = (
+                    file.get_slice(key)[own_rows(parameter)] if sharded else file.get_tensor(key)
+                )
                 if not tensor.is_floating_point():
-                    raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point numbers")
+                    raise ValueError(
+                        f"{path}: {key} is {tensor.dtype}; expected floating point numbers"
+                    )
                 if sharded:
                     parameter.to_local().detach().copy_(tensor)
                     continue
                 owner, _, leaf = name.rpartition(".")
-                tensor = nn.Parameter(tensor.to(device, parameter.dtype, copy=True), parameter.requires_grad)
+                tensor = nn.Parameter(
+                    tensor.to(device, parameter.dtype, copy=True), parameter.requires_grad
+                )
                 setattr(module.get_submodule(owner), leaf, tensor)
             for key, table in tables.items():
-                if key in found and not torch.allclose(file.get_tensor(key).float(), table, rtol=0, atol=1e-2):
-                    raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
+                if key in found and not torch.allclose(
+                    file.get_tensor(key).float(), table, rtol=0, atol=1e-2
+                ):
+                    raise ValueError(
+                        f"{path}: {key} is not the sin-cos table that the configs describe"
+                    )
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); the file is torn: copy or train it again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); the file is torn: copy or train it again"
+        ) from None
 
 
 def own_rows(parameter):
     """The slices of a whole tensor that this process keeps of it."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
     return tuple(slice(start, start + length) for start, length in zip(offset, shape))
 
 
@@ -257,11 +310,21 @@ def check_keys(path, found, wanted, optional):
     """ValueError with everything that is missing, extra or misshapen. All three: {key: shape}."""
     missing = sorted(set(wanted) - set(found))
     extra = sorted(set(found) - set(wanted) - set(optional))
-    shapes = [f"{key} is {found[key]}, expected {shape}" for key, shape in sorted((wanted | optional).items())
-              if found.get(key, shape) != shape]  # fmt: skip
+    shapes = [
+        f"{key} is {found[key]}, expected {shape}"
+        for key, shape in sorted((wanted | optional).items())
+        if found.get(key, shape) != shape
+    ]
     if missing or extra or shapes:
-        parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                 for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if keys]  # fmt: skip
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for what, keys in (
+                ("missing", missing),
+                ("unknown", extra),
+                ("of another shape", shapes),
+            )
+            if keys
+        ]
         raise ValueError(f"{path} does not fit the configs beside it: tensors {'; '.join(parts)}")
 
 
@@ -270,5 +333,7 @@ def load_tokenizer(folder):
     from transformers import AutoTokenizer
 
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json or vocab.json; the checkpoint is torn")
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer.json or vocab.json; the checkpoint is torn"
+        )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

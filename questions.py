@@ -52,8 +52,8 @@ class Config:
     draws: int = 4  # plans sampled for each prompt of "captions"
     num_timesteps: int = 7  # grid points of the sampler
     timestep_shift: float = 10.0
-    metric_name: str = "toy"  # open_clip architecture of the CLIP that measures, and that scores captions
-    metric: str = "out/toy-clip-metric"  # its weights: an open_clip tag, a .safetensors file, or a toy CLIP's folder
+    metric_name: str = "toy"  # open_clip architecture of the CLIP that measures
+    metric: str = "out/toy-clip-metric"  # its weights: a tag, a .safetensors file, a folder
     clip_steps: int = 300  # training steps of the toy CLIP, if it is missing
     seed: int = 0  # of the noise, in references and in pictures
     data_seed: int = 0  # of the prompts
@@ -61,14 +61,24 @@ class Config:
 
     def __post_init__(self):
         if self.num_samples < 1 or self.draws < 2:
-            raise ValueError(f"num_samples={self.num_samples}, draws={self.draws}: expected at least 1 and 2")
+            raise ValueError(
+                f"num_samples={self.num_samples}, draws={self.draws}: expected at least 1 and 2"
+            )
         if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture"
+            )
 
 
 PRESETS = {
     "toy": {},
-    "smoke": dict(checkpoint="out/smoke-sft", num_samples=8, draws=2, metric="out/smoke-clip-metric", clip_steps=20),
+    "smoke": dict(
+        checkpoint="out/smoke-sft",
+        num_samples=8,
+        draws=2,
+        metric="out/smoke-clip-metric",
+        clip_steps=20,
+    ),
 }
 
 
@@ -79,8 +89,13 @@ PRESETS = {
 def noisy(one, level, seed):
     """The sample with Gaussian noise on every pixel of its references."""
     rng = np.random.default_rng(seed)
-    spoil = lambda image: np.asarray(image) / 255 + level * rng.standard_normal((*image.size[::-1], 3))
-    pictures = [Image.fromarray((255 * spoil(image).clip(0, 1)).round().astype(np.uint8)) for image in one.references]
+    spoil = lambda image: (
+        np.asarray(image) / 255 + level * rng.standard_normal((*image.size[::-1], 3))
+    )
+    pictures = [
+        Image.fromarray((255 * spoil(image).clip(0, 1)).round().astype(np.uint8))
+        for image in one.references
+    ]
     return replace(one, references=tuple(pictures))
 
 
@@ -99,17 +114,26 @@ def mismatched(samples):
 def exchanged(samples):
     """(those with two references or more as they are, the same with the first two exchanged)."""
     some = [one for one in samples if len(one.references) > 1]
-    return some, [replace(one, references=(one.references[1], one.references[0], *one.references[2:])) for one in some]
+    return some, [
+        replace(one, references=(one.references[1], one.references[0], *one.references[2:]))
+        for one in some
+    ]
 
 
 def numbered(config):
     """{number of references: `num_samples` held-out samples}: four at the most, as in training, and then more."""
     known, more = (Drawn("held_out", config.data_seed, most) for most in (4, 5))
-    drawn = lambda source, fits: list(islice(filter(fits, map(source.__getitem__, count())), config.num_samples))
-    found = {f"{n} references": drawn(known, lambda one: len(one.references) == n) for n in (1, 2, 3, 4)}
+    drawn = lambda source, fits: list(
+        islice(filter(fits, map(source.__getitem__, count())), config.num_samples)
+    )
+    found = {
+        f"{n} references": drawn(known, lambda one: len(one.references) == n) for n in (1, 2, 3, 4)
+    }
     four = lambda one: one.task == "subject_composition" and len(one.references) == 4
-    return found | {"4 references, no scene": drawn(more, four),
-                    "5 references": drawn(more, lambda one: len(one.references) == 5)}  # fmt: skip
+    return found | {
+        "4 references, no scene": drawn(more, four),
+        "5 references": drawn(more, lambda one: len(one.references) == 5),
+    }
 
 
 def rows_of(config):
@@ -118,11 +142,17 @@ def rows_of(config):
         return numbered(config)
     samples = test_samples("toy", config.num_samples, 4, config.data_seed)
     if config.question == "noise":
-        return {f"noise {level}": [noisy(one, level, [config.seed, i]) for i, one in enumerate(samples)]
-                for level in LEVELS}  # fmt: skip
+        return {
+            f"noise {level}": [noisy(one, level, [config.seed, i]) for i, one in enumerate(samples)]
+            for level in LEVELS
+        }
     several, swapped = exchanged(samples)
-    return {"as given": samples, "last reference of another prompt": mismatched(samples),
-            "two or more references, as given": several, "first two exchanged": swapped}  # fmt: skip
+    return {
+        "as given": samples,
+        "last reference of another prompt": mismatched(samples),
+        "two or more references, as given": several,
+        "first two exchanged": swapped,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,9 +192,21 @@ def auc(score, right):
 def captions(model, tokenizer, clip, config):
     """Print how well each score tells right plans from wrong ones. Returns {score: (AUC, AUC of those drawn well)}."""
     layout = model.config.layout(tokenizer)
-    samples = [one for one in test_samples("toy", config.num_samples, 4, config.data_seed) for _ in range(config.draws)]
-    results = generate(model, layout, tokenizer, samples, config.seed, config.timestep_shift, config.num_timesteps,
-                       temperature=1.0)  # fmt: skip
+    samples = [
+        one
+        for one in test_samples("toy", config.num_samples, 4, config.data_seed)
+        for _ in range(config.draws)
+    ]
+    results = generate(
+        model,
+        layout,
+        tokenizer,
+        samples,
+        config.seed,
+        config.timestep_shift,
+        config.num_timesteps,
+        temperature=1.0,
+    )
     written = [result.plan.caption if result.valid else "" for result in results]
     keep = [i for i, caption in enumerate(written) if caption]
     if not keep:
@@ -174,16 +216,23 @@ def captions(model, tokenizer, clip, config):
     embedded = clip.embed_captions([written[i] for i in keep])
     asked = clip.embed_captions([samples[i].instruction for i in keep])
     scores = {
-        "picture": compare(clip.embed_images([results[i].image for i in keep]), embedded, "clip_cos"),
+        "picture": compare(
+            clip.embed_images([results[i].image for i in keep]), embedded, "clip_cos"
+        ),
         "instruction": compare(embedded, asked, "clip_cos"),
-        "likelihood": likelihoods(model, layout, tokenizer, [samples[i] for i in keep],
-                                  [results[i].text for i in keep]),
+        "likelihood": likelihoods(
+            model, layout, tokenizer, [samples[i] for i in keep], [results[i].text for i in keep]
+        ),
         "votes": votes(written, config.draws)[keep],
-    }  # fmt: skip
+    }
     well = scores["picture"] >= scores["picture"][right].median() if right.any() else right
-    print(f"{len(keep)} plans that parse: {int(right.sum())} right, {int((~right).sum())} wrong; "
-          f"drawn well: {int((right & well).sum())} and {int((~right & well).sum())}")  # fmt: skip
-    table = {name: (auc(score, right), auc(score[well], right[well])) for name, score in scores.items()}
+    print(
+        f"{len(keep)} plans that parse: {int(right.sum())} right, {int((~right).sum())} wrong; "
+        f"drawn well: {int((right & well).sum())} and {int((~right & well).sum())}"
+    )
+    table = {
+        name: (auc(score, right), auc(score[well], right[well])) for name, score in scores.items()
+    }
     print(f"{'AUC':12s} {'all plans':>12s} {'drawn well':>12s}")
     for name, (whole, part) in table.items():
         print(f"{name:12s} {whole:12.3f} {part:12.3f}")
@@ -200,9 +249,20 @@ def main(config):
     layout, table = model.config.layout(tokenizer), {}
     print(f"{'':34s}{'n':>6s}" + "".join(f"{name:>12s}" for name in COLUMNS))
     for name, samples in rows_of(config).items():
-        results = generate(model, layout, tokenizer, samples, config.seed, config.timestep_shift, config.num_timesteps)
+        results = generate(
+            model,
+            layout,
+            tokenizer,
+            samples,
+            config.seed,
+            config.timestep_shift,
+            config.num_timesteps,
+        )
         table[name] = row = measure(samples, results, clip)
-        print(f"{name:34s}{len(samples):6d}" + "".join(f"{row[key]:12.3f}" for key in COLUMNS), flush=True)
+        print(
+            f"{name:34s}{len(samples):6d}" + "".join(f"{row[key]:12.3f}" for key in COLUMNS),
+            flush=True,
+        )
     return table
 
 

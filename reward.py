@@ -16,12 +16,13 @@ counted in `truncated`. Left out: gradients through the reward, other reward mod
     clip = Clip("ViT-L-14", "openai");   clip.score(pictures, captions)                                    # (N,)
     train_toy_clip("out/toy-clip", seed=0, steps=400);   Clip("toy", "out/toy-clip")
 """
+
 import json
 import logging
 import math
 import os
 import shutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,16 @@ from safetensors.torch import load_file, save_file
 
 import data
 
-BATCH = 64            # pictures or captions that go through the CLIP at once; bounds the memory, not the result
+# pictures or captions that go through the CLIP at once; bounds the memory, not the result
+BATCH = 64
 
 
 class Clip:
     """A frozen CLIP. Embeddings are unit vectors in float32, without gradients; `truncated` counts captions cut."""
 
-    def __init__(self, name: str, pretrained: str, device: str = "cpu", cache_dir: str | None = None):
+    def __init__(
+        self, name: str, pretrained: str, device: str = "cpu", cache_dir: str | None = None
+    ):
         """name: an open_clip architecture, e.g. "ViT-B-32"; pretrained: a tag of it ("openai", ...), or a local
         .safetensors file in open_clip's layout (for OpenAI's weights write name="ViT-B-32-quickgelu"), or a folder
         written by `train_toy_clip` (the name is then free). cache_dir: where downloads go.
@@ -62,7 +66,7 @@ class Clip:
         """PIL pictures of any size and mode, or floats (N, 3, H, W) in [-1, 1] -> unit vectors (N, D)."""
         features = []
         for start in range(0, len(images), BATCH):
-            batch = _pixels(images[start:start + BATCH], self.preprocess, self.device)
+            batch = _pixels(images[start : start + BATCH], self.preprocess, self.device)
             features.append(self.model.encode_image(batch))
         return _unit(features, "picture")
 
@@ -71,12 +75,18 @@ class Clip:
         """N captions -> unit vectors (N, D). Those over the CLIP's context length are cut and counted."""
         for index, caption in enumerate(captions):
             if not caption.strip():
-                raise ValueError(f"caption {index} is empty: there is nothing to compare the picture with")
+                raise ValueError(
+                    f"caption {index} is empty: there is nothing to compare the picture with"
+                )
         length, features = self.model.context_length, []
         for start in range(0, len(captions), BATCH):
-            tokens = self.tokenizer(captions[start:start + BATCH], context_length=length)           # (N, length)
-            longer = self.tokenizer(captions[start:start + BATCH], context_length=length + 1)[:, :length]
-            self.truncated += int((tokens != longer).any(1).sum())    # cutting moves the end token, else both agree
+            # (N, length)
+            tokens = self.tokenizer(captions[start : start + BATCH], context_length=length)
+            longer = self.tokenizer(captions[start : start + BATCH], context_length=length + 1)[
+                :, :length
+            ]
+            # cutting moves the end token, else both agree
+            self.truncated += int((tokens != longer).any(1).sum())
             features.append(self.model.encode_text(tokens.to(self.device)))
         return _unit(features, "caption")
 
@@ -86,7 +96,9 @@ class Clip:
         images: as in `embed_images`; kind: "clip_l2" (from -2 to 0) or "clip_cos" (from -1 to 1).
         """
         if len(images) != len(captions):
-            raise ValueError(f"{len(images)} pictures and {len(captions)} captions: each picture needs its own")
+            raise ValueError(
+                f"{len(images)} pictures and {len(captions)} captions: each picture needs its own"
+            )
         return compare(self.embed_images(images), self.embed_captions(captions), kind)
 
     def clip_out(self, images, captions: list[str]) -> torch.Tensor:
@@ -107,7 +119,9 @@ def _unit(features: list[torch.Tensor], what: str) -> torch.Tensor:
     features = torch.cat(features).float()
     bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"the CLIP embedding of {what} {bad[0]} is not finite: its pixels or the weights are broken")
+        raise ValueError(
+            f"the CLIP embedding of {what} {bad[0]} is not finite: its pixels or the weights are broken"
+        )
     return F.normalize(features, dim=-1)
 
 
@@ -115,22 +129,34 @@ def _pixels(images, preprocess: dict, device: str) -> torch.Tensor:
     """Resize, crop the middle and normalise as the CLIP was trained: (N, 3, size, size)."""
     if isinstance(images, torch.Tensor):
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"pictures must be floats (N, 3, H, W) in [-1, 1], found shape {tuple(images.shape)}")
+            raise ValueError(
+                f"pictures must be floats (N, 3, H, W) in [-1, 1], found shape {tuple(images.shape)}"
+            )
         images = [image[None].to(device).float().clamp(-1, 1) / 2 + 0.5 for image in images]
     else:
-        images = [torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None] / 255
-                  for image in images]
+        images = [
+            torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None] / 255
+            for image in images
+        ]
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
     resized = []
     for image in images:
         scale = max(height / image.shape[2], width / image.shape[3])
-        target = (height, width) if preprocess["resize_mode"] == "squash" else \
-            (max(height, int(image.shape[2] * scale + 1e-6)), max(width, int(image.shape[3] * scale + 1e-6)))
+        target = (
+            (height, width)
+            if preprocess["resize_mode"] == "squash"
+            else (
+                max(height, int(image.shape[2] * scale + 1e-6)),
+                max(width, int(image.shape[3] * scale + 1e-6)),
+            )
+        )
         if target != tuple(image.shape[2:]):
-            image = F.interpolate(image, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            image = F.interpolate(
+                image, target, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
         top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
-        resized.append(image[:, :, top:top + height, left:left + width])
+        resized.append(image[:, :, top : top + height, left : left + width])
     mean = torch.tensor(preprocess["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(preprocess["std"], device=device).view(3, 1, 1)
     return (torch.cat(resized) - mean) / std
@@ -139,6 +165,7 @@ def _pixels(images, preprocess: dict, device: str) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
+
 def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.nn.Module:
     """An open_clip model with its weights and the activation those weights were trained with."""
     if open_clip.get_model_config(name) is None:
@@ -146,20 +173,30 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag and not pretrained.endswith(".safetensors"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"CLIP weights {pretrained!r}: expected a .safetensors file, a folder with clip.json, "
-                         f"or a tag of {name} ({tags})")
+        raise ValueError(
+            f"CLIP weights {pretrained!r}: expected a .safetensors file, a folder with clip.json, "
+            f"or a tag of {name} ({tags})"
+        )
     if not tag and not Path(pretrained).is_file():
-        raise FileNotFoundError(f"CLIP weights not found at {pretrained}; give a .safetensors file or a tag")
-    logging.disable(logging.CRITICAL)         # open_clip also logs what it raises; one message is enough
+        raise FileNotFoundError(
+            f"CLIP weights not found at {pretrained}; give a .safetensors file or a tag"
+        )
+    logging.disable(logging.CRITICAL)  # open_clip also logs what it raises; one message is enough
     try:
         # OpenAI's, DFN's and MetaCLIP's weights need QuickGELU; with the plain GELU of "ViT-B-32" the scores are wrong
-        return open_clip.create_model(name, pretrained, force_quick_gelu=bool(tag and tag.get("quick_gelu")),
-                                      cache_dir=cache_dir)
+        return open_clip.create_model(
+            name,
+            pretrained,
+            force_quick_gelu=bool(tag and tag.get("quick_gelu")),
+            cache_dir=cache_dir,
+        )
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if tag:
-            raise OSError(f"CLIP {name} ({pretrained}) could not be fetched; download its .safetensors file "
-                          f"elsewhere and give the path: {reason}") from error
+            raise OSError(
+                f"CLIP {name} ({pretrained}) could not be fetched; download its .safetensors file "
+                f"elsewhere and give the path: {reason}"
+            ) from error
         raise ValueError(f"{pretrained} does not hold weights of CLIP {name}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -168,8 +205,18 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
 # ---------------------------------------------------------------------------------------------------------------------
 # the toy CLIP
 
-def train_toy_clip(folder: str | Path, seed: int = 0, steps: int = 250, batch_size: int = 128, wrong: int = 3,
-                   patch_size: int = 16, width: int = 192, learning_rate: float = 2e-3, log=print) -> Path:
+
+def train_toy_clip(
+    folder: str | Path,
+    seed: int = 0,
+    steps: int = 250,
+    batch_size: int = 128,
+    wrong: int = 3,
+    patch_size: int = 16,
+    width: int = 192,
+    learning_rate: float = 2e-3,
+    log=print,
+) -> Path:
     """Train a small open_clip CLIP on pairs of the toy world; returns the folder with clip.json and clip.safetensors.
 
     A complete folder is returned at once, and nothing appears under its name before it is complete. ValueError if it
@@ -177,21 +224,32 @@ def train_toy_clip(folder: str | Path, seed: int = 0, steps: int = 250, batch_si
     wrong: captions with one wrong fact, a picture; patch_size and width: the picture tower; log: prints progress.
     """
     folder = Path(folder)
-    settings = dict(seed=seed, steps=steps, batch_size=batch_size, wrong=wrong, patch_size=patch_size, width=width,
-                    learning_rate=learning_rate)
+    settings = dict(
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        wrong=wrong,
+        patch_size=patch_size,
+        width=width,
+        learning_rate=learning_rate,
+    )
     if (folder / "clip.json").is_file() and (folder / "clip.safetensors").is_file():
         found = json.loads((folder / "clip.json").read_text()).get("training")
         if found != settings:
-            raise ValueError(f"{folder} holds a CLIP trained with {found}, not with {settings}; "
-                             "delete the folder or choose another one")
+            raise ValueError(
+                f"{folder} holds a CLIP trained with {found}, not with {settings}; "
+                "delete the folder or choose another one"
+            )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a toy CLIP; delete it or choose another folder")
+        raise ValueError(
+            f"{folder} exists and is not a toy CLIP; delete it or choose another folder"
+        )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)                           # before the work: an unwritable place is found out now
+    partial.mkdir(parents=True)  # before the work: an unwritable place is found out now
     config = _toy_config(patch_size, width)
-    with torch.random.fork_rng(devices=[]):               # the caller's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
         model = open_clip.CLIP(**config)
         _train(model, settings, lambda line: log(f"{folder.name}: {line}"))
@@ -206,23 +264,32 @@ def train_toy_clip(folder: str | Path, seed: int = 0, steps: int = 250, batch_si
 
 def _toy_config(patch_size: int, width: int) -> dict:
     """Arguments of open_clip.CLIP. 44 tokens hold any caption of the toy world."""
-    return dict(embed_dim=64, init_logit_scale=math.log(20),
-                vision_cfg=dict(image_size=data.SIZE, patch_size=patch_size, width=width, layers=3, head_width=64),
-                text_cfg=dict(context_length=44, width=64, heads=2, layers=2))
+    return dict(
+        embed_dim=64,
+        init_logit_scale=math.log(20),
+        vision_cfg=dict(
+            image_size=data.SIZE, patch_size=patch_size, width=width, layers=3, head_width=64
+        ),
+        text_cfg=dict(context_length=44, width=64, heads=2, layers=2),
+    )
 
 
 def _load_toy(folder: Path) -> tuple[torch.nn.Module, dict]:
     """(model, preprocess) of a folder that `train_toy_clip` wrote."""
     for name in ("clip.json", "clip.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a toy CLIP: {name} is missing; train one with train_toy_clip")
+            raise FileNotFoundError(
+                f"{folder} is not a toy CLIP: {name} is missing; train one with train_toy_clip"
+            )
     try:
         written = json.loads((folder / "clip.json").read_text())
         model = open_clip.CLIP(**written["model"])
         model.load_state_dict(load_file(folder / "clip.safetensors"))
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the toy CLIP in {folder} is damaged; delete the folder to train again: {reason}") from error
+        raise ValueError(
+            f"the toy CLIP in {folder} is damaged; delete the folder to train again: {reason}"
+        ) from error
     return model, written["preprocess"]
 
 
@@ -230,8 +297,11 @@ def _train(model: torch.nn.Module, settings: dict, log) -> None:
     """Contrastive training in place; the learning rate rises over 20 steps and falls along a cosine."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)],
-                                  betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0.0)],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     rng = np.random.default_rng(settings["seed"])
     for step in range(settings["steps"]):
         rate = settings["learning_rate"] * (1 + math.cos(math.pi * step / settings["steps"])) / 2
@@ -246,16 +316,25 @@ def _train(model: torch.nn.Module, settings: dict, log) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         if (step + 1) % 50 == 0 or step + 1 == settings["steps"]:
-            log(f"{step + 1}/{settings['steps']}  loss {loss:.3f}  right caption first {right:.0%} of the batch")
+            log(
+                f"{step + 1}/{settings['steps']}  loss {loss:.3f}  right caption first {right:.0%} of the batch"
+            )
 
 
 def _pairs(step: int, settings: dict, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
     """Pictures (B, 3, 32, 32) in [-1, 1]; B right captions, then B * wrong captions with one wrong fact each."""
     count = settings["batch_size"]
     samples = [data.draw_sample("train", step * count + i, settings["seed"]) for i in range(count)]
-    pictures = torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples]))       # (B, 32, 32, 3)
-    wrong = [caption for sample in samples for caption in data.wrong_captions(sample.truth, rng, settings["wrong"])]
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, [sample.plan.caption for sample in samples] + wrong
+    # (B, 32, 32, 3)
+    pictures = torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples]))
+    wrong = [
+        caption
+        for sample in samples
+        for caption in data.wrong_captions(sample.truth, rng, settings["wrong"])
+    ]
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, [
+        sample.plan.caption for sample in samples
+    ] + wrong
 
 
 def _augment(pictures: torch.Tensor) -> torch.Tensor:
@@ -267,21 +346,23 @@ def _augment(pictures: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(count, 1, 1, 1) < 0.15, blurred, pictures).clamp(-1, 1)
 
 
-def _loss(model: torch.nn.Module, pictures: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, float]:
+def _loss(
+    model: torch.nn.Module, pictures: torch.Tensor, captions: list[str]
+) -> tuple[torch.Tensor, float]:
     """Symmetric contrastive loss, wrong captions on the text side only; and how often the right caption came first."""
-    e = model.encode_image(pictures, normalize=True)                                                # (B, D)
-    u = _encode_text(model, _tokens(captions, model.context_length))                                # (B + wrong, D)
-    logits = model.logit_scale.exp() * e @ u.T                                                      # (B, B + wrong)
+    e = model.encode_image(pictures, normalize=True)  # (B, D)
+    u = _encode_text(model, _tokens(captions, model.context_length))  # (B + wrong, D)
+    logits = model.logit_scale.exp() * e @ u.T  # (B, B + wrong)
     answer = torch.arange(len(e))
-    loss = (F.cross_entropy(logits, answer) + F.cross_entropy(logits[:, :len(e)].T, answer)) / 2
+    loss = (F.cross_entropy(logits, answer) + F.cross_entropy(logits[:, : len(e)].T, answer)) / 2
     return loss, (logits.argmax(1) == answer).float().mean().item()
 
 
 def _encode_text(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens, normalize=True)` without computing the padding, the larger half of most captions."""
-    lengths = tokens.argmax(1) + 1                                    # the end token has the highest number
+    lengths = tokens.argmax(1) + 1  # the end token has the highest number
     order, features = lengths.argsort(), []
-    for part in order.chunk(4):                                       # captions of similar length together
+    for part in order.chunk(4):  # captions of similar length together
         longest = int(lengths[part].max())
         x = model.token_embedding(tokens[part, :longest]) + model.positional_embedding[:longest]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
@@ -294,7 +375,7 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _word(word: str) -> tuple[int, ...]:
     return tuple(_tokenizer().encode(word))
 
@@ -306,6 +387,8 @@ def _tokens(captions: list[str], length: int) -> torch.Tensor:
     for row, caption in zip(rows, captions):
         ids = [start, *(token for word in caption.split() for token in _word(word)), end]
         if len(ids) > length:
-            raise ValueError(f"the caption {caption!r} has {len(ids)} tokens, the toy CLIP reads {length}")
-        row[:len(ids)] = torch.tensor(ids)
+            raise ValueError(
+                f"the caption {caption!r} has {len(ids)} tokens, the toy CLIP reads {length}"
+            )
+        row[: len(ids)] = torch.tensor(ids)
     return rows

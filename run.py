@@ -37,7 +37,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from config import UserError, to_dict
 
@@ -55,7 +60,8 @@ MAY_CHANGE = (
     "replicas",
     "export",
 )  # between resumptions
-OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # what makes a process one of several
+# what makes a process one of several
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
@@ -79,8 +85,13 @@ def launch(timeout_minutes=30.0):
     if torch.cuda.is_available():
         backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device()}
     where = {"init_method": place["address"]} if place["address"] else {"store": dist.HashStore()}
-    dist.init_process_group(rank=place["rank"], world_size=place["size"], timeout=timedelta(minutes=timeout_minutes),
-                            **backend, **where)  # fmt: skip
+    dist.init_process_group(
+        rank=place["rank"],
+        world_size=place["size"],
+        timeout=timedelta(minutes=timeout_minutes),
+        **backend,
+        **where,
+    )
 
 
 def placement(environment):
@@ -90,13 +101,21 @@ def placement(environment):
     """
     e = environment
     if "RANK" in e:
-        return {"rank": int(e["RANK"]), "local_rank": int(e["LOCAL_RANK"]), "size": int(e["WORLD_SIZE"]),
-                "address": f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}"}  # fmt: skip
+        return {
+            "rank": int(e["RANK"]),
+            "local_rank": int(e["LOCAL_RANK"]),
+            "size": int(e["WORLD_SIZE"]),
+            "address": f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}",
+        }
     if int(e.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 20_000
         host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
-        return {"rank": int(e["SLURM_PROCID"]), "local_rank": int(e["SLURM_LOCALID"]),
-                "size": int(e["SLURM_STEP_NUM_TASKS"]), "address": f"tcp://{host}:{port}"}  # fmt: skip
+        return {
+            "rank": int(e["SLURM_PROCID"]),
+            "local_rank": int(e["SLURM_LOCALID"]),
+            "size": int(e["SLURM_STEP_NUM_TASKS"]),
+            "address": f"tcp://{host}:{port}",
+        }
     return {"rank": 0, "local_rank": 0, "size": 1, "address": None}
 
 
@@ -121,7 +140,11 @@ def is_main():
 
 def device():
     """Where this process computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def say(*words):
@@ -150,7 +173,9 @@ def reduced(numbers, how="sum"):
     if size() == 1:
         return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])
+    dist.all_reduce(
+        tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
+    )
     return tensor.tolist()
 
 
@@ -164,7 +189,9 @@ def merged(values):
         keys = [key for key in values if how(key) == kind]
         found |= dict(zip(keys, reduced([values[key] for key in keys], kind)))
     total = lambda key: key.endswith("tokens") or key == "truncated" or how(key) != "sum"
-    return {key: type(values[key])(found[key] if total(key) else found[key] / size()) for key in values}
+    return {
+        key: type(values[key])(found[key] if total(key) else found[key] / size()) for key in values
+    }
 
 
 def finish():
@@ -192,9 +219,15 @@ def shard(model, precision="float32", replicas=1):
     if size() % replicas:
         raise UserError(f"replicas={replicas} does not divide {size()} processes")
     kind = device().type
-    mesh = init_device_mesh(kind, (size(),)) if replicas == 1 else \
-        init_device_mesh(kind, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard"))  # fmt: skip
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returned a view: nobody writes to it
+    mesh = (
+        init_device_mesh(kind, (size(),))
+        if replicas == 1
+        else init_device_mesh(
+            kind, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard")
+        )
+    )
+    # returned a view: nobody writes to it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -212,7 +245,8 @@ def gathered(model):
     """
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     if units:
-        units[0]._get_fsdp_state()._lazy_init()  # the root must know its units before the first of them is gathered
+        # the root must know its units before the first of them is gathered
+        units[0]._get_fsdp_state()._lazy_init()
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -240,7 +274,9 @@ def clip_gradients(parameters, max_norm):
 
 def step_if_finite(optimizer, max_norm):
     """Clip and step, on all processes or on none; clears the gradients. Returns the norm, and whether it stepped."""
-    norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    norm = clip_gradients(
+        [p for group in optimizer.param_groups for p in group["params"]], max_norm
+    )
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -262,11 +298,17 @@ def start(config):
     path, threads = folder / "config.json", config.threads
     if path.is_file():
         before = read_json(path)
-        changed = [key for key in options if key not in MAY_CHANGE and before["options"].get(key) != options[key]]
+        changed = [
+            key
+            for key in options
+            if key not in MAY_CHANGE and before["options"].get(key) != options[key]
+        ]
         if changed:
             key = changed[0]
-            raise UserError(f"{folder} was made with {key}={before['options'].get(key)}, now {key}={options[key]}; "
-                            f"choose another --out, or delete the folder to start again")  # fmt: skip
+            raise UserError(
+                f"{folder} was made with {key}={before['options'].get(key)}, now {key}={options[key]}; "
+                f"choose another --out, or delete the folder to start again"
+            )
         threads = threads or before["threads"]
     threads = choose_threads(threads or (1 if size() > 1 else 0))
     if is_main():
@@ -291,7 +333,9 @@ def check_writable(folder):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to the folder {folder} ({error.strerror}); choose another with --out") from None
+        raise UserError(
+            f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
+        ) from None
 
 
 def write_text(path, text):
@@ -356,7 +400,9 @@ class Saver:
 
     def __init__(self, folder, keep=2, asynchronous=False):
         self.folder, self.keep, self.pending = Path(folder), keep, None
-        self.group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
+        self.group = (
+            dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
+        )
         self.asynchronous = asynchronous
 
     def save(self, step, tensors):
@@ -370,7 +416,10 @@ class Saver:
         quiet()
         try:
             if self.asynchronous:
-                self.pending = step, dcp.async_save(tensors, checkpoint_id=hidden, process_group=self.group)
+                self.pending = (
+                    step,
+                    dcp.async_save(tensors, checkpoint_id=hidden, process_group=self.group),
+                )
             else:
                 dcp.save(tensors, checkpoint_id=hidden, no_dist=size() == 1)
                 self._publish(step)
@@ -388,7 +437,8 @@ class Saver:
             return
         (step, future), self.pending = self.pending, None
         try:
-            future.result()  # of the first process: all processes have written, and the index is there
+            # of the first process: all processes have written, and the index is there
+            future.result()
             self._publish(step)
         except (OSError, CheckpointException) as error:
             self._refuse(step, error)
@@ -405,7 +455,9 @@ class Saver:
         hidden = self.folder / f".state-{step:06d}.tmp"
         if is_main():
             shutil.rmtree(hidden, ignore_errors=True)
-        reasons = list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
+        reasons = (
+            list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
+        )
         reason = " ".join(str(getattr(reasons[0], "__cause__", None) or reasons[0]).split())[:200]
         raise UserError(
             f"the training state after step {step} could not be written to {self.folder} ({reason}); the state "
@@ -431,10 +483,18 @@ def load_state(folder, step, parameters, optimizer, average):
     try:
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         for name, parameter in parameters.items():
-            if f"optimizer.step.{name}" in stored:  # a parameter that never had a gradient has no moments
-                moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        dcp.load(pack_state(parameters, optimizer, average), checkpoint_id=path, no_dist=size() == 1)
+            # a parameter that never had a gradient has no moments
+            if f"optimizer.step.{name}" in stored:
+                moments = {
+                    key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")
+                }
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    **moments,
+                }
+        dcp.load(
+            pack_state(parameters, optimizer, average), checkpoint_id=path, no_dist=size() == 1
+        )
     except (OSError, CheckpointException, EOFError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -507,7 +567,9 @@ def new_average(parameters):
 @torch.no_grad()
 def update_average(average, parameters, decay):
     """average <- decay * average + (1 - decay) * parameters."""
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+    torch._foreach_lerp_(
+        list(average.values()), [p.detach() for p in parameters.values()], 1 - decay
+    )
 
 
 @contextmanager
@@ -594,7 +656,9 @@ def pace(folder, first, model, precision):
     total = lambda *names: sum(line.get(name, 0) for line in lines for name in names)
     forward, trained = total("rollout_tokens"), total("tokens", "update_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
-    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")) / 2
+    weights = (
+        sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")) / 2
+    )
     share = (2 * forward + 6 * trained) * weights / spent / size() / matmul_speed(precision)
     return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * share:.0f} %"
 

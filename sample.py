@@ -53,25 +53,25 @@ class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model, or owner/name on Hugging Face
     init: str = ""  # the same, under the name it has in training
     ref: tuple[str, ...] = ()  # reference pictures: --ref a.png --ref b.png
-    prompt: str = ""  # the instruction; "image 1" names the first reference; <image>: it stands here, not in front
-    prompts: str = ""  # in place of ref and prompt: a file with a JSON object a line, {"prompt", "ref", "key"}
+    prompt: str = ""  # the instruction; "image 1" names a reference, <image> places it
+    prompts: str = ""  # in place of both: a file of JSON lines {"prompt", "ref", "key"}
     out: str = "picture.png"  # file to write; a folder for several prompts or seeds
     seeds: int = 1  # pictures of each prompt, with the seeds seed, seed + 1, ...
     plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
     max_references: int = 4
     max_plan_tokens: int = 1000
     temperature: float = 0.0  # of the plan; 0 is greedy
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1: from all
-    system_prompt: bool = False  # put BAGEL's request to think first in front; for weights not trained here
+    top_p: float = 1.0  # draw from the likeliest tokens of this total probability; 1: all
+    system_prompt: bool = False  # BAGEL's request to think first; for weights not trained here
     num_timesteps: int = 50  # grid points; one more than model evaluations
     timestep_shift: float = 3.0
     text_guidance: float = 4.0  # 1: off
     image_guidance: float = 1.5
     guidance_low: float = 0.4  # guidance acts at times above this
     guidance_high: float = 1.0  # and up to this
-    renorm: Literal["global", "channel", "text_channel"] = "global"  # what guidance may not lengthen (flow.guide)
+    renorm: Literal["global", "channel", "text_channel"] = "global"  # see flow.guide
     renorm_min: float = 0.0  # the least factor of the renormalisation; 1: off
-    square: bool = False  # without height and width: the largest square, not the size of the last reference
+    square: bool = False  # without height and width: the largest square, not the last reference
     height: int = 0  # pixels; 0: see square
     width: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
@@ -81,16 +81,27 @@ class Config:
 
     def __post_init__(self):
         if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture")
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a probability above 0 and up to 1")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: expected at least 1")
         if self.prompts and (self.prompt or self.ref):
-            raise ValueError("--prompts brings prompts and references from a file; leave --prompt and --ref out")
+            raise ValueError(
+                "--prompts brings prompts and references from a file; leave --prompt and --ref out"
+            )
 
 
-TOY = dict(max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0, square=True)
+TOY = dict(
+    max_plan_tokens=72,
+    num_timesteps=7,
+    timestep_shift=10.0,
+    text_guidance=1.0,
+    image_guidance=1.0,
+    square=True,
+)
 PRESETS = {"toy": TOY, "smoke": TOY | dict(checkpoint="out/smoke-grpo"), "full": dict()}
 
 
@@ -99,11 +110,13 @@ class Prompt:
     """What stands before the plan: references (vision.Reference) and texts (lists of token ids) in order."""
 
     items: tuple
-    vae: bool = True  # false: pictures go through the eye alone, to be understood and not drawn (docs/BAGEL.md §12)
+    vae: bool = True  # false: pictures go through the eye alone (docs/BAGEL.md §12)
 
     def write(self, sequence):
         for item in self.items:
-            sequence.text(item) if isinstance(item, (list, tuple)) else sequence.image(item, vae=self.vae)
+            sequence.text(item) if isinstance(item, (list, tuple)) else sequence.image(
+                item, vae=self.vae
+            )
 
     def __len__(self):
         """Tokens in a packed sequence."""
@@ -149,7 +162,17 @@ def prefill(model, layout, prompts):
 
 
 @torch.no_grad()
-def think(model, layout, prompts, group_size, max_tokens, temperature=0.0, generators=None, top_p=1.0, prefix=None):
+def think(
+    model,
+    layout,
+    prompts,
+    group_size,
+    max_tokens,
+    temperature=0.0,
+    generators=None,
+    top_p=1.0,
+    prefix=None,
+):
     """Decode `group_size` plans for each prompt, all together. prefix: what `prefill` gave for these prompts.
 
     Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
@@ -195,7 +218,10 @@ def choose(logits, temperature, top_p, generators):
         behind = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones make up top_p already
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
     rows = probabilities.cpu()
-    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(rows, generators, strict=True)]
+    drawn = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(rows, generators, strict=True)
+    ]
     return torch.cat(drawn).to(logits.device)
 
 
@@ -206,7 +232,9 @@ def draw_noise(lengths, channels, generators):
 
 
 @torch.no_grad()
-def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None):
+def paint(
+    model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None
+):
     """Paint a picture for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
 
     plans: for each prompt a list with the token ids of each plan, or None to paint without a plan.
@@ -215,10 +243,17 @@ def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=N
     prefix: what `prefill` gave for these prompts.
     """
     model_device, channels = model.embed_tokens.weight.device, model.config.token_channels
-    noised = [[[(torch.zeros(h * w, channels), (h, w), 1.0)] for _ in group] for (h, w), group in zip(grids, plans)]
+    noised = [
+        [[(torch.zeros(h * w, channels), (h, w), 1.0)] for _ in group]
+        for (h, w), group in zip(grids, plans)
+    ]
     packed, rows = lay_out(layout, prompts, plans, noised, sampler.contexts)
-    packed, rows = packed.to(model_device), {name: index.to(model_device) for name, index in rows.items()}
-    lengths = [len(image) for group in noised for images in group for image, *_ in images]  # tokens of each picture
+    packed, rows = (
+        packed.to(model_device),
+        {name: index.to(model_device) for name, index in rows.items()},
+    )
+    # tokens of each picture
+    lengths = [len(image) for group in noised for images in group for image, *_ in images]
     image_of_token = torch.repeat_interleave(torch.tensor(lengths, device=model_device))
     cache = fill(model, layout, prompts, packed, prefix)
     canvas = packed.select(packed.rows_of("noised"))
@@ -230,7 +265,14 @@ def paint(model, layout, prompts, plans, grids, sampler, generators=None, step=N
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         canvas.latents = x[token]
         canvas.timesteps = torch.full_like(canvas.timesteps, t)
-        v = guided(model.velocity(canvas, model(canvas, cache)[1]), rows, t, sampler, image_of_token, len(lengths))
+        v = guided(
+            model.velocity(canvas, model(canvas, cache)[1]),
+            rows,
+            t,
+            sampler,
+            image_of_token,
+            len(lengths),
+        )
         x = flow.euler_step(x, v, t, t_next) if step is None else step(k, x, v, t, t_next)
     return x
 
@@ -291,8 +333,17 @@ def guided(v, rows, t, sampler, image_of_token, images):
     active = flow.guidance_active(t, sampler.guidance_interval)
     if "no_text" not in v or not bool(active.any()):
         return v["full"]
-    mixed = flow.guide(v["full"], v["no_text"], v.get("no_image"), sampler.text_guidance, sampler.image_guidance,
-                       sampler.renorm, sampler.renorm_min, image_of_token, images)  # fmt: skip
+    mixed = flow.guide(
+        v["full"],
+        v["no_text"],
+        v.get("no_image"),
+        sampler.text_guidance,
+        sampler.image_guidance,
+        sampler.renorm,
+        sampler.renorm_min,
+        image_of_token,
+        images,
+    )
     return mixed if active.ndim == 0 else torch.where(active[:, None], mixed, v["full"])
 
 
@@ -311,8 +362,14 @@ def make_prompt(model, tokenizer, references, instruction, system=""):
         items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
         items = [item for item in items if not isinstance(item, str) or item.strip()]
     items = [system] * bool(system) + items
-    return Prompt(tuple(tokenizer.encode(item.strip() if len(pieces) > 1 else item) if isinstance(item, str)
-                        else model.read(item, as_inferencer=True) for item in items))  # fmt: skip
+    return Prompt(
+        tuple(
+            tokenizer.encode(item.strip() if len(pieces) > 1 else item)
+            if isinstance(item, str)
+            else model.read(item, as_inferencer=True)
+            for item in items
+        )
+    )
 
 
 def picture(model, tokens, grid):
@@ -339,7 +396,9 @@ def jobs(config):
         return [Job(config.prompt, config.ref, config.seed, Path(config.out))]
     folder, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
     if folder.suffix.lower() in PICTURES:
-        raise UserError(f"--out {config.out}: several pictures go into a folder; give a name without {folder.suffix}")
+        raise UserError(
+            f"--out {config.out}: several pictures go into a folder; give a name without {folder.suffix}"
+        )
     return [
         Job(prompt, tuple(refs), seed, folder / f"{key or 'picture'}-{seed}.png")
         for key, prompt, refs in prompts
@@ -355,7 +414,10 @@ def read_prompts(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             one = json.loads(line)
-            key, refs = str(one.get("key", f"{number:04d}")), [str(path.parent / ref) for ref in one.get("ref", [])]
+            key, refs = (
+                str(one.get("key", f"{number:04d}")),
+                [str(path.parent / ref) for ref in one.get("ref", [])],
+            )
             found.append((key, str(one["prompt"]), refs))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -372,20 +434,26 @@ def check(config, model, job):
     if not job.prompt.strip():
         raise UserError("--prompt is empty; say what to draw")
     if len(job.references) > config.max_references:
-        raise UserError(f"{len(job.references)} references given, the preset allows {config.max_references}; "
-                        f"leave some out or raise --max_references")  # fmt: skip
+        raise UserError(
+            f"{len(job.references)} references given, the preset allows {config.max_references}; "
+            f"leave some out or raise --max_references"
+        )
     iccot.check_instruction(job.prompt, len(job.references))
     if job.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
     references = [open_image(path) for path in job.references]
     largest, unit = model.config.latent_side * model.config.token_pixels, model.config.token_pixels
     width, height = (
-        (largest, largest) if config.square or not references else model.config.image_rule.size(*references[-1].size)
+        (largest, largest)
+        if config.square or not references
+        else model.config.image_rule.size(*references[-1].size)
     )
     height, width = config.height or height, config.width or width
     for name, side in (("height", height), ("width", width)):
         if not 0 < side <= largest or side % unit:
-            raise UserError(f"--{name}={side}: expected a multiple of {unit} up to {largest} pixels")
+            raise UserError(
+                f"--{name}={side}: expected a multiple of {unit} up to {largest} pixels"
+            )
     run.check_writable(job.out.parent)
     return references, (height // unit, width // unit)
 
@@ -395,15 +463,32 @@ def paint_job(config, model, tokenizer, layout, job, references, grid):
     system = iccot.GENERATION_SYSTEM_PROMPT if config.plan and config.system_prompt else ""
     prompts, plan, about = [make_prompt(model, tokenizer, references, job.prompt, system)], None, {}
     if config.plan:
-        plans, _ = think(model, layout, prompts, 1, config.max_plan_tokens, config.temperature,
-                         [run.generator(job.seed, 1)], config.top_p)  # fmt: skip
+        plans, _ = think(
+            model,
+            layout,
+            prompts,
+            1,
+            config.max_plan_tokens,
+            config.temperature,
+            [run.generator(job.seed, 1)],
+            config.top_p,
+        )
         plan = plans[0]
         about = print_plan(tokenizer.decode(plan), len(references))
-    sampler = Sampler(config.num_timesteps, config.timestep_shift, config.text_guidance, config.image_guidance,
-                      (config.guidance_low, config.guidance_high), config.renorm, config.renorm_min)  # fmt: skip
+    sampler = Sampler(
+        config.num_timesteps,
+        config.timestep_shift,
+        config.text_guidance,
+        config.image_guidance,
+        (config.guidance_low, config.guidance_high),
+        config.renorm,
+        config.renorm_min,
+    )
     x = paint(model, layout, prompts, [[plan]], [grid], sampler, [run.generator(job.seed, 2)])
     about |= {"prompt": job.prompt, "references": list(job.references), "seed": job.seed}
-    run.write_text(job.out.with_suffix(".json"), json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+    run.write_text(
+        job.out.with_suffix(".json"), json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+    )
     hidden = job.out.with_name(f".{job.out.name}")
     picture(model, x, grid).save(hidden)
     os.replace(hidden, job.out)
@@ -413,7 +498,9 @@ def paint_job(config, model, tokenizer, layout, job, references, grid):
 def main(config):
     with exit_on_user_error(ValueError):
         wanted = jobs(config)
-        model, tokenizer = load_model(config.init or config.checkpoint, config.device, getattr(torch, config.dtype))
+        model, tokenizer = load_model(
+            config.init or config.checkpoint, config.device, getattr(torch, config.dtype)
+        )
         layout = model.config.layout(tokenizer)
         for job in wanted:
             check(config, model, job)
@@ -428,7 +515,11 @@ def main(config):
 def print_plan(text, references):
     """The IC-CoT as a person reads it, or the raw text with what is wrong with it. Returns it for the JSON file."""
     read, problems = iccot.salvage(text, references)
-    about = {"text": text, "plan": json.loads(iccot.to_json(read)) if read else None, "problems": problems}
+    about = {
+        "text": text,
+        "plan": json.loads(iccot.to_json(read)) if read else None,
+        "problems": problems,
+    }
     if read is None:
         print(f"plan       unreadable: {text}")
         return about

@@ -34,7 +34,8 @@ import torch
 
 from kernels.mask import Mask
 
-KINDS = ("given", "noised", "reserved")  # what a row holds: known content, a noised image with its markers, a free slot
+# what a row holds: known content, a noised image with its markers, a free slot
+KINDS = ("given", "noised", "reserved")
 
 # N tokens of the packed sequence    T text tokens    V ViT tokens    L latent tokens    M noised ones among them
 # C channels of one latent token     P values of one ViT patch
@@ -76,13 +77,16 @@ class Packed:
     positions: torch.Tensor  # (N,) RoPE position of each row
     mask: Mask
     slots: torch.Tensor | None = None  # (N,) places in the whole sequence, None: row i is slot i
-    key_order: torch.Tensor | None = None  # after `cut`: sorts the keys of the context and of these rows by slot
+    # after `cut`: sorts the keys of the context and of these rows by slot
+    key_order: torch.Tensor | None = None
     label_rows: torch.Tensor | None = None  # which of the T text tokens predict
     labels: torch.Tensor | None = None  # what they shall predict
     kinds: torch.Tensor | None = None  # (N,) index into KINDS
-    shared: torch.Tensor | None = None  # (N,) bool: outside all branches and noised images of its document
+    # (N,) bool: outside all branches and noised images of its document
+    shared: torch.Tensor | None = None
     extra: torch.Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
-    order: torch.Tensor = field(init=False)  # (N,) row of this pack for each row of the model's residual stream
+    # (N,) row of this pack for each row of the model's residual stream
+    order: torch.Tensor = field(init=False)
     inverse: torch.Tensor = field(init=False)  # (N,) the other way round
 
     def __post_init__(self):
@@ -109,7 +113,9 @@ class Packed:
         """The pack of only these rows (sorted), which look at the keys of the whole sequence, say in a KV cache."""
         local = torch.full((len(self),), -1, dtype=torch.long, device=rows.device)
         local[rows] = torch.arange(len(rows), device=rows.device)
-        text, vit, latent = (local[index] >= 0 for index in (self.text_index, self.vit_index, self.latent_index))
+        text, vit, latent = (
+            local[index] >= 0 for index in (self.text_index, self.vit_index, self.latent_index)
+        )
         is_noised = torch.zeros_like(latent)
         is_noised[self.noised] = True
         whole_vit = [bool(part.any()) for part in vit.split(self.vit_lengths)]
@@ -119,18 +125,25 @@ class Packed:
             kept = text[self.label_rows]
             labelled, labels = (text.cumsum(0) - 1)[self.label_rows[kept]], self.labels[kept]
         return Packed(
-            text_ids=self.text_ids[text], text_index=local[self.text_index[text]],
-            vit_patches=self.vit_patches[vit], vit_index=local[self.vit_index[vit]],
+            text_ids=self.text_ids[text],
+            text_index=local[self.text_index[text]],
+            vit_patches=self.vit_patches[vit],
+            vit_index=local[self.vit_index[vit]],
             vit_position_ids=self.vit_position_ids[vit],
             vit_lengths=tuple(n for n, kept in zip(self.vit_lengths, whole_vit) if kept),
-            latents=self.latents[latent], latent_index=local[self.latent_index[latent]],
-            latent_position_ids=self.latent_position_ids[latent], image_of_latent=self.image_of_latent[latent],
+            latents=self.latents[latent],
+            latent_index=local[self.latent_index[latent]],
+            latent_position_ids=self.latent_position_ids[latent],
+            image_of_latent=self.image_of_latent[latent],
             timesteps=self.timesteps,
             noised=torch.nonzero(is_noised[latent]).squeeze(1),
             noised_lengths=tuple(n for n, kept in zip(self.noised_lengths, whole_noised) if kept),
-            positions=self.positions[rows], mask=Mask(self.mask.q_hi[rows], self.mask.k_hi, rows), slots=rows,
-            label_rows=labelled, labels=labels,
-        )  # fmt: skip
+            positions=self.positions[rows],
+            mask=Mask(self.mask.q_hi[rows], self.mask.k_hi, rows),
+            slots=rows,
+            label_rows=labelled,
+            labels=labels,
+        )
 
     def cut(self):
         """(shared, rest): two packs that together compute what this one does.
@@ -140,7 +153,8 @@ class Packed:
         """
         shared, rest = (torch.nonzero(flags).squeeze(1) for flags in (self.shared, ~self.shared))
         first, second = self.select(shared), self.select(rest)
-        before = lambda bound: torch.searchsorted(shared, bound.long())  # rows of `shared` before a place in the whole
+        # rows of `shared` before a place in the whole
+        before = lambda bound: torch.searchsorted(shared, bound.long())
         first.mask = Mask(before(self.mask.q_hi[shared]), before(self.mask.k_hi[shared]))
         second.key_order = torch.argsort(torch.cat([shared, rest]))
         return first, second
@@ -157,12 +171,23 @@ class Packed:
         """The pack of one decoding step: a text token `ids[g]` at slot `slots[g]` for each member g, shapes (G,)."""
         none = slots.new_empty(0)
         return Packed(
-            text_ids=ids, text_index=torch.arange(len(slots), device=slots.device),
-            vit_patches=self.vit_patches[:0], vit_index=none, vit_position_ids=none, vit_lengths=(),
-            latents=self.latents[:0], latent_index=none, latent_position_ids=none, image_of_latent=none,
-            timesteps=self.timesteps[:0], noised=none, noised_lengths=(), positions=self.positions[slots],
-            mask=Mask(self.mask.q_hi[slots], self.mask.k_hi, slots), slots=slots,
-        )  # fmt: skip
+            text_ids=ids,
+            text_index=torch.arange(len(slots), device=slots.device),
+            vit_patches=self.vit_patches[:0],
+            vit_index=none,
+            vit_position_ids=none,
+            vit_lengths=(),
+            latents=self.latents[:0],
+            latent_index=none,
+            latent_position_ids=none,
+            image_of_latent=none,
+            timesteps=self.timesteps[:0],
+            noised=none,
+            noised_lengths=(),
+            positions=self.positions[slots],
+            mask=Mask(self.mask.q_hi[slots], self.mask.k_hi, slots),
+            slots=slots,
+        )
 
 
 class Sequence:
@@ -177,7 +202,14 @@ class Sequence:
         self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
         self.vit, self.latents, self.image_of_latent, self.timesteps = [], [], [], []
         self.noised, self.noised_lengths = [], []
-        self.q_hi, self.k_hi, self.positions, self.kinds, self.shared, self.extra = [], [], [], [], [], []
+        self.q_hi, self.k_hi, self.positions, self.kinds, self.shared, self.extra = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         self.reserved = []  # first slot of each reserved run, in order
 
     @contextmanager
@@ -221,7 +253,9 @@ class Sequence:
         self.kinds += [KINDS.index(kind)] * length
         self.shared += [len(self.frames) == 1] * length
         self.extra += [self.is_extra] * length
-        self.positions += range(self.position, self.position + length) if causal else [self.position] * length
+        self.positions += (
+            range(self.position, self.position + length) if causal else [self.position] * length
+        )
         self.frames[-1].append((start, end))
         self.length = end
         return start
@@ -259,15 +293,25 @@ class Sequence:
             self.position += 1
         if vit:
             if reference.patches is not None:
-                height, width = self._check(reference.patch_grid, self.layout.vit_side, len(reference.patches), "ViT")
+                height, width = self._check(
+                    reference.patch_grid, self.layout.vit_side, len(reference.patches), "ViT"
+                )
                 start = self._image_run(height * width, "given")
-                self.vit.append((start + 1, reference.patches, _position_ids(height, width, self.layout.vit_side)))
+                self.vit.append(
+                    (
+                        start + 1,
+                        reference.patches,
+                        _position_ids(height, width, self.layout.vit_side),
+                    )
+                )
             self.position += 1
 
     def noise(self, x_t, grid, timestep, name=None):
         """A noised image (n, C) at flow time `timestep`: a leaf that sees its path and that nobody sees."""
         if name is not None and name in self.names:
-            raise ValueError(f"image {name!r}: its noised copy must come before its clean copy, which it would see")
+            raise ValueError(
+                f"image {name!r}: its noised copy must come before its clean copy, which it would see"
+            )
         with self._frame():
             self._latents(x_t, grid, timestep, "noised")
 
@@ -278,7 +322,9 @@ class Sequence:
         if kind == "noised":
             self.noised += range(first, first + len(tokens))
             self.noised_lengths.append(len(tokens))
-        self.latents.append((start + 1, tokens, _position_ids(height, width, self.layout.latent_side)))
+        self.latents.append(
+            (start + 1, tokens, _position_ids(height, width, self.layout.latent_side))
+        )
         self.image_of_latent += [len(self.timesteps)] * len(tokens)
         self.timesteps.append(float(timestep))
 
@@ -294,7 +340,9 @@ class Sequence:
         if height * width != tokens:
             raise ValueError(f"{tokens} {kind} tokens do not fill a grid of {height} x {width}")
         if max(height, width) > side:
-            raise ValueError(f"a {kind} grid of {height} x {width} exceeds the position table of {side} x {side}")
+            raise ValueError(
+                f"a {kind} grid of {height} x {width} exceeds the position table of {side} x {side}"
+            )
         return height, width
 
     def pack(self):
@@ -302,25 +350,37 @@ class Sequence:
         if self.frames:
             raise ValueError("pack() was called inside a document or branch")
         long = lambda values: torch.tensor(values, dtype=torch.long)
-        spans = lambda parts: _cat([torch.arange(start, start + len(x)) for start, x, _ in parts], torch.long)
+        spans = lambda parts: _cat(
+            [torch.arange(start, start + len(x)) for start, x, _ in parts], torch.long
+        )
         return Packed(
-            text_ids=long(self.text_ids), text_index=long(self.text_index),
-            vit_patches=_cat([x for _, x, _ in self.vit], torch.float32), vit_index=spans(self.vit),
+            text_ids=long(self.text_ids),
+            text_index=long(self.text_index),
+            vit_patches=_cat([x for _, x, _ in self.vit], torch.float32),
+            vit_index=spans(self.vit),
             vit_position_ids=_cat([ids for *_, ids in self.vit], torch.long),
             vit_lengths=tuple(len(x) for _, x, _ in self.vit),
-            latents=_cat([x for _, x, _ in self.latents], torch.float32), latent_index=spans(self.latents),
+            latents=_cat([x for _, x, _ in self.latents], torch.float32),
+            latent_index=spans(self.latents),
             latent_position_ids=_cat([ids for *_, ids in self.latents], torch.long),
-            image_of_latent=long(self.image_of_latent), timesteps=torch.tensor(self.timesteps, dtype=torch.float32),
-            noised=long(self.noised), noised_lengths=tuple(self.noised_lengths),
-            positions=long(self.positions), mask=Mask(long(self.q_hi), long(self.k_hi)),
-            label_rows=long(self.label_rows), labels=long(self.labels), kinds=long(self.kinds),
-            shared=torch.tensor(self.shared, dtype=torch.bool), extra=torch.tensor(self.extra, dtype=torch.bool),
-        )  # fmt: skip
+            image_of_latent=long(self.image_of_latent),
+            timesteps=torch.tensor(self.timesteps, dtype=torch.float32),
+            noised=long(self.noised),
+            noised_lengths=tuple(self.noised_lengths),
+            positions=long(self.positions),
+            mask=Mask(long(self.q_hi), long(self.k_hi)),
+            label_rows=long(self.label_rows),
+            labels=long(self.labels),
+            kinds=long(self.kinds),
+            shared=torch.tensor(self.shared, dtype=torch.bool),
+            extra=torch.tensor(self.extra, dtype=torch.bool),
+        )
 
 
 def _position_ids(height, width, side):
     """Table rows of a grid in its top left corner: row * side + column (docs/BAGEL.md §6.3, extrapolate)."""
-    return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()  # (height * width,)
+    # (height * width,)
+    return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()
 
 
 def _cat(parts, dtype):

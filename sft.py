@@ -47,18 +47,18 @@ from vision import transform
 @dataclass(frozen=True)
 class Config(ModelConfig):
     config: str = ""  # name of the preset
-    init: str = ""  # checkpoint to start from: a folder, or owner/name on Hugging Face; "": fresh weights
+    init: str = ""  # checkpoint to start from: a folder, or owner/name; "": fresh weights
     # data
-    data: str = "toy"  # "toy" draws its samples; otherwise a tar shard, a folder of them or of records.jsonl
+    data: str = "toy"  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     workers: int = 0  # processes that read samples ahead
     max_references: int = 4  # pictures in a prompt, at most
     samples_per_step: int = 512  # samples of one optimiser step
-    tokens_per_pack: int = 36_864  # at most in one forward and backward pass: bounds the memory, not the result (BAGEL)
+    tokens_per_pack: int = 36_864  # at most in one pass (BAGEL): bounds the memory, not the result
     noise_copies: int = 1  # noised copies of each target, sharing prompt and plan
-    in_context: bool = True  # false: several references become text to image, with the caption as the instruction
+    in_context: bool = True  # false: several references become text to image with the caption
     plan_dropout: float = 0.2  # share of samples without IC-CoT (unpublished in the paper)
-    text_dropout: float = 0.1  # share of samples that lose instruction and plan (BAGEL's fine-tuning recipe)
+    text_dropout: float = 0.1  # share of samples that lose instruction and plan (BAGEL)
     vae_dropout: float = 0.3  # share of references that lose their latents
     vit_dropout: float = 0.3  # share of references that lose their ViT tokens
     # optimisation
@@ -69,15 +69,15 @@ class Config(ModelConfig):
     weight_decay: float = 0.0
     beta2: float = 0.95  # AdamW (BAGEL)
     max_grad_norm: float = 1.0
-    average: float = 0.9999  # decay of the moving average of the weights, which is what is saved (BAGEL)
+    average: float = 0.9999  # decay of the moving average of the weights, which is saved (BAGEL)
     ce_weight: float = 1.0  # weight of the text loss
     mse_weight: float = 1.0  # weight of the image loss
     timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
     # machine
-    checkpointing: bool = True  # recompute each block in the backward pass: less memory, a third more time
-    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and moments stay float32
-    sum_every_pass: bool = True  # sum gradients over processes every pass (a shard stays) or once a step (all stay)
-    replicas: int = 1  # copies of the model, each sharded over its part of the processes (hybrid sharding)
+    checkpointing: bool = True  # recompute each block backward: less memory, a third more time
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic alone
+    sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
+    replicas: int = 1  # copies of the model, each sharded over its part of the processes
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
     # run
     out: str = "out/full-sft"
@@ -85,16 +85,17 @@ class Config(ModelConfig):
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     save_every: int = 2000  # steps between training states
     keep: int = 2  # training states that stay
-    export: bool = False  # write the newest state as `out`/model in BAGEL's layout, and train no further
-    async_save: bool = False  # write states while training goes on; needs the memory of one more copy on the host
+    export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
+    async_save: bool = False  # write states while training goes on; one more copy on the host
     sample_every: int = 2000  # steps between pictures of the same eight prompts
     sample_side: int = 1024  # pixels of those pictures
     sample_timesteps: int = 50  # grid points of their sampler
     sample_shift: float = 3.0  # its time shift
 
 
+# fmt: off
 TOY = dict(text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0, checkpointing=False,
-           precision="float32", sum_every_pass=False, sample_side=data.SIZE, sample_timesteps=7, sample_shift=10.0)  # fmt: skip
+           precision="float32", sum_every_pass=False, sample_side=data.SIZE, sample_timesteps=7, sample_shift=10.0)
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
         samples_per_step=14, plan_dropout=0.1, ce_weight=0.3, steps=2000, lr=4e-3, warmup=100, average=0.99,
@@ -110,7 +111,8 @@ PRESETS = {
         save_every=1000, sample_every=1000,
     ),
     "full": dict(),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def model_config(config):
@@ -120,11 +122,15 @@ def model_config(config):
     if not config.init:
         return options
     found = load_config(find_model(config.init))
-    preset = replace(ModelConfig(), **{k: v for k, v in PRESETS.get(config.config, {}).items() if k in names})
+    preset = replace(
+        ModelConfig(), **{k: v for k, v in PRESETS.get(config.config, {}).items() if k in names}
+    )
     for name in names:
         if getattr(options, name) not in (getattr(preset, name), getattr(found, name)):
-            raise UserError(f"--{name}={getattr(options, name)}: the model's shape comes from {config.init}, which has "
-                            f"{name}={getattr(found, name)}; leave the option out")  # fmt: skip
+            raise UserError(
+                f"--{name}={getattr(options, name)}: the model's shape comes from {config.init}, which has "
+                f"{name}={getattr(found, name)}; leave the option out"
+            )
     return found
 
 
@@ -210,8 +216,14 @@ def pack(layout, examples, tokens_per_pack):
 def losses(model, packed, target):
     """(cross entropy summed over the plan tokens, squared velocity error: mean over channels, summed over tokens)."""
     und, gen = model(packed)
-    ce = model.cross_entropy(und, packed).sum() if len(packed.labels) else model.lm_head(und[:1]).sum() * 0
-    return ce, F.mse_loss(model.velocity(packed, gen).float(), target, reduction="sum") / target.shape[-1]
+    ce = (
+        model.cross_entropy(und, packed).sum()
+        if len(packed.labels)
+        else model.lm_head(und[:1]).sum() * 0
+    )
+    return ce, F.mse_loss(
+        model.velocity(packed, gen).float(), target, reduction="sum"
+    ) / target.shape[-1]
 
 
 def backward(model, packs, config):
@@ -220,7 +232,10 @@ def backward(model, packs, config):
     Sharding averages gradients over the processes, hence the factor. A process with fewer packs than another repeats
     its last one with weight 0, so that all make the same number of passes.
     """
-    counts = [sum(len(packed.labels) for packed, _ in packs), sum(len(target) for _, target in packs)]
+    counts = [
+        sum(len(packed.labels) for packed, _ in packs),
+        sum(len(target) for _, target in packs),
+    ]
     labels, latents = run.reduced(counts)
     passes = int(run.reduced([len(packs)], "max")[0])
     means = torch.zeros(2, dtype=torch.float64)
@@ -264,8 +279,13 @@ def train(config):
         source = open_source(config.data, config.seed, config.max_references, config.scale)
         model, tokenizer = build(config, folder)
         layout = model.config.layout(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay,
-                                  fused=True)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        config.lr,
+        (0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
     parameters = dict(model.named_parameters())
     average = run.new_average(parameters)
     if step:
@@ -276,11 +296,21 @@ def train(config):
         f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
         f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}"
     )
-    begun, stop, saver, bad = time.perf_counter(), run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
+    begun, stop, saver, bad = (
+        time.perf_counter(),
+        run.Stop(),
+        run.Saver(folder, config.keep, config.async_save),
+        0,
+    )
     positions = [i for later in range(step, steps) for i in sample_indices(config, later)]
     samples, first = stream(source, positions, config.workers), step
-    bar = tqdm(range(step, steps), initial=step, total=config.steps, desc="sft",
-               disable=None if run.is_main() else True)  # fmt: skip
+    bar = tqdm(
+        range(step, steps),
+        initial=step,
+        total=config.steps,
+        desc="sft",
+        disable=None if run.is_main() else True,
+    )
     for step in bar:
         values, finite = iteration(model, optimizer, layout, tokenizer, samples, config, step)
         bad = 0 if finite else bad + 1
@@ -300,9 +330,18 @@ def train(config):
             run.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0 or last:
             with run.exchanged(model, average):
-                evaluate.save_strip(folder, step + 1, model, layout, tokenizer, config, config.data,
-                                    side=config.sample_side, shift=config.sample_shift,
-                                    num_timesteps=config.sample_timesteps)  # fmt: skip
+                evaluate.save_strip(
+                    folder,
+                    step + 1,
+                    model,
+                    layout,
+                    tokenizer,
+                    config,
+                    config.data,
+                    side=config.sample_side,
+                    shift=config.sample_shift,
+                    num_timesteps=config.sample_timesteps,
+                )
     saver.wait()
     weights = run.whole_weights(average, getattr(torch, config.precision))
     if run.is_main():
@@ -313,21 +352,37 @@ def train(config):
 
 def sample_indices(config, step):
     """Numbers of the samples that this process takes in a step."""
-    return list(range(step * config.samples_per_step + run.rank(), (step + 1) * config.samples_per_step, run.size()))
+    return list(
+        range(
+            step * config.samples_per_step + run.rank(),
+            (step + 1) * config.samples_per_step,
+            run.size(),
+        )
+    )
 
 
 def iteration(model, optimizer, layout, tokenizer, samples, config, step):
     """One optimiser step on the next samples. Returns the line of the log, and whether the gradient was finite."""
     begun = time.perf_counter()
-    examples = [encode(model, tokenizer, next(samples), config, run.generator(config.seed, i))
-                for i in sample_indices(config, step)]  # fmt: skip
+    examples = [
+        encode(model, tokenizer, next(samples), config, run.generator(config.seed, i))
+        for i in sample_indices(config, step)
+    ]
     packs = pack(layout, examples, config.tokens_per_pack)
     ce, mse = backward(model, packs, config)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     norm, finite = run.step_if_finite(optimizer, config.max_grad_norm)
-    return {"step": step, "ce": ce, "mse": mse, "grad_norm": norm, "skipped": float(not finite), "lr": group["lr"],
-            "tokens": sum(len(packed) for packed, _ in packs), "seconds": time.perf_counter() - begun}, finite  # fmt: skip
+    return {
+        "step": step,
+        "ce": ce,
+        "mse": mse,
+        "grad_norm": norm,
+        "skipped": float(not finite),
+        "lr": group["lr"],
+        "tokens": sum(len(packed) for packed, _ in packs),
+        "seconds": time.perf_counter() - begun,
+    }, finite
 
 
 def toy_tokenizer(folder, vocab_size):

@@ -48,7 +48,9 @@ class ShardWriter:
             self.name = self.folder / f"{self.prefix}-{self.number:06d}.tar"
             self.tar = tarfile.open(self.name.with_suffix(".partial"), "w")
         files = {"json": json.dumps(record, ensure_ascii=False).encode()}
-        files |= {f"ref_{i}.png": reference for i, reference in enumerate(references, 1)} | {"target.png": target}
+        files |= {f"ref_{i}.png": reference for i, reference in enumerate(references, 1)} | {
+            "target.png": target
+        }
         for suffix, content in files.items():
             entry = tarfile.TarInfo(f"{record['key']}.{suffix}")
             entry.size = len(content)
@@ -95,7 +97,9 @@ def index_of(shard):
                         entry.size,
                     )
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out") from None
+        raise UserError(
+            f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out"
+        ) from None
     return list(entries.items())
 
 
@@ -116,7 +120,11 @@ class Source(torch.utils.data.Dataset):
                 f"no samples at {path}: expected a .tar file, a folder of them, or a folder with records.jsonl"
             )
         self.entries = [(part, *entry) for part in self.parts for entry in self._index(part)]
-        self.starts = [i for i, entry in enumerate(self.entries) if i == 0 or entry[0] != self.entries[i - 1][0]]
+        self.starts = [
+            i
+            for i, entry in enumerate(self.entries)
+            if i == 0 or entry[0] != self.entries[i - 1][0]
+        ]
         if not self.entries:
             raise UserError(f"{path} holds no samples")
 
@@ -124,7 +132,9 @@ class Source(torch.utils.data.Dataset):
         if part.suffix == ".tar":
             return index_of(part)
         return [
-            (f"line {number}", line) for number, line in enumerate(part.read_text().splitlines(), 1) if line.strip()
+            (f"line {number}", line)
+            for number, line in enumerate(part.read_text().splitlines(), 1)
+            if line.strip()
         ]
 
     def __len__(self):
@@ -150,11 +160,18 @@ class Source(torch.utils.data.Dataset):
         part, key, content = self.entries[number]
         try:
             record, pictures = (
-                self._tar_record(part, content) if part.suffix == ".tar" else self._line_record(part, content)
+                self._tar_record(part, content)
+                if part.suffix == ".tar"
+                else self._line_record(part, content)
             )
             plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
             return Sample(
-                str(record["key"]), str(record["task"]), tuple(pictures[:-1]), record["instruction"], plan, pictures[-1]
+                str(record["key"]),
+                str(record["task"]),
+                tuple(pictures[:-1]),
+                record["instruction"],
+                plan,
+                pictures[-1],
             )
         except (ValueError, KeyError, TypeError, OSError) as error:
             what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -186,11 +203,15 @@ class Source(torch.utils.data.Dataset):
         suffixes += [name for name in files if name.startswith("target.")]
         if len(suffixes) != len(numbers) + 1:
             raise ValueError("it has no target picture, or several")
-        return record, [open_image(io.BytesIO(self._read(part, files[name])), name) for name in suffixes]
+        return record, [
+            open_image(io.BytesIO(self._read(part, files[name])), name) for name in suffixes
+        ]
 
     def _line_record(self, part, line):
         record = json.loads(line)
-        return record, [open_image(part.parent / path) for path in (*record["references"], record["target"])]
+        return record, [
+            open_image(part.parent / path) for path in (*record["references"], record["target"])
+        ]
 
 
 def problems_of(source, number, context_length=77):
@@ -209,7 +230,9 @@ def problems_of(source, number, context_length=77):
         found.append(f"its instruction has {len(sample.instruction)} characters")
     for image, _ in iccot.image_numbers(sample.instruction):
         if not 1 <= image <= len(sample.references):
-            found.append(f"its instruction names image {image}, it has {len(sample.references)} references")
+            found.append(
+                f"its instruction names image {image}, it has {len(sample.references)} references"
+            )
     tokens = len(SimpleTokenizer().encode(sample.plan.caption)) + 2
     if tokens > context_length:
         found.append(f"its caption has {tokens} CLIP tokens, CLIP reads {context_length}")
@@ -223,7 +246,9 @@ class Drawn(torch.utils.data.Dataset):
         self.split, self.seed, self.max_references, self.scale = split, seed, max_references, scale
 
     def __getitem__(self, position):
-        return enlarged(draw_sample(self.split, int(position), self.seed, self.max_references), self.scale)
+        return enlarged(
+            draw_sample(self.split, int(position), self.seed, self.max_references), self.scale
+        )
 
 
 def open_source(path, seed, max_references, scale=1):
@@ -233,6 +258,12 @@ def open_source(path, seed, max_references, scale=1):
 
 def stream(source, positions, workers=0):
     """The samples at these positions, in order; `workers` processes read ahead."""
-    loader = torch.utils.data.DataLoader(source, batch_size=None, sampler=positions, num_workers=workers,
-                                         prefetch_factor=8 if workers else None, collate_fn=lambda sample: sample)  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        source,
+        batch_size=None,
+        sampler=positions,
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        collate_fn=lambda sample: sample,
+    )
     return iter(loader)

@@ -34,24 +34,34 @@ from shards import to_png
 def subject_of(image):
     """The subject of a portrait on paper of any tint: that with the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2."""
     if image.size != (data.HALF, data.HALF):
-        raise ValueError(f"a portrait has {data.HALF} x {data.HALF} pixels, not {image.width} x {image.height}")
+        raise ValueError(
+            f"a portrait has {data.HALF} x {data.HALF} pixels, not {image.width} x {image.height}"
+        )
     x = np.asarray(image, np.float32).reshape(-1, 3) / 255  # (256, 3)
     silhouettes, pixels, squares, _ = data._templates()  # (T, 256), (T, 768), (T,)
     paper = np.square(x - 0.96).sum(1)  # (256,)
-    error = silhouettes @ (np.square(x).sum(1) - paper) - 2 * pixels @ x.reshape(-1) + squares  # (T,)
+    # (T,)
+    error = silhouettes @ (np.square(x).sum(1) - paper) - 2 * pixels @ x.reshape(-1) + squares
     return data.subjects()[int(error.argmin())]
 
 
 def scene_of(image):
     """(scene, {place: subject}) of a picture of 32 x 32 pixels."""
     if image.size != (data.SIZE, data.SIZE):
-        raise ValueError(f"a scene has {data.SIZE} x {data.SIZE} pixels, not {image.width} x {image.height}")
+        raise ValueError(
+            f"a scene has {data.SIZE} x {data.SIZE} pixels, not {image.width} x {image.height}"
+        )
     picture, backgrounds = data._pixels(image), data._templates()[3]
-    errors = np.sort(np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1), 1)[:, :600].sum(1)
-    scene = data.scenes()[int(errors.argmin())]  # by the 600 pixels that fit best: things cover the others
+    errors = np.sort(np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1), 1)[
+        :, :600
+    ].sum(1)
+    # by the 600 pixels that fit best: things cover the others
+    scene = data.scenes()[int(errors.argmin())]
     found = data._nearest(picture, data.scene_picture(scene).astype(np.float32) / 255)
     return scene, {
-        place: subject for place, (subject, quality) in found.items() if subject is not None and quality > 0.5
+        place: subject
+        for place, (subject, quality) in found.items()
+        if subject is not None and quality > 0.5
     }
 
 
@@ -63,7 +73,9 @@ def compose(task, images):
     """(instruction, plan, truth) for these references, always the same."""
     digest = hashlib.sha256(task.encode() + b"".join(image.tobytes() for image in images)).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    wording = Wording("instructive" if rng.random() < 0.5 else "descriptive", bool(rng.random() < 0.4))
+    wording = Wording(
+        "instructive" if rng.random() < 0.5 else "descriptive", bool(rng.random() < 0.4)
+    )
     places = [PLACES[i] for i in rng.permutation(4)]
     make = {"add": _edit, "replace": _edit, "attribute": _attribute}.get(task, _compose)
     instruction, relations, truth = make(task, images, wording, places, rng)
@@ -73,14 +85,25 @@ def compose(task, images):
 def _edit(task, images, wording, places, rng):
     scene, standing = scene_of(images[0])
     new = subject_of(images[1])
-    replaced = next((place for place in PLACES if place in standing), None) if task == "replace" else None
+    replaced = (
+        next((place for place in PLACES if place in standing), None) if task == "replace" else None
+    )
     place = replaced or next(place for place in places if place not in standing)
-    things = tuple(data._thing(where, subject) for where, subject in (standing | {place: new}).items())
+    things = tuple(
+        data._thing(where, subject) for where, subject in (standing | {place: new}).items()
+    )
     truth = data.Truth(scene, things, True)
     one, two = wording.image(1), wording.image(2)
-    words = f"Replace the {standing[replaced].kind} of {one} with the thing of {two}." if replaced else \
-        f"Add {wording.placed([data._thing(place, new)], 2)} to {one}."  # fmt: skip
-    return words, ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."], truth
+    words = (
+        f"Replace the {standing[replaced].kind} of {one} with the thing of {two}."
+        if replaced
+        else f"Add {wording.placed([data._thing(place, new)], 2)} to {one}."
+    )
+    return (
+        words,
+        ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."],
+        truth,
+    )
 
 
 def _attribute(task, images, wording, places, rng):
@@ -91,13 +114,21 @@ def _attribute(task, images, wording, places, rng):
     truth = data.Truth(scene, (data._thing(places[0], first),), False)
     words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)}"
     words += f" at the {places[0]}, {_where(scene)}."
-    return words, [f"The {first.kind} is from image_1.", f"The pattern of the {first.kind} is from image_2."], truth
+    return (
+        words,
+        [f"The {first.kind} is from image_1.", f"The pattern of the {first.kind} is from image_2."],
+        truth,
+    )
 
 
 def _compose(task, images, wording, places, rng):
     given = images[-1].width == data.SIZE
     subjects = [subject_of(image) for image in images[: len(images) - given]]
-    scene = scene_of(images[-1])[0] if given else data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
+    scene = (
+        scene_of(images[-1])[0]
+        if given
+        else data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
+    )
     places = DEFAULT_PLACES if task == "scene" else places
     things = [data._thing(place, subject) for place, subject in zip(places, subjects)]
     where = f"in the scene of {wording.image(len(images))}" if given else _where(scene)
@@ -122,7 +153,9 @@ def draw_pools(folder, count=24, seed=0):
                 picture = data.draw(source) if i % 2 else data.scene_picture(source.scene)
             else:
                 wanted = data.CHARACTERS if kind == "characters" else OBJECTS
-                subject = data._pick(rng, [one for one in data._pool("train", data.Subject) if one.kind in wanted])
+                subject = data._pick(
+                    rng, [one for one in data._pool("train", data.Subject) if one.kind in wanted]
+                )
                 picture = data._portrait(rng, subject)
             Image.fromarray(picture).save(Path(folder) / kind / f"{i:03d}.png")
 
@@ -195,7 +228,10 @@ class Handler(BaseHTTPRequestHandler):
                 parts.setdefault(part.get_param("name", header="content-disposition"), []).append(
                     part.get_payload(decode=True)
                 )
-            prompt, images = parts["prompt"][0].decode(), [_open(image) for image in parts["image[]"]]
+            prompt, images = (
+                parts["prompt"][0].decode(),
+                [_open(image) for image in parts["image[]"]],
+            )
             self.count(prompt, images)
             picture = answer_image(prompt, images)
             self.reply({"created": 0, "data": [{"b64_json": base64.b64encode(picture).decode()}]})
@@ -204,14 +240,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def count(self, prompt, images):
         """Remember how often each question was answered."""
-        digest = hashlib.sha256(prompt.encode() + b"".join(image.tobytes() for image in images)).hexdigest()
+        digest = hashlib.sha256(
+            prompt.encode() + b"".join(image.tobytes() for image in images)
+        ).hexdigest()
         with self.server.lock:
             self.server.answered[digest] += 1
 
     def reply(self, content, status=200, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -228,7 +270,9 @@ def make_server(port=0, fault=None):
     """A server on this machine alone; port 0 takes a free one. It counts `requests` and what it has `answered`."""
     import threading
 
-    handler = type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)}) if fault else Handler
+    handler = (
+        type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)}) if fault else Handler
+    )
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.requests, server.answered, server.lock = 0, Counter(), threading.Lock()
     return server
@@ -237,7 +281,10 @@ def make_server(port=0, fault=None):
 def serve(port):
     """Answer until stopped."""
     with make_server(port) as server:
-        print(f"the toy world answers at http://127.0.0.1:{server.server_port}/v1 (stop with Ctrl-C)", flush=True)
+        print(
+            f"the toy world answers at http://127.0.0.1:{server.server_port}/v1 (stop with Ctrl-C)",
+            flush=True,
+        )
         try:
             server.serve_forever()
         except KeyboardInterrupt:

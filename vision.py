@@ -82,14 +82,19 @@ def open_image(path, name=None):
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"picture not found: {name}; give the path of a PNG, JPEG or WebP file") from None
+        raise FileNotFoundError(
+            f"picture not found: {name}; give the path of a PNG, JPEG or WebP file"
+        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP") from None
+        raise ValueError(
+            f"{name} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP"
+        ) from None
 
 
 def to_rgb(image):
     """PIL image of any mode -> RGB; transparent pixels become white (pil_img2rgb of the official code)."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):  # 16-bit grey: PIL would clip it to white
+    # 16-bit grey: PIL would clip it to white
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.asarray(image, dtype=np.float32)
         scale = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray((values.clip(0, scale) * (255.0 / scale)).astype(np.uint8))
@@ -160,9 +165,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels, out_channels):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.norm1, self.conv1 = (
+            group_norm(channels),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        self.norm2, self.conv2 = (
+            group_norm(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        self.nin_shortcut = (
+            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        )
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))  # (1, C, h, w) -> (1, C', h, w)
@@ -180,15 +193,22 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # (1, 1, h * w, C)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (1, C, h, w)
+        # (1, 1, h * w, C)
+        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))
+        # (1, C, h, w)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
 
 def middle(channels):
     """The lowest resolution of both halves; names as in the official file."""
-    return nn.ModuleDict({"block_1": ResidualBlock(channels, channels), "attn_1": PixelAttention(channels),
-                          "block_2": ResidualBlock(channels, channels)})  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "block_1": ResidualBlock(channels, channels),
+            "attn_1": PixelAttention(channels),
+            "block_2": ResidualBlock(channels, channels),
+        }
+    )
 
 
 def level(channels, out_channels, blocks):
@@ -208,7 +228,10 @@ class FluxEncoder(nn.Module):
         for width, one in list(zip(widths[1:], self.down))[:-1]:
             one["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
         self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            group_norm(widths[-1]),
+            nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1),
+        )
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -216,7 +239,8 @@ class FluxEncoder(nn.Module):
             for block in one["block"]:
                 h = block(h)
             if "downsample" in one:
-                h = one["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # (1, C, h, w) -> (1, C, h / 2, w / 2)
+                # (1, C, h, w) -> (1, C, h / 2, w / 2)
+                h = one["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))
         for block in self.mid.values():
             h = block(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -243,7 +267,8 @@ class FluxDecoder(nn.Module):
             for block in one["block"]:
                 h = block(h)
             if "upsample" in one:
-                h = one["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))  # nearest: (1, C, 2 h, 2 w)
+                # nearest: (1, C, 2 h, 2 w)
+                h = one["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -255,10 +280,21 @@ class FluxCodec:
     """
 
     def __init__(
-        self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=16, scale=0.3611, shift=0.1159
+        self,
+        channels=128,
+        multipliers=(1, 2, 4, 4),
+        blocks=2,
+        latent_channels=16,
+        scale=0.3611,
+        shift=0.1159,
     ):
-        parts = (part(channels, multipliers, blocks, latent_channels) for part in (FluxEncoder, FluxDecoder))
-        self.weights = nn.ModuleDict(zip(("encoder", "decoder"), parts)).requires_grad_(False).float()
+        parts = (
+            part(channels, multipliers, blocks, latent_channels)
+            for part in (FluxEncoder, FluxDecoder)
+        )
+        self.weights = (
+            nn.ModuleDict(zip(("encoder", "decoder"), parts)).requires_grad_(False).float()
+        )
         self.scale, self.shift = scale, shift
 
     @property
@@ -296,7 +332,10 @@ class EyeLayer(nn.Module):
 
     def forward(self, x, mask):
         h = self.layer_norm1(x)  # (V, W)
-        q, k, v = (proj(h).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(h).unflatten(-1, (self.num_heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         x = x + self.out_proj(attention(q, k, v, mask).flatten(1))  # heads (V, A, W / A) -> (V, W)
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
@@ -308,11 +347,19 @@ class Eye(nn.Module):
         super().__init__()
         self.patch_embedding = nn.Linear(3 * patch * patch, hidden_size)
         self.position_embedding = nn.Embedding(side * side, hidden_size)
-        self.layers = nn.ModuleList(EyeLayer(hidden_size, intermediate_size, num_heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            EyeLayer(hidden_size, intermediate_size, num_heads) for _ in range(num_layers)
+        )
         self.post_layernorm = nn.LayerNorm(hidden_size, 1e-6)
 
     def forward(self, patches, position_ids, lengths, checkpointing=False):
-        ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths)).to(patches.device)  # (V,)
+        # (V,)
+        ends = (
+            torch.tensor(lengths)
+            .cumsum(0)
+            .repeat_interleave(torch.tensor(lengths))
+            .to(patches.device)
+        )
         mask = Mask(ends, ends)  # a forest of one-run documents: every picture sees itself
         x = self.patch_embedding(patches) + self.position_embedding(position_ids)  # (V, W)
         for layer in self.layers:

@@ -15,6 +15,7 @@ and says which masks have no such form.
 
 Left out: a second interval a key (FlashMask, arXiv 2410.01359), which siblings that meet again would need.
 """
+
 import torch
 
 
@@ -28,16 +29,22 @@ class Mask:
     def __init__(self, q_hi, k_hi, q_pos=None):
         for name, vector in (("q_hi", q_hi), ("k_hi", k_hi), ("q_pos", q_pos)):
             if vector is not None and (vector.dim() != 1 or vector.is_floating_point()):
-                raise ValueError(f"Mask: {name} has shape {tuple(vector.shape)} and type {vector.dtype}; "
-                                 f"expected one integer a token, shape (N,).")
+                raise ValueError(
+                    f"Mask: {name} has shape {tuple(vector.shape)} and type {vector.dtype}; "
+                    f"expected one integer a token, shape (N,)."
+                )
         if q_pos is None and len(q_hi) != len(k_hi):
-            raise ValueError(f"Mask: {len(q_hi)} queries and {len(k_hi)} keys; give q_pos, the position of each "
-                             f"query among the keys, unless queries and keys are the same tokens.")
+            raise ValueError(
+                f"Mask: {len(q_hi)} queries and {len(k_hi)} keys; give q_pos, the position of each "
+                f"query among the keys, unless queries and keys are the same tokens."
+            )
         if q_pos is not None and len(q_pos) != len(q_hi):
-            raise ValueError(f"Mask: q_pos has {len(q_pos)} entries and q_hi {len(q_hi)}; expected one per query.")
-        self.q_hi = q_hi.to(torch.int32).contiguous()                        # (Nq,)
-        self.k_hi = k_hi.to(torch.int32).contiguous()                        # (Nk,)
-        self.q_pos = None if q_pos is None else q_pos.to(torch.int32).contiguous()   # (Nq,)
+            raise ValueError(
+                f"Mask: q_pos has {len(q_pos)} entries and q_hi {len(q_hi)}; expected one per query."
+            )
+        self.q_hi = q_hi.to(torch.int32).contiguous()  # (Nq,)
+        self.k_hi = k_hi.to(torch.int32).contiguous()  # (Nk,)
+        self.q_pos = None if q_pos is None else q_pos.to(torch.int32).contiguous()  # (Nq,)
         self.cache = {}
 
     @property
@@ -49,13 +56,15 @@ class Mask:
         if self.q_pos is not None:
             return self.q_pos
         if "positions" not in self.cache:
-            self.cache["positions"] = torch.arange(len(self.q_hi), dtype=torch.int32, device=self.device)
+            self.cache["positions"] = torch.arange(
+                len(self.q_hi), dtype=torch.int32, device=self.device
+            )
         return self.cache["positions"]
 
     def dense(self):
         """The mask as a Boolean matrix, (Nq, Nk); O(Nq * Nk) memory, for tests and short sequences."""
-        j = torch.arange(len(self.k_hi), device=self.device)                 # (Nk,)
-        return (j < self.q_hi[:, None]) & (self.positions()[:, None] < self.k_hi)   # (Nq, Nk)
+        j = torch.arange(len(self.k_hi), device=self.device)  # (Nk,)
+        return (j < self.q_hi[:, None]) & (self.positions()[:, None] < self.k_hi)  # (Nq, Nk)
 
     def to(self, device):
         """The same mask on another device; itself where it is already there."""

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-GATHER = 64  # fetching one key costs about as much as this many scores (measured on a CPU at head_dim 32)
+# fetching one key costs about as much as this many scores (measured on a CPU at head_dim 32)
+GATHER = 64
 PADDING = 1.35  # a batch may compute this many times the scores its pieces need
 
 
@@ -33,7 +34,9 @@ def sdpa_attention(q, k, v, mask):
         query = _rows(q, rows).transpose(1, 2)  # (B, H, R, D)
         key, value = _rows(k, keys).transpose(1, 2), _rows(v, keys).transpose(1, 2)  # (B, G, S, D)
         bias = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * R, H, D)
     out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], restore)  # (Nq, H, D)
     return out if empty is None else out.masked_fill(empty[:, None, None], 0)
@@ -53,17 +56,25 @@ def make_plan(mask):
     empty = np.zeros(len(q_hi), dtype=bool)
     for batch in _batch(pieces):
         height, width = max(len(r) for r, _ in batch), max(1, *(len(c) for _, c in batch))
-        rows, keys = np.zeros((len(batch), height), np.int64), np.zeros((len(batch), width), np.int64)
+        rows, keys = (
+            np.zeros((len(batch), height), np.int64),
+            np.zeros((len(batch), width), np.int64),
+        )
         visible = np.zeros((len(batch), height, width), dtype=bool)
         for b, (r, c) in enumerate(batch):
             rows[b, : len(r)], keys[b, : len(c)] = r, c
-            visible[b, : len(r), : len(c)] = (c[None] < q_hi[r, None]) & (q_pos[r, None] < k_hi[None, c])
+            visible[b, : len(r), : len(c)] = (c[None] < q_hi[r, None]) & (
+                q_pos[r, None] < k_hi[None, c]
+            )
             restore[r] = offset + b * height + np.arange(len(r))
             empty[r] = ~visible[b, : len(r)].any(1)
-        visible[..., 0] |= ~visible.any(2)  # softmax needs one key in every row; these rows are dropped or zeroed
+        # softmax needs one key in every row; these rows are dropped or zeroed
+        visible[..., 0] |= ~visible.any(2)
         bias = None
         if not visible.all():
-            bias = torch.zeros(visible.shape).masked_fill(~torch.from_numpy(visible), float("-inf"))[:, None]
+            bias = torch.zeros(visible.shape).masked_fill(
+                ~torch.from_numpy(visible), float("-inf")
+            )[:, None]
         batches.append((torch.from_numpy(rows), torch.from_numpy(keys), bias))
         offset += rows.size
     device = mask.device

@@ -73,13 +73,19 @@ def start(folder, config, timeout_minutes=1.0):
     ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
 def workers(launcher):
     """Process ids of the ranks."""
-    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
+    ).stdout.split()
     return [int(pid) for pid in found]
 
 
@@ -89,7 +95,9 @@ def steps_done(folder):
 
 
 def losses(folder):
-    return [(line["step"], line["ce"], line["mse"], line["grad_norm"]) for line in run.read_log(folder)]
+    return [
+        (line["step"], line["ce"], line["mse"], line["grad_norm"]) for line in run.read_log(folder)
+    ]
 
 
 def hang(folder, config):
@@ -100,7 +108,8 @@ def hang(folder, config):
     stopped, begun = workers(launcher)[-1], time.time()
     os.kill(stopped, signal.SIGSTOP)
     try:
-        launcher.communicate(timeout=180)  # torchrun gives its processes half a minute before it kills them
+        # torchrun gives its processes half a minute before it kills them
+        launcher.communicate(timeout=180)
         assert launcher.returncode != 0
     finally:
         os.killpg(launcher.pid, signal.SIGKILL) if launcher.poll() is None else None
@@ -119,12 +128,16 @@ def main(config):
         assert launcher.returncode == 0, out.decode()[-2000:]
         expected, expected_losses = load_file(whole / "model" / "ema.safetensors"), losses(whole)
         if config.hang:
-            counts["seconds until a hung process ended the job"] = round(hang(Path(temporary) / "hung", config), 1)
+            counts["seconds until a hung process ended the job"] = round(
+                hang(Path(temporary) / "hung", config), 1
+            )
         pace = sum(line["seconds"] for line in run.read_log(whole)) / STEPS
         while counts["kills"] < config.rounds or (folder / "config.json").is_file():
             launcher, before = start(folder, config), steps_done(folder)
             if counts["kills"] < config.rounds:
-                while launcher.poll() is None and steps_done(folder) <= min(before, run.newest_step(folder)):
+                while launcher.poll() is None and steps_done(folder) <= min(
+                    before, run.newest_step(folder)
+                ):
                     time.sleep(0.02)
                 time.sleep(rng.uniform(0, 12 * pace))
                 ranks = workers(launcher)
@@ -136,7 +149,9 @@ def main(config):
             counts["torn states chosen"] += b"is torn" in out
             if launcher.returncode == 0:
                 found = load_file(folder / "model" / "ema.safetensors")
-                assert all(torch.equal(expected[name], found[name]) for name in expected), "other weights"
+                assert all(torch.equal(expected[name], found[name]) for name in expected), (
+                    "other weights"
+                )
                 assert losses(folder) == expected_losses, "another log"
                 counts["finished runs"] += 1
                 shutil.rmtree(folder)

@@ -6,6 +6,7 @@ that masks, lists and algebra are right, not that the GPU's precision or shapes 
 bfloat16 numbers and truncates when it rounds to bfloat16 (Triton 3.9); the fixture `bfloat16_in_the_interpreter`
 repairs both, so that the bfloat16 cases mean something.
 """
+
 import itertools
 import os
 import re
@@ -25,7 +26,9 @@ from kernels import attention as A  # noqa: E402
 from kernels.mask import Mask  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-needs_kernel = pytest.mark.skipif(not CUDA and not A.interpreted(), reason="no Triton, or imported without interpreter")
+needs_kernel = pytest.mark.skipif(
+    not CUDA and not A.interpreted(), reason="no Triton, or imported without interpreter"
+)
 TOLERANCE = {torch.float32: 1e-5 if CUDA else 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 shipped_config = A.tile_config
@@ -44,11 +47,13 @@ def loop_bounds_in_the_interpreter(monkeypatch):
     if CUDA or A.triton is None:
         return
     from triton.runtime import interpreter as I
+
     patch = I._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):
         patch(tensor, scope)
-        tensor.__index__ = lambda self: self.handle.data.item()     # the scope, which set it, takes it away again
+        # the scope, which set it, takes it away again
+        tensor.__index__ = lambda self: self.handle.data.item()
 
     monkeypatch.setattr(I, "_patch_lang_tensor", patch_lang_tensor)
 
@@ -58,12 +63,17 @@ def bfloat16_in_the_interpreter(monkeypatch):
     if CUDA:
         return
     from triton.runtime import interpreter as I
+
     tl, builder = I.tl, I.InterpreterBuilder
 
     def widen(x):
-        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+        return (
+            (x.data.astype(np.uint32) << 16).view(np.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x.data
+        )
 
-    def narrow(data):                                   # float32 -> bfloat16 bits, to nearest even
+    def narrow(data):  # float32 -> bfloat16 bits, to nearest even
         bits = np.ascontiguousarray(data).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -72,7 +82,9 @@ def bfloat16_in_the_interpreter(monkeypatch):
     def create_dot(self, a, b, d, *rest):
         if a.dtype.scalar != tl.bfloat16:
             return dot(self, a, b, d, *rest)
-        return I.TensorHandle(np.matmul(widen(a), widen(b), dtype=np.float32) + d.data, d.dtype.scalar)
+        return I.TensorHandle(
+            np.matmul(widen(a), widen(b), dtype=np.float32) + d.data, d.dtype.scalar
+        )
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -81,7 +93,9 @@ def bfloat16_in_the_interpreter(monkeypatch):
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(builder, "create_fp_to_fp", lambda self, src, dst, mode: cast_impl(self, src, dst))
+    monkeypatch.setattr(
+        builder, "create_fp_to_fp", lambda self, src, dst, mode: cast_impl(self, src, dst)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,11 +110,13 @@ def lay_out(forest):
         length, kind, children = node
         start, me = len(q_hi), len(runs)
         runs.append((range(start, start + length), kind, ancestors))
-        q_hi.extend(i + 1 if kind == "causal" else start + length for i in range(start, start + length))
+        q_hi.extend(
+            i + 1 if kind == "causal" else start + length for i in range(start, start + length)
+        )
         k_hi.extend([None] * length)
         for child in children:
             visit(child, ancestors + [me])
-        k_hi[start:start + length] = [len(q_hi)] * length
+        k_hi[start : start + length] = [len(q_hi)] * length
 
     for root in forest:
         visit(root, [])
@@ -115,8 +131,14 @@ def lay_out(forest):
 
 def random_forest(random, depth=0):
     nodes = random.integers(0 if depth else 1, 4 if depth < 4 else 1)
-    return [(int(random.integers(1, 9)), ["causal", "both"][random.integers(2)], random_forest(random, depth + 1))
-            for _ in range(nodes)]
+    return [
+        (
+            int(random.integers(1, 9)),
+            ["causal", "both"][random.integers(2)],
+            random_forest(random, depth + 1),
+        )
+        for _ in range(nodes)
+    ]
 
 
 def mask_of(forest):
@@ -158,7 +180,9 @@ def decoding():
     prefix, slots, written = 45, 11, [3, 1, 11]
     starts = [prefix + slots * g for g in range(3)]
     q_pos = torch.tensor([s + w - 1 for s, w in zip(starts, written)])
-    k_hi = torch.cat([torch.full((prefix,), prefix + 33), *(torch.full((slots,), s + slots) for s in starts)])
+    k_hi = torch.cat(
+        [torch.full((prefix,), prefix + 33), *(torch.full((slots,), s + slots) for s in starts)]
+    )
     return Mask(q_pos + 1, k_hi, q_pos)
 
 
@@ -174,7 +198,11 @@ def padded():
 def random_vectors():
     random = torch.Generator().manual_seed(5)
     q_pos = torch.randint(0, 90, (41,), generator=random)
-    return Mask(torch.randint(0, 84, (41,), generator=random), torch.randint(0, 90, (83,), generator=random), q_pos)
+    return Mask(
+        torch.randint(0, 84, (41,), generator=random),
+        torch.randint(0, 90, (83,), generator=random),
+        q_pos,
+    )
 
 
 MASKS = {
@@ -214,7 +242,9 @@ def assert_close(got, expected, tolerance):
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected):
         assert a.shape == b.shape and torch.isfinite(a).all(), name
         error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}, expected at most {tolerance:.0e}"
+        assert error <= tolerance, (
+            f"{name}: relative error {error:.1e}, expected at most {tolerance:.0e}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,11 +255,18 @@ def test_theorem_on_every_small_matrix():
     """The matrices that two vectors can make are those without a zero that has a one to its right and one below."""
     rows, keys = 3, 3
     vectors = list(itertools.product(range(4), repeat=3))
-    made = {tuple((j < q[i] and i < k[j]) for i in range(rows) for j in range(keys)) for q in vectors for k in vectors}
+    made = {
+        tuple((j < q[i] and i < k[j]) for i in range(rows) for j in range(keys))
+        for q in vectors
+        for k in vectors
+    }
     for bits in itertools.product((False, True), repeat=rows * keys):
         m = np.array(bits).reshape(rows, keys)
-        fits = not any(not m[i, j] and m[i, j + 1:].any() and m[i + 1:, j].any()
-                       for i in range(rows) for j in range(keys))
+        fits = not any(
+            not m[i, j] and m[i, j + 1 :].any() and m[i + 1 :, j].any()
+            for i in range(rows)
+            for j in range(keys)
+        )
         assert fits == (bits in made)
 
 
@@ -238,7 +275,8 @@ def test_two_vectors_say_what_a_forest_says():
     for _ in range(60):
         q_hi, k_hi, dense = lay_out(random_forest(random))
         assert torch.equal(Mask(q_hi, k_hi).dense(), dense)
-        rows = torch.from_numpy(random.integers(0, len(q_hi), 5))            # any rows, as queries against a cache
+        # any rows, as queries against a cache
+        rows = torch.from_numpy(random.integers(0, len(q_hi), 5))
         assert torch.equal(Mask(q_hi[rows], k_hi, rows).dense(), dense[rows])
 
 
@@ -254,7 +292,9 @@ def test_mask_refuses_what_it_cannot_mean():
 def tiles_of(dense, group, block_m, block_n):
     """(any, all) over tiles of the dense mask with folded rows; beyond the edges nothing is visible."""
     dense = dense.repeat_interleave(group, 0)
-    dense = torch.nn.functional.pad(dense, (0, -dense.shape[1] % block_n, 0, -dense.shape[0] % block_m))
+    dense = torch.nn.functional.pad(
+        dense, (0, -dense.shape[1] % block_n, 0, -dense.shape[0] % block_m)
+    )
     tiles = dense.view(dense.shape[0] // block_m, block_m, -1, block_n).transpose(1, 2).flatten(2)
     return tiles.any(2), tiles.all(2)
 
@@ -272,10 +312,10 @@ def test_tile_classes_against_every_element(group):
             mask, square = Mask(torch.where(torch.rand(len(q_hi)) < 0.2, 0, q_hi), k_hi), False
         some, all_ = tiles_of(mask.dense(), group, 8, 4)
         whole, partly = A.classify_tiles(mask.q_hi, mask.positions(), mask.k_hi, group, 8, 4)
-        assert torch.equal(whole, all_)                                      # exact
-        assert not (some & ~whole & ~partly).any()                           # nothing visible is skipped
+        assert torch.equal(whole, all_)  # exact
+        assert not (some & ~whole & ~partly).any()  # nothing visible is skipped
         if square and group == 1:
-            assert torch.equal(partly, some & ~all_)                         # a forest: nothing is visited in vain
+            assert torch.equal(partly, some & ~all_)  # a forest: nothing is visited in vain
 
 
 def test_lists_hold_each_tile_once_whole_ones_first():
@@ -293,14 +333,20 @@ def test_lists_hold_each_tile_once_whole_ones_first():
 def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
     monkeypatch.setattr(A, "MIN_PIECE", 1)
     random = torch.Generator().manual_seed(extra)
-    for lengths in (torch.randint(0, 50, (12,), generator=random), torch.tensor([400, 1, 0, 2]), torch.zeros(3).long()):
+    for lengths in (
+        torch.randint(0, 50, (12,), generator=random),
+        torch.tensor([400, 1, 0, 2]),
+        torch.zeros(3).long(),
+    ):
         counts = torch.stack([(lengths * 0.6).long(), lengths], 1).int()
         work, pieces = A.cut_lists(counts, extra)
         assert work.shape == (len(lengths) + extra, 5)
         items = [item for item in work.tolist() if item[0] >= 0]
         for t, (n_whole, n_all) in enumerate(counts.tolist()):
             mine = sorted((item for item in items if item[0] == t), key=lambda item: item[1])
-            assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all)), "each entry once, in order"
+            assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all)), (
+                "each entry once, in order"
+            )
             assert all(i[1] <= i[2] <= i[3] and i[2] == min(max(n_whole, i[1]), i[3]) for i in mine)
             first, number = pieces[t].tolist()
             assert len(mine) == max(number, 1) and number != 1
@@ -314,6 +360,7 @@ def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
 
 def test_block_mask_for_flex_is_that_of_create_block_mask():
     from torch.nn.attention.flex_attention import create_block_mask
+
     mask = mask_of([text(300, image(200), image(200, text(90))), text(150, image(140))])
     ours = A.flex_block_mask(mask)
     theirs = create_block_mask(ours.mask_mod, 1, 1, *ours.seq_lengths, device="cpu")
@@ -321,7 +368,9 @@ def test_block_mask_for_flex_is_that_of_create_block_mask():
         numbers = getattr(ours, f"{kind}_num_blocks")
         assert torch.equal(numbers, getattr(theirs, f"{kind}_num_blocks"))
         for t, n in enumerate(numbers[0, 0].tolist()):
-            lists = (getattr(x, f"{kind}_indices")[0, 0, t, :n].sort().values for x in (ours, theirs))
+            lists = (
+                getattr(x, f"{kind}_indices")[0, 0, t, :n].sort().values for x in (ours, theirs)
+            )
             assert torch.equal(*lists)
 
 
@@ -357,7 +406,7 @@ def test_types_and_head_dims(dtype, head_dim, bfloat16_in_the_interpreter):
 @needs_kernel
 def test_float32_with_a_head_dim_that_is_padded():
     mask = mask_of([image(33), text(9)])
-    data = tensors(mask, 2, 2, 18)                       # rows of 72 bytes: not a multiple of 16
+    data = tensors(mask, 2, 2, 18)  # rows of 72 bytes: not a multiple of 16
     assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[torch.float32])
 
 
@@ -377,11 +426,15 @@ def test_lists_cut_into_pieces_change_nothing_but_rounding(monkeypatch):
     monkeypatch.setattr(A, "PROGRAMS", 8)
     tree = mask_of([text(20, *[text(5, image(16), image(16)) for _ in range(3)])]).to(DEVICE)
     data = tensors(tree)
-    assert (A.backward_lists(tree, *data[:2])[5][:, 1] > 1).any(), "no list was cut: this test tests nothing"
+    assert (A.backward_lists(tree, *data[:2])[5][:, 1] > 1).any(), (
+        "no list was cut: this test tests nothing"
+    )
     assert_close(results(*data, tree, "triton"), exact(*data, tree), TOLERANCE[torch.float32])
     members = decoding().to(DEVICE)
     q, k, v, _ = tensors(members)
-    assert (A.forward_lists(members, q, k)[2][:, 1] > 1).any(), "no list was cut: this test tests nothing"
+    assert (A.forward_lists(members, q, k)[2][:, 1] > 1).any(), (
+        "no list was cut: this test tests nothing"
+    )
     expected = A.reference(q.double(), k.double(), v.double(), members)
     assert_close([A.attention(q, k, v, members, "triton")], [expected], TOLERANCE[torch.float32])
 
@@ -401,8 +454,15 @@ def test_log_sum_exp():
     mask = padded()
     q, k, v, _ = tensors(mask, 4, 4)
     arguments = mask.to(DEVICE).q_hi, mask.to(DEVICE).positions(), mask.to(DEVICE).k_hi
-    out, lse = A.attention_forward(q.detach(), k.detach(), v.detach(), *arguments,
-                                   A.forward_lists(mask.to(DEVICE), q, k), [], 0.25)
+    out, lse = A.attention_forward(
+        q.detach(),
+        k.detach(),
+        v.detach(),
+        *arguments,
+        A.forward_lists(mask.to(DEVICE), q, k),
+        [],
+        0.25,
+    )
     scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) / 4
     expected = scores.masked_fill(~mask.dense().to(DEVICE), -torch.inf).logsumexp(2)
     assert lse.dtype == torch.float32
@@ -422,10 +482,12 @@ def test_tree_in_one_call_equals_its_branches_run_alone():
         for m in images:
             rows = torch.tensor([*range(prompt), *plan, *range(position, position + m)])
             alone = mask_of([text(prompt + n, image(m))])
-            own = torch.where(seen[rows], 0, 1).to(DEVICE)                   # shared rows get their gradient once
+            own = torch.where(seen[rows], 0, 1).to(DEVICE)  # shared rows get their gradient once
             seen[rows] = True
             parts = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-            for total, part in zip(sums, results(*parts, gradient[rows] * own[:, None, None], alone, "triton")):
+            for total, part in zip(
+                sums, results(*parts, gradient[rows] * own[:, None, None], alone, "triton")
+            ):
                 total[rows] += part
             out = A.attention(*parts, alone.to(DEVICE), "triton")
             torch.testing.assert_close(out, tree_results[0][rows], atol=1e-6, rtol=1e-5)
@@ -441,7 +503,9 @@ def test_rows_against_a_cache_equal_rows_of_the_whole():
     q, k, v, _ = tensors(whole)
     out = A.attention(q, k, v, whole.to(DEVICE), "triton")[rows]
     cached = Mask(whole.q_hi[rows], whole.k_hi, rows)
-    torch.testing.assert_close(A.attention(q[rows], k, v, cached.to(DEVICE), "triton"), out, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        A.attention(q[rows], k, v, cached.to(DEVICE), "triton"), out, atol=1e-6, rtol=1e-5
+    )
 
 
 @needs_kernel
@@ -457,12 +521,22 @@ def test_views_of_a_fused_projection():
     """q, k, v as slices of one tensor, and a gradient that is expanded: no dense layout is assumed."""
     mask = mask_of([text(21, image(8), image(9))])
     fused = torch.randn(38, 8 * 16 + 3, device=DEVICE)
-    for offset in (0, 3):                                                    # 3: not even 16-byte aligned
-        whole = fused[:, offset:offset + 128].clone().requires_grad_() if offset == 0 else fused[:, offset:]
-        q, k, v = (x.unflatten(1, (-1, 16)).detach().requires_grad_() for x in whole.split([64, 32, 32], 1))
+    for offset in (0, 3):  # 3: not even 16-byte aligned
+        whole = (
+            fused[:, offset : offset + 128].clone().requires_grad_()
+            if offset == 0
+            else fused[:, offset:]
+        )
+        q, k, v = (
+            x.unflatten(1, (-1, 16)).detach().requires_grad_() for x in whole.split([64, 32, 32], 1)
+        )
         expected = exact(q, k, v, torch.ones(1, device=DEVICE).expand(38, 4, 16), mask)
         out = A.attention(q, k, v, mask.to(DEVICE), "triton")
-        assert_close((out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))), expected, TOLERANCE[torch.float32])
+        assert_close(
+            (out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))),
+            expected,
+            TOLERANCE[torch.float32],
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,7 +545,8 @@ def test_views_of_a_fused_projection():
 
 def test_reference_has_the_gradient_of_its_output():
     mask = mask_of([text(3, image(2), image(2))])
-    mask = Mask(torch.where(torch.arange(7) == 1, 0, mask.q_hi), mask.k_hi)  # and a row that sees nothing
+    # and a row that sees nothing
+    mask = Mask(torch.where(torch.arange(7) == 1, 0, mask.q_hi), mask.k_hi)
     data = [torch.randn(7, h, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
     assert torch.autograd.gradcheck(lambda q, k, v: A.reference(q, k, v, mask), data)
 
@@ -480,8 +555,17 @@ def test_reference_has_the_gradient_of_its_output():
 def test_operator_is_registered_soundly():
     mask = mask_of([text(5, image(4), image(5))]).to(DEVICE)
     q, k, v, _ = tensors(mask, 2, 1)
-    arguments = (q, k, v, mask.q_hi, mask.positions(), mask.k_hi, A.forward_lists(mask, q, k),
-                 A.backward_lists(mask, q, k), 0.25)
+    arguments = (
+        q,
+        k,
+        v,
+        mask.q_hi,
+        mask.positions(),
+        mask.k_hi,
+        A.forward_lists(mask, q, k),
+        A.backward_lists(mask, q, k),
+        0.25,
+    )
     torch.library.opcheck(A.attention_forward, arguments)
 
 
@@ -497,7 +581,7 @@ def test_compiled_and_checkpointed_equal_eager():
 
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (44, 70):                                                       # lengths change without a new graph
+    for n in (44, 70):  # lengths change without a new graph
         mask = mask_of([text(12, image(n), image(11))])
         with torch._dynamo.config.patch(error_on_recompile=n == 70):
             results_compiled = run(compiled, Mask(mask.q_hi, mask.k_hi), n)
@@ -525,7 +609,9 @@ def test_flex_equals_the_reference(name):
     q, k, v, _ = tensors(mask)
     with torch.no_grad():
         out = A.attention(q, k, v, mask.to(DEVICE), "flex")
-        assert_close([out], [A.reference(q.double(), k.double(), v.double(), mask.to(DEVICE))], 1e-5)
+        assert_close(
+            [out], [A.reference(q.double(), k.double(), v.double(), mask.to(DEVICE))], 1e-5
+        )
     if not CUDA:
         with pytest.raises(ValueError, match="no gradient on a CPU"):
             A.attention(q, k, v, mask, "flex")
@@ -533,9 +619,15 @@ def test_flex_equals_the_reference(name):
 
 def test_dispatch(monkeypatch):
     monkeypatch.setattr(A, "_forced", None)
-    assert A.choose_backend("cpu")[0] == "sdpa" and A.describe_backend("cpu") == "attention: sdpa (on cpu)"
+    assert (
+        A.choose_backend("cpu")[0] == "sdpa"
+        and A.describe_backend("cpu") == "attention: sdpa (on cpu)"
+    )
     if A.triton is not None:
-        assert A.choose_backend("cuda")[0] == "triton" and A.choose_backend("cuda", torch.float64)[0] == "sdpa"
+        assert (
+            A.choose_backend("cuda")[0] == "triton"
+            and A.choose_backend("cuda", torch.float64)[0] == "sdpa"
+        )
     A.set_backend("reference")
     assert A.describe_backend("cpu") == "attention: reference (as asked)"
     with pytest.raises(ValueError, match="expected one of triton, sdpa, flex, reference"):
@@ -563,23 +655,33 @@ def test_no_queries_or_no_keys():
     empty, one = torch.zeros(0).int(), torch.ones(3).int()
     q, k = torch.randn(3, 2, 16, device=DEVICE), torch.randn(0, 1, 16, device=DEVICE)
     assert not A.attention(q, k, k, Mask(one, empty, one).to(DEVICE), "triton").any()
-    assert A.attention(q[:0], q, q, Mask(empty, one, empty).to(DEVICE), "triton").shape == (0, 2, 16)
+    assert A.attention(q[:0], q, q, Mask(empty, one, empty).to(DEVICE), "triton").shape == (
+        0,
+        2,
+        16,
+    )
 
 
 def test_shipped_configurations_compile_for_hopper():
     """Registers, spills and shared memory of the shipped configurations, compiled for sm_90 with no GPU needed."""
     if A.triton is None:
         pytest.skip("Triton is not installed")
-    ptxas = pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton cannot compile for NVIDIA")
+    ptxas = pytest.importorskip(
+        "triton.backends.nvidia.compiler", reason="this Triton cannot compile for NVIDIA"
+    )
     if not os.path.exists(ptxas.get_ptxas(90).path):
         pytest.skip("this Triton brings no NVIDIA assembler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, A.__file__], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, A.__file__], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     lines = run.stdout.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["forward", "few", "dq", "dkdv"]
     for line in lines:
-        found = {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", line.split("stages")[1])}
+        found = {
+            key: int(value) for key, value in re.findall(r"(\w+) (\d+)", line.split("stages")[1])
+        }
         assert found["spilled_bytes"] == found["serialized"] == 0, line
         assert found["wgmma"] > 0 and found["tma"] > 0 and found["shared"] <= 227 * 1024, line

@@ -27,7 +27,13 @@ from vision import Reference, ResizeRule, patchify, to_rgb, to_tensor, transform
 
 HERE = Path(__file__).parent / "fixtures" / "bagel"
 ROOTS = [HERE] + [Path(root) for root in [os.environ.get("BAGEL_FIXTURES")] if root]
-SETS = sorted({folder.parent for root in ROOTS for folder in [*root.glob("config.json"), *root.glob("*/config.json")]})
+SETS = sorted(
+    {
+        folder.parent
+        for root in ROOTS
+        for folder in [*root.glob("config.json"), *root.glob("*/config.json")]
+    }
+)
 
 
 class Fixture:
@@ -39,20 +45,37 @@ class Fixture:
         vit, vae, bagel = raw["vit"], raw["vae"], raw["bagel"]
         self.config = ModelConfig(
             **{key: raw["llm"][key] for key in pretrained.LLM_KEYS},
-            vit_hidden_size=vit["hidden_size"], vit_intermediate_size=vit["intermediate_size"],
-            vit_num_layers=vit["num_hidden_layers"] - 1, vit_num_heads=vit["num_attention_heads"],
-            vit_patch=vit["patch_size"], vit_side=bagel["vit_max_num_patch_per_side"],
-            vit_longest=raw["vit_transform"]["max_image_size"], vit_shortest=raw["vit_transform"]["min_image_size"],
-            codec="flux", codec_factor=vae["downsample"], latent_channels=vae["z_channels"],
-            latent_patch=bagel["latent_patch_size"], latent_side=bagel["max_latent_size"],
-            image_longest=raw["vae_transform"]["max_image_size"], image_shortest=raw["vae_transform"]["min_image_size"],
-            vae_channels=vae["ch"], vae_multipliers=tuple(vae["ch_mult"]), vae_blocks=vae["num_res_blocks"],
-            vae_scale=vae["scale_factor"], vae_shift=vae["shift_factor"],
-        )  # fmt: skip
+            vit_hidden_size=vit["hidden_size"],
+            vit_intermediate_size=vit["intermediate_size"],
+            vit_num_layers=vit["num_hidden_layers"] - 1,
+            vit_num_heads=vit["num_attention_heads"],
+            vit_patch=vit["patch_size"],
+            vit_side=bagel["vit_max_num_patch_per_side"],
+            vit_longest=raw["vit_transform"]["max_image_size"],
+            vit_shortest=raw["vit_transform"]["min_image_size"],
+            codec="flux",
+            codec_factor=vae["downsample"],
+            latent_channels=vae["z_channels"],
+            latent_patch=bagel["latent_patch_size"],
+            latent_side=bagel["max_latent_size"],
+            image_longest=raw["vae_transform"]["max_image_size"],
+            image_shortest=raw["vae_transform"]["min_image_size"],
+            vae_channels=vae["ch"],
+            vae_multipliers=tuple(vae["ch_mult"]),
+            vae_blocks=vae["num_res_blocks"],
+            vae_scale=vae["scale_factor"],
+            vae_shift=vae["shift_factor"],
+        )
         self.model = pretrained.load_weights(folder, self.config)
         ids = raw["tokens"]
-        self.layout = Layout(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"],
-                             self.config.latent_side, self.config.vit_side)  # fmt: skip
+        self.layout = Layout(
+            ids["bos_token_id"],
+            ids["eos_token_id"],
+            ids["start_of_image"],
+            ids["end_of_image"],
+            self.config.latent_side,
+            self.config.vit_side,
+        )
 
     @functools.cache
     def tensors(self, name):
@@ -65,16 +88,24 @@ class Fixture:
     def eye_reference(self, image):
         """What the ViT sees of a transformed image (3, H, W)."""
         patch = self.config.vit_patch
-        return Reference(None, None, patchify(image, patch), (image.shape[1] // patch, image.shape[2] // patch))
+        return Reference(
+            None, None, patchify(image, patch), (image.shape[1] // patch, image.shape[2] // patch)
+        )
 
     def prompt(self, inputs, tensors, vae=True):
         """Prompt of an inferencer input list."""
-        items = [item["ids"] if item["type"] == "text"
-                 else self.model.read(pil(tensors[item["tensor"]]), as_inferencer=True) for item in inputs]  # fmt: skip
+        items = [
+            item["ids"]
+            if item["type"] == "text"
+            else self.model.read(pil(tensors[item["tensor"]]), as_inferencer=True)
+            for item in inputs
+        ]
         return Prompt(tuple(items), vae)
 
     def grid(self, image_shape):
-        return image_shape[0] // self.config.token_pixels, image_shape[1] // self.config.token_pixels
+        return image_shape[0] // self.config.token_pixels, image_shape[
+            1
+        ] // self.config.token_pixels
 
 
 def pil(pixels):
@@ -109,7 +140,9 @@ def test_f7_tables(bagel):
     close(big[f["real64_rows"]][:, f["real64_cols"]], f["real64_values"], 1e-6)
     features = []
     embedder = bagel.model.time_embedder
-    handle = embedder.fc1.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    handle = embedder.fc1.register_forward_pre_hook(
+        lambda module, inputs: features.append(inputs[0])
+    )
     close(embedder(f["t"]), f["t_emb"], 1e-5)
     handle.remove()
     close(features[0], f["t_freq"], 1e-6)
@@ -131,8 +164,12 @@ def test_f8_sizes(bagel):
     f = bagel.json("f8_transforms")
     for row in f["rows"]:
         kind = f["kinds"][row["kind"]]
-        rule = ResizeRule(kind["max_image_size"], kind["min_image_size"], kind["image_stride"],
-                          *([kind["max_pixels"]] if "max_pixels" in kind else []))  # fmt: skip
+        rule = ResizeRule(
+            kind["max_image_size"],
+            kind["min_image_size"],
+            kind["image_stride"],
+            *([kind["max_pixels"]] if "max_pixels" in kind else []),
+        )
         assert rule.size(row["w"], row["h"], row["img_num"]) == (row["out_w"], row["out_h"]), row
 
 
@@ -155,7 +192,9 @@ def test_f2_eye(bagel):
     ids = torch.cat([_position_ids(*one.patch_grid, bagel.config.vit_side) for one in seen])
     assert torch.equal(ids, f["position_ids"])
     lengths = tuple(f["seqlens"].tolist())
-    close(model.eye.patch_embedding(f["tokens"]) + model.eye.position_embedding(ids), f["patch_embed"])
+    close(
+        model.eye.patch_embedding(f["tokens"]) + model.eye.position_embedding(ids), f["patch_embed"]
+    )
     features = model.eye(f["tokens"], ids, lengths)
     close(features, f["out_vit"])
     close(model.connector(features), f["out_connector"])
@@ -179,9 +218,14 @@ def test_f3_codec(bagel):
 
 def test_the_codec_is_frozen_and_no_part_of_the_model(bagel):
     assert not any(p.requires_grad for p in bagel.model.codec.weights.parameters())
-    assert not any("encoder.conv_in" in name or "decoder.conv_in" in name for name, _ in bagel.model.named_parameters())
+    assert not any(
+        "encoder.conv_in" in name or "decoder.conv_in" in name
+        for name, _ in bagel.model.named_parameters()
+    )
     image = bagel.tensors("f3_vae")["image"][0]
-    drawn = [bagel.model.encode(image, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
+    drawn = [
+        bagel.model.encode(image, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)
+    ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert torch.equal(bagel.model.encode(image)[0], bagel.model.encode(image)[0])
 
@@ -224,7 +268,9 @@ def lay_out(bagel, drop=()):
                         sequence.noise(flow.interpolate(clean, noise, t), grid, t)
                         targets.append(flow.velocity(clean, noise))
                     else:
-                        sequence.image(Reference(None if dropped else clean, grid, None, None), vit=False)
+                        sequence.image(
+                            Reference(None if dropped else clean, grid, None, None), vit=False
+                        )
                 image += item["type"] != "text"
     return sequence.pack(), torch.cat(targets)
 
@@ -239,14 +285,20 @@ def test_f1_padded_latents(bagel):
 def test_f1_pack(bagel):
     f, (packed, _) = bagel.tensors("f1_train"), lay_out(bagel)
     exact = {
-        "packed_text_ids": packed.text_ids, "packed_text_indexes": packed.text_index,
-        "packed_position_ids": packed.positions, "packed_vit_position_ids": packed.vit_position_ids,
-        "packed_vit_token_indexes": packed.vit_index, "vit_token_seqlens": torch.tensor(packed.vit_lengths),
-        "packed_latent_position_ids": packed.latent_position_ids, "packed_vae_token_indexes": packed.latent_index,
-        "mse_loss_indexes": packed.latent_index[packed.noised], "packed_label_ids": packed.labels,
-        "ce_loss_indexes": packed.text_index[packed.label_rows], "packed_vit_tokens": packed.vit_patches,
+        "packed_text_ids": packed.text_ids,
+        "packed_text_indexes": packed.text_index,
+        "packed_position_ids": packed.positions,
+        "packed_vit_position_ids": packed.vit_position_ids,
+        "packed_vit_token_indexes": packed.vit_index,
+        "vit_token_seqlens": torch.tensor(packed.vit_lengths),
+        "packed_latent_position_ids": packed.latent_position_ids,
+        "packed_vae_token_indexes": packed.latent_index,
+        "mse_loss_indexes": packed.latent_index[packed.noised],
+        "packed_label_ids": packed.labels,
+        "ce_loss_indexes": packed.text_index[packed.label_rows],
+        "packed_vit_tokens": packed.vit_patches,
         "attention_mask": packed.mask.dense(),
-    }  # fmt: skip
+    }
     for name, tensor in exact.items():
         assert torch.equal(tensor.to(f[name].dtype), f[name]), name
     close(packed.timesteps[packed.image_of_latent], f["timesteps_after_shift"], 1e-6)
@@ -291,8 +343,12 @@ def test_f1_forward(bagel):
 def test_f1_gradients(bagel):
     _, target, _, _, ce, v = training_forward(bagel)
     names, parameters = zip(*bagel.model.named_parameters())
-    gradients = torch.autograd.grad(ce.mean() + F.mse_loss(v, target), parameters, retain_graph=True)
-    gradients = {pretrained.official_name(name): gradient for name, gradient in zip(names, gradients)}
+    gradients = torch.autograd.grad(
+        ce.mean() + F.mse_loss(v, target), parameters, retain_graph=True
+    )
+    gradients = {
+        pretrained.official_name(name): gradient for name, gradient in zip(names, gradients)
+    }
     norms = bagel.json("f1_train")["grad_l2"]
     assert set(gradients) == set(norms)
     for name, gradient in gradients.items():
@@ -356,7 +412,8 @@ def test_f4_text(bagel, case):
 # ------------------------------------------------------------------------------------- f5 velocities, f6 trajectories
 
 
-CONTEXTS = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}  # our names and the official ones
+# our names and the official ones
+CONTEXTS = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}
 
 
 @torch.no_grad()
@@ -374,20 +431,31 @@ def test_f5_velocities(bagel):
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")
     for scenario, one in facts["scenarios"].items():
         prompt, grid = bagel.prompt(one["inputs"], f), bagel.grid(one["image_shape"])
-        v, cache, packed, rows = velocities(bagel, [prompt], [grid], f[f"{scenario}.x_t"], one["t"], tuple(CONTEXTS))
+        v, cache, packed, rows = velocities(
+            bagel, [prompt], [grid], f[f"{scenario}.x_t"], one["t"], tuple(CONTEXTS)
+        )
         close(v["full"], f[f"{scenario}.v0"])
         for ours in ("no_text", "no_image"):
             close(v[ours], f[f"{scenario}.v_{CONTEXTS[ours]}"])
         for i, combo in enumerate(facts["cfg_combos"]):
             got = flow.guide(
-                v["full"], v["no_text"], v["no_image"], combo["text"], combo["img"], combo["type"], combo["rmin"]
+                v["full"],
+                v["no_text"],
+                v["no_image"],
+                combo["text"],
+                combo["img"],
+                combo["type"],
+                combo["rmin"],
             )
             close(got, f[f"{scenario}.v{i}"], 1e-4)
         for ours, context in CONTEXTS.items():
             start = packed.latent_index[packed.noised[rows[ours][0]]] - 1  # its opening marker
             seen = packed.mask.dense()[start].nonzero().squeeze(1)
             seen = seen[seen < start]
-            assert len(seen) == one[f"{context}.kv_len"] and packed.positions[start] == one[f"{context}.rope"]
+            assert (
+                len(seen) == one[f"{context}.kv_len"]
+                and packed.positions[start] == one[f"{context}.rope"]
+            )
             if len(seen):
                 close(cache.keys[-1, seen], f[f"{scenario}.{context}.k_last"])
                 close(cache.values[-1, seen], f[f"{scenario}.{context}.v_last"])
@@ -399,7 +467,10 @@ def test_a_prefix_changes_nothing(bagel):
     prompts = [bagel.prompt(one["inputs"], f) for one in facts.values()]
     grids = [bagel.grid(one["image_shape"]) for one in facts.values()]
     prefix = sample.prefill(bagel.model, bagel.layout, prompts)
-    plans = [sample.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0] for one in (None, prefix)]
+    plans = [
+        sample.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0]
+        for one in (None, prefix)
+    ]
     assert plans[0] == plans[1]
     pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
     sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
@@ -420,12 +491,21 @@ def test_a_prefix_changes_nothing(bagel):
 
 
 def sampler_of(facts):
-    return Sampler(facts["num_timesteps"], facts["timestep_shift"], facts["cfg_text_scale"], facts["cfg_img_scale"],
-                   tuple(facts["cfg_interval"]), facts["cfg_renorm_type"], facts["cfg_renorm_min"])  # fmt: skip
+    return Sampler(
+        facts["num_timesteps"],
+        facts["timestep_shift"],
+        facts["cfg_text_scale"],
+        facts["cfg_img_scale"],
+        tuple(facts["cfg_interval"]),
+        facts["cfg_renorm_type"],
+        facts["cfg_renorm_min"],
+    )
 
 
 def check_image(bagel, tokens, grid, expected):
-    got = torch.from_numpy(__import__("numpy").array(sample.picture(bagel.model, tokens, grid))).int()
+    got = torch.from_numpy(
+        __import__("numpy").array(sample.picture(bagel.model, tokens, grid))
+    ).int()
     assert got.shape == expected.shape and (got - expected.int()).abs().max() <= 1
 
 
@@ -441,7 +521,14 @@ def test_f6_trajectories(bagel):
             return flow.euler_step(x, v, t, t_next)
 
         x = sample.paint(
-            bagel.model, bagel.layout, [prompt], [[None]], [grid], sampler_of(facts), step=step, x=f[f"{name}.x"][0]
+            bagel.model,
+            bagel.layout,
+            [prompt],
+            [[None]],
+            [grid],
+            sampler_of(facts),
+            step=step,
+            x=f[f"{name}.x"][0],
         )
         assert len(seen) == facts["n_model_calls"]
         close(torch.stack([t for *_, t in seen]), f[f"{name}.t"], 1e-6)
@@ -463,17 +550,31 @@ def test_f9_inferencer(bagel):
         plan = None
         if one["think"] or understand:
             (plan,), _ = sample.think(
-                bagel.model, bagel.layout, [prompt], 1, hyper["max_think_token_n"] - 1, temperature=0
+                bagel.model,
+                bagel.layout,
+                [prompt],
+                1,
+                hyper["max_think_token_n"] - 1,
+                temperature=0,
             )
             assert [bagel.layout.bos, *plan] == one["generated_tokens_incl_bos"][0], name
         if not understand:
             pictures = [item for item in one["inputs"] if item["type"] == "image"]
             shape = hyper.get("image_shapes")
-            if pictures:  # the size rule of the inferencer: the last picture after the codec's resize
-                shape = bagel.config.image_rule.size(pictures[-1]["width"], pictures[-1]["height"])[::-1]
+            # the size rule of the inferencer: the last picture after the codec's resize
+            if pictures:
+                shape = bagel.config.image_rule.size(pictures[-1]["width"], pictures[-1]["height"])[
+                    ::-1
+                ]
             grid = bagel.grid(shape)
             x = sample.paint(
-                bagel.model, bagel.layout, [prompt], [[plan]], [grid], sampler_of(hyper), x=f[f"{name}.init_noise"]
+                bagel.model,
+                bagel.layout,
+                [prompt],
+                [[plan]],
+                [grid],
+                sampler_of(hyper),
+                x=f[f"{name}.init_noise"],
             )
             close(x, f[f"{name}.latent"], 2e-4)
             check_image(bagel, x, grid, f[f"{name}.image"])
@@ -488,4 +589,6 @@ def test_f12_batch(bagel):
     v, *_ = velocities(bagel, prompts, grids, f["x_t"], facts["t"], ("full", "no_text"))
     close(v["full"], f["v_nocfg"])
     for renorm in flow.RENORMS:
-        close(flow.guide(v["full"], v["no_text"], None, 4.0, 1.0, renorm), f[f"v_cfg4_{renorm}"], 1e-4)
+        close(
+            flow.guide(v["full"], v["no_text"], None, 4.0, 1.0, renorm), f[f"v_cfg4_{renorm}"], 1e-4
+        )

@@ -1,4 +1,5 @@
 """The command line: every mistake gives its sentence and status 2, and every value arrives with its type."""
+
 import errno
 import os
 import subprocess
@@ -16,17 +17,17 @@ REPOSITORY = Path(config.__file__).parent
 
 @dataclass(frozen=True)
 class Shape:
-    layers: int = 4                   # blocks
+    layers: int = 4  # blocks
 
 
 @dataclass(frozen=True)
 class Config(Shape):
-    config: str = ""                  # filled by parse
-    group_size: int = 24              # samples per prompt,
+    config: str = ""  # filled by parse
+    group_size: int = 24  # samples per prompt,
     #                                   a section comment at the fields' column is not help text
-    lr: float = 1e-6                  # learning rate, paper's value
-                                      # (continued)
-    rid: bool = True                  # own IC-CoT for each # sample
+    lr: float = 1e-6  # learning rate, paper's value
+    # (continued)
+    rid: bool = True  # own IC-CoT for each # sample
     seed: int | None = 0
     out: str = "out/#1"
     refs: tuple[str, ...] = ()
@@ -51,61 +52,86 @@ def mistake(capsys, *argv, **options) -> str:
     assert caught.value.code == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1 and error.startswith("error: ")
-    return error[len("error: "):-1]
+    return error[len("error: ") : -1]
 
 
-@pytest.mark.parametrize("argv, message", [
-    # the nine mistakes of the style study (two of its rows are not mistakes here, see the next test)
-    (["--group_siez=8"], "unknown option --group_siez; did you mean --group_size? (see --help)"),
-    (["--group-siez", "8"], "unknown option --group_siez; did you mean --group_size? (see --help)"),
-    (["--group=8"], "unknown option --group; did you mean --group_size? (see --help)"),
-    (["--group_size=8.5"], "--group_size=8.5: expected int"),
-    (["--lr=1e-5", "--lr=2e-5"], "--lr is given twice"),
-    (["--group_size=1"], "group_size=1: a group needs at least 2 samples"),
-    # and the rest
-    (["--zzz=8"], "unknown option --zzz (see --help)"),
-    (["--config=toyy"], "unknown preset 'toyy'; did you mean toy? (presets: toy, full)"),
-    (["--config=huge"], "unknown preset 'huge' (presets: toy, full)"),
-    (["--config=toy", "--config=toy"], "--config is given twice"),
-    (["--group_size"], "--group_size needs a value: --group_size=<int>"),
-    (["--out", "--rid"], "--out needs a value: --out=<str>"),
-    (["--group_size="], "--group_size=: expected int"),
-    (["--lr=fast"], "--lr=fast: expected float"),
-    (["--lr=nan"], "--lr=nan: expected float"),
-    (["--lr=none"], "--lr=none: expected float"),
-    (["--rid=maybe"], "--rid=maybe: expected bool"),
-    (["--rid", "maybe"], "unexpected argument 'maybe'; options are written --key=value (see --help)"),
-    (["--seed=x"], "--seed=x: expected int or none"),
-    (["--sizes=3", "--sizes=x"], "--sizes=x: expected int"),
-    (["--reward=clip"], "--reward=clip: expected one of clip_l2, clip_cos"),
-    (["toy"], "unexpected argument 'toy'; options are written --key=value (see --help)"),
-    (["-o", "x"], "unexpected argument '-o'; options are written --key=value (see --help)"),
-    (["--"], "unexpected argument '--'; options are written --key=value (see --help)"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        # the nine mistakes of the style study (two of its rows are not mistakes here, see the next test)
+        (
+            ["--group_siez=8"],
+            "unknown option --group_siez; did you mean --group_size? (see --help)",
+        ),
+        (
+            ["--group-siez", "8"],
+            "unknown option --group_siez; did you mean --group_size? (see --help)",
+        ),
+        (["--group=8"], "unknown option --group; did you mean --group_size? (see --help)"),
+        (["--group_size=8.5"], "--group_size=8.5: expected int"),
+        (["--lr=1e-5", "--lr=2e-5"], "--lr is given twice"),
+        (["--group_size=1"], "group_size=1: a group needs at least 2 samples"),
+        # and the rest
+        (["--zzz=8"], "unknown option --zzz (see --help)"),
+        (["--config=toyy"], "unknown preset 'toyy'; did you mean toy? (presets: toy, full)"),
+        (["--config=huge"], "unknown preset 'huge' (presets: toy, full)"),
+        (["--config=toy", "--config=toy"], "--config is given twice"),
+        (["--group_size"], "--group_size needs a value: --group_size=<int>"),
+        (["--out", "--rid"], "--out needs a value: --out=<str>"),
+        (["--group_size="], "--group_size=: expected int"),
+        (["--lr=fast"], "--lr=fast: expected float"),
+        (["--lr=nan"], "--lr=nan: expected float"),
+        (["--lr=none"], "--lr=none: expected float"),
+        (["--rid=maybe"], "--rid=maybe: expected bool"),
+        (
+            ["--rid", "maybe"],
+            "unexpected argument 'maybe'; options are written --key=value (see --help)",
+        ),
+        (["--seed=x"], "--seed=x: expected int or none"),
+        (["--sizes=3", "--sizes=x"], "--sizes=x: expected int"),
+        (["--reward=clip"], "--reward=clip: expected one of clip_l2, clip_cos"),
+        (["toy"], "unexpected argument 'toy'; options are written --key=value (see --help)"),
+        (["-o", "x"], "unexpected argument '-o'; options are written --key=value (see --help)"),
+        (["--"], "unexpected argument '--'; options are written --key=value (see --help)"),
+    ],
+)
 def test_mistakes(capsys, argv, message):
     assert mistake(capsys, *argv) == message
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ([], dict(group_size=4, lr=1, config="toy")),
-    (["--config", "full"], dict(group_size=24, lr=1e-6, config="full")),
-    (["--group_size=6", "--config=full"], dict(group_size=6, config="full")),
-    (["--lr=1"], dict(lr=1.0)),
-    (["--lr", "-1e-3"], dict(lr=-1e-3)),
-    (["--group-size", "8"], dict(group_size=8)),
-    (["--layers=2"], dict(layers=2)),
-    (["--out=a=b"], dict(out="a=b")),
-    (["--out="], dict(out="")),
-    (["--seed=none"], dict(seed=None)),
-    (["--seed", "3"], dict(seed=3)),
-    (["--refs", "a.png", "--refs=b.png"], dict(refs=("a.png", "b.png"))),
-    (["--sizes=7"], dict(sizes=(7,))),
-    (["--reward=clip_cos"], dict(reward="clip_cos")),
-    (["--rid"], dict(rid=True)),
-    (["--rid", "--lr=2"], dict(rid=True, lr=2.0)),
-    (["--rid", "false", "--lr=2"], dict(rid=False, lr=2.0)),
-] + [([f"--rid={word}"], dict(rid=value)) for word, value in
-     [("true", True), ("1", True), ("YES", True), ("False", False), ("0", False), ("no", False)]])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], dict(group_size=4, lr=1, config="toy")),
+        (["--config", "full"], dict(group_size=24, lr=1e-6, config="full")),
+        (["--group_size=6", "--config=full"], dict(group_size=6, config="full")),
+        (["--lr=1"], dict(lr=1.0)),
+        (["--lr", "-1e-3"], dict(lr=-1e-3)),
+        (["--group-size", "8"], dict(group_size=8)),
+        (["--layers=2"], dict(layers=2)),
+        (["--out=a=b"], dict(out="a=b")),
+        (["--out="], dict(out="")),
+        (["--seed=none"], dict(seed=None)),
+        (["--seed", "3"], dict(seed=3)),
+        (["--refs", "a.png", "--refs=b.png"], dict(refs=("a.png", "b.png"))),
+        (["--sizes=7"], dict(sizes=(7,))),
+        (["--reward=clip_cos"], dict(reward="clip_cos")),
+        (["--rid"], dict(rid=True)),
+        (["--rid", "--lr=2"], dict(rid=True, lr=2.0)),
+        (["--rid", "false", "--lr=2"], dict(rid=False, lr=2.0)),
+    ]
+    + [
+        ([f"--rid={word}"], dict(rid=value))
+        for word, value in [
+            ("true", True),
+            ("1", True),
+            ("YES", True),
+            ("False", False),
+            ("0", False),
+            ("no", False),
+        ]
+    ],
+)
 def test_values_and_types(argv, expected):
     result = parse(*argv)
     for key, value in expected.items():
@@ -113,14 +139,20 @@ def test_values_and_types(argv, expected):
         assert type(getattr(result, key)) is type(value)
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(group_siez=4), "preset 'small' sets the unknown option 'group_siez'; did you mean group_size?"),
-    (dict(group_size=4.0), "preset 'small' sets group_size=4.0: expected int"),
-    (dict(lr="1e-4"), "preset 'small' sets lr='1e-4': expected float"),
-    (dict(rid=1), "preset 'small' sets rid=1: expected bool"),
-    (dict(refs=["a"]), "preset 'small' sets refs=['a']: expected str, repeatable"),
-    (dict(reward="x"), "preset 'small' sets reward='x': expected one of clip_l2, clip_cos"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            dict(group_siez=4),
+            "preset 'small' sets the unknown option 'group_siez'; did you mean group_size?",
+        ),
+        (dict(group_size=4.0), "preset 'small' sets group_size=4.0: expected int"),
+        (dict(lr="1e-4"), "preset 'small' sets lr='1e-4': expected float"),
+        (dict(rid=1), "preset 'small' sets rid=1: expected bool"),
+        (dict(refs=["a"]), "preset 'small' sets refs=['a']: expected str, repeatable"),
+        (dict(reward="x"), "preset 'small' sets reward='x': expected one of clip_l2, clip_cos"),
+    ],
+)
 def test_a_wrong_preset_is_found_even_when_another_is_used(capsys, values, message):
     assert mistake(capsys, "--config=toy", presets={**PRESETS, "small": values}) == message
 
@@ -128,11 +160,13 @@ def test_a_wrong_preset_is_found_even_when_another_is_used(capsys, values, messa
 def test_required_fields_and_derived_fields(capsys):
     @dataclass(frozen=True)
     class Needs:
-        prompt: str                                       # what to paint
+        prompt: str  # what to paint
         total: int = field(default=0, init=False)
 
     assert mistake(capsys, presets={"any": {}}, kind=Needs) == "--prompt is required (see --help)"
-    assert "unknown option --total" in mistake(capsys, "--prompt=x", "--total=3", presets={"any": {}}, kind=Needs)
+    assert "unknown option --total" in mistake(
+        capsys, "--prompt=x", "--total=3", presets={"any": {}}, kind=Needs
+    )
     assert parse("--prompt", "a b", presets={"any": {}}, kind=Needs).prompt == "a b"
 
 
@@ -169,7 +203,7 @@ def test_help_has_a_column_per_preset_and_the_comments(capsys):
     out, error = capsys.readouterr()
     assert error == ""
     lines = out.splitlines()
-    assert lines[0] == __doc__                             # the head of this file
+    assert lines[0] == __doc__  # the head of this file
     rows = {line.split()[0]: line.split() for line in lines[2:]}
     assert rows["option"] == "option type toy full meaning".split()
     assert rows["--group_size"] == "--group_size int 4 24 samples per prompt,".split()
@@ -183,31 +217,57 @@ def test_help_has_a_column_per_preset_and_the_comments(capsys):
 
 def test_a_real_script_and_no_torch(tmp_path):
     script = tmp_path / "stage.py"
-    script.write_text('"""Stage."""\nfrom dataclasses import dataclass\nimport sys\nfrom config import parse\n'
-                      '@dataclass(frozen=True)\nclass Config:\n    steps: int = 3  # how long\n'
-                      'print(parse(Config, {"toy": {}}).steps, "torch" in sys.modules)\n')
+    script.write_text(
+        '"""Stage."""\nfrom dataclasses import dataclass\nimport sys\nfrom config import parse\n'
+        "@dataclass(frozen=True)\nclass Config:\n    steps: int = 3  # how long\n"
+        'print(parse(Config, {"toy": {}}).steps, "torch" in sys.modules)\n'
+    )
+
     def run(*argv):
-        return subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        return subprocess.run(
+            [sys.executable, script, *argv],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+
     good, helped, bad = run("--steps=5"), run("--help"), run("--step=5")
     assert good.returncode == 0 and good.stdout == "config: toy steps=5\n5 False\n"
-    assert helped.returncode == 0 and helped.stdout.startswith("Stage.\n") and "how long" in helped.stdout
-    assert bad.returncode == 2 and bad.stderr == "error: unknown option --step; did you mean --steps? (see --help)\n"
+    assert (
+        helped.returncode == 0
+        and helped.stdout.startswith("Stage.\n")
+        and "how long" in helped.stdout
+    )
+    assert (
+        bad.returncode == 2
+        and bad.stderr == "error: unknown option --step; did you mean --steps? (see --help)\n"
+    )
 
 
-@pytest.mark.parametrize("error, line", [
-    (config.UserError("give a\n picture"), "error: give a picture\n"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "error: a.png: No such file\n"),
-    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "out/x"), "error: out/x: Not a directory\n"),
-    (FileNotFoundError("CLIP weights not found at w.safetensors"), "error: CLIP weights not found at w.safetensors\n"),
-])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (config.UserError("give a\n picture"), "error: give a picture\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "error: a.png: No such file\n"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "out/x"),
+            "error: out/x: Not a directory\n",
+        ),
+        (
+            FileNotFoundError("CLIP weights not found at w.safetensors"),
+            "error: CLIP weights not found at w.safetensors\n",
+        ),
+    ],
+)
 def test_user_errors_become_one_line(capsys, error, line):
     with pytest.raises(SystemExit) as caught, config.exit_on_user_error():
         raise error
     assert caught.value.code == 2 and capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("error", [ValueError("too many"), KeyError("x"), BrokenPipeError(errno.EPIPE, "Broken")])
+@pytest.mark.parametrize(
+    "error", [ValueError("too many"), KeyError("x"), BrokenPipeError(errno.EPIPE, "Broken")]
+)
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)), config.exit_on_user_error():
         raise error
@@ -217,7 +277,8 @@ def test_exit_on_user_error_takes_more_kinds_and_decorates(capsys):
     @config.exit_on_user_error(ValueError)
     def check(value):
         raise ValueError(f"{value} is wrong")
-    for value in (1, 2):                                  # a decorated function can be called again
+
+    for value in (1, 2):  # a decorated function can be called again
         with pytest.raises(SystemExit):
             check(value)
     assert capsys.readouterr().err == "error: 1 is wrong\nerror: 2 is wrong\n"

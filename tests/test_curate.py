@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from PIL import Image
 
 import benchmarks
@@ -55,7 +54,8 @@ def misbehave(handler, number):
     """Every kind of trouble, by the number of the request."""
     kinds = {3: "429", 5: "500", 14: "timeout", 17: "429", 26: "503"}
     kinds |= dict.fromkeys((8, 40, 80), "refusal") | dict.fromkeys((11, 21, 83), "broken")
-    kind = kinds.get(number)  # the last refusal and the last broken reply reach a client that lives to record them
+    # the last refusal and the last broken reply reach a client that lives to record them
+    kind = kinds.get(number)
     if handler.path.endswith("edits") and not handler.server.requests % 9:
         kind = "truncated picture"
     if kind == "429":
@@ -63,16 +63,21 @@ def misbehave(handler, number):
     elif kind in ("500", "503"):
         handler.reply({"error": {"message": "oops"}}, int(kind))
     elif kind == "refusal":
-        handler.reply({"error": {"message": "content policy", "code": "content_policy_violation"}}, 400)
+        handler.reply(
+            {"error": {"message": "content policy", "code": "content_policy_violation"}}, 400
+        )
     elif kind == "broken":
         handler.reply(b'{"choices": [{"message": ')
     elif kind == "timeout":
-        time.sleep(7)  # the client waits for 6; less, and a busy machine is late with other answers too
+        # the client waits for 6; less, and a busy machine is late with other answers too
+        time.sleep(7)
         handler.close_connection = True
     elif kind == "truncated picture":
         import base64
 
-        picture = base64.b64encode(toyserver.to_png(Image.new("RGB", (32, 32), "red"))[:50]).decode()
+        picture = base64.b64encode(
+            toyserver.to_png(Image.new("RGB", (32, 32), "red"))[:50]
+        ).decode()
         handler.reply({"data": [{"b64_json": picture}]})
     return kind is not None
 
@@ -110,11 +115,18 @@ def curated(tmp_path_factory):
         environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
         for goes in range(12):
             process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             if goes < 3:
                 before = server.server.requests
-                while process.poll() is None and server.server.requests < before + rng.randint(8, 25):
+                while process.poll() is None and server.server.requests < before + rng.randint(
+                    8, 25
+                ):
                     time.sleep(0.01)
                 if process.poll() is None:
                     os.kill(process.pid, signal.SIGKILL)
@@ -124,7 +136,9 @@ def curated(tmp_path_factory):
                 break
         assert process.returncode == 0, out
         requests = server.server.requests
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+        subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240
+        )
         assert server.server.requests == requests  # a finished run asks nothing
         twice = sum(count - 1 for count in server.server.answered.values())
     return folder, out, kills, twice
@@ -134,15 +148,22 @@ def test_nothing_is_lost_and_nothing_asked_twice(curated):
     folder, out, kills, twice = curated
     assert kills == 3
     lines = {
-        name: [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
+        name: [
+            json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()
+        ]
         for name in ("references", "instructions", "plans", "targets", "scores")
     }
     for before, after in zip(lines, list(lines)[1:]):
         usable = {record["key"] for record in lines[before] if "dropped" not in record}
         assert sorted(record["key"] for record in lines[after]) == sorted(usable)
-    unusable = sum("unusable" in json.loads(path.read_text()) for path in (folder / "out/replies").glob("*.json"))
+    unusable = sum(
+        "unusable" in json.loads(path.read_text())
+        for path in (folder / "out/replies").glob("*.json")
+    )
     assert unusable >= 1 and twice <= unusable + 4 * kills  # what was in flight when it was killed
-    refused = [record for name in lines for record in lines[name] if "refused" in record.get("dropped", "")]
+    refused = [
+        record for name in lines for record in lines[name] if "refused" in record.get("dropped", "")
+    ]
     assert len(refused) >= 1  # recorded, and not asked again
     assert not list((folder / "out").glob("**/*.partial"))
 
@@ -155,8 +176,13 @@ def test_the_shards_are_right_and_judged_ten(curated, capsys):
     assert len(source) >= 15
     for i in range(len(source)):
         record, sample = source.record(i), source.sample(i)
-        assert record["scores"]["PF"] == record["scores"]["SC"] == 10 and record["provenance"]["image_model"] == "toy"
-        assert sample.target.size == (32, 32) and len(sample.plan.relations) == len(sample.references)
+        assert (
+            record["scores"]["PF"] == record["scores"]["SC"] == 10
+            and record["provenance"]["image_model"] == "toy"
+        )
+        assert sample.target.size == (32, 32) and len(sample.plan.relations) == len(
+            sample.references
+        )
     report = (folder / "out/report.md").read_text()
     assert "caption and target disagree" in report and f"| all | 24 | {len(source)} " in report
     assert (folder / "out/examples.png").is_file()
@@ -164,12 +190,17 @@ def test_the_shards_are_right_and_judged_ten(curated, capsys):
 
 def test_cuts_can_be_changed_without_asking(curated):
     folder, *_ = curated
-    config = curate.Config(**{**curate.PRESETS["toy"], "out": str(folder / "out"), "pools": str(folder / "pools")})
+    config = curate.Config(
+        **{**curate.PRESETS["toy"], "out": str(folder / "out"), "pools": str(folder / "pools")}
+    )
     scored = {
-        key: record for key, record in curate.read_lines(folder / "out/scores.jsonl").items() if "dropped" not in record
+        key: record
+        for key, record in curate.read_lines(folder / "out/scores.jsonl").items()
+        if "dropped" not in record
     }
     kept = lambda **cuts: sum(
-        not reason for reason in curate.why_dropped(scored, dataclasses.replace(config, **cuts)).values()
+        not reason
+        for reason in curate.why_dropped(scored, dataclasses.replace(config, **cuts)).values()
     )
     assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_clip=2.0) == 0
     scored[next(iter(scored))]["scores"]["PF"] = None
@@ -180,7 +211,8 @@ def test_sft_trains_on_it(curated, tmp_path):
     folder, *_ = curated
     config = sft.Config(
         config="smoke",
-        **sft.PRESETS["smoke"] | dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1),
+        **sft.PRESETS["smoke"]
+        | dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1),
     )
     sft.train(config)
     lines = run.read_log(tmp_path / "run")
@@ -190,7 +222,9 @@ def test_sft_trains_on_it(curated, tmp_path):
 def test_the_target_is_never_in_a_question_about_the_plan(curated):
     """Not its pixels, not its name: the only pictures are the references, and the stage runs before there is a target."""
     folder, *_ = curated
-    config = curate.Config(**{**curate.PRESETS["toy"], "out": str(folder / "out"), "pools": str(folder / "pools")})
+    config = curate.Config(
+        **{**curate.PRESETS["toy"], "out": str(folder / "out"), "pools": str(folder / "pools")}
+    )
     for record in curate.read_lines(folder / "out/targets.jsonl").values():
         if "dropped" in record:
             continue
@@ -198,7 +232,11 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
         target = (folder / "out" / record["target"]).read_bytes()
         assert len(question.images) == len(record["references"]) and target not in question.images
         assert record["target"] not in question.prompt
-        blind = {key: value for key, value in record.items() if key in ("key", "task", "references", "instruction")}
+        blind = {
+            key: value
+            for key, value in record.items()
+            if key in ("key", "task", "references", "instruction")
+        }
         assert curate.plan_question(blind, config) == question
 
 
@@ -209,10 +247,14 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
 def ask(fault=None, tmp_path=None, **options):
     """A question about one portrait to a server with this fault. Returns a function that asks, and the server."""
     server = Server(fault).__enter__()
-    image = toyserver.to_png(Image.fromarray(data._portrait(data.np.random.default_rng(0), data.subjects()[5])))
+    image = toyserver.to_png(
+        Image.fromarray(data._portrait(data.np.random.default_rng(0), data.subjects()[5]))
+    )
     question = Question("Task type: subject. Write.", (image,))
     return (
-        Endpoint(server.url, "toy", tmp_path / "replies", **{"timeout": 1.0, "tries": 3, **options}),
+        Endpoint(
+            server.url, "toy", tmp_path / "replies", **{"timeout": 1.0, "tries": 3, **options}
+        ),
         question,
         server,
     )
@@ -224,7 +266,8 @@ def ask(fault=None, tmp_path=None, **options):
 def test_an_endpoint_at_fault_is_one_clear_line(tmp_path, status, words, monkeypatch):
     monkeypatch.setattr("urllib3.util.Retry.sleep", lambda *_, **__: None)
     endpoint, question, server = ask(
-        lambda handler, number: handler.reply({"error": {"message": "no"}}, status) or True, tmp_path
+        lambda handler, number: handler.reply({"error": {"message": "no"}}, status) or True,
+        tmp_path,
     )
     with pytest.raises(UserError, match=words) as error:
         endpoint.text(question)
@@ -235,23 +278,31 @@ def test_an_endpoint_at_fault_is_one_clear_line(tmp_path, status, words, monkeyp
 
 
 def test_retry_after_is_honoured(tmp_path):
-    fault = lambda handler, number: number == 1 and (handler.reply({"error": {}}, 429, Retry_After="1") or True)
+    fault = lambda handler, number: (
+        number == 1 and (handler.reply({"error": {}}, 429, Retry_After="1") or True)
+    )
     endpoint, question, server = ask(fault, tmp_path)
     begun = time.monotonic()
-    assert endpoint.text(question) and time.monotonic() - begun >= 1.0 and server.server.requests == 2
+    assert (
+        endpoint.text(question) and time.monotonic() - begun >= 1.0 and server.server.requests == 2
+    )
     assert endpoint.text(question) and server.server.requests == 2  # kept
     server.__exit__()
 
 
 def test_refusals_and_broken_answers_are_kept(tmp_path):
-    fault = lambda handler, number: handler.reply({"error": {"message": "against our content policy"}}, 400) or True
+    fault = lambda handler, number: (
+        handler.reply({"error": {"message": "against our content policy"}}, 400) or True
+    )
     endpoint, question, server = ask(fault, tmp_path)
     for _ in range(2):
         with pytest.raises(Refused):
             endpoint.text(question)
     assert server.server.requests == 1
     server.__exit__()
-    endpoint, question, server = ask(lambda handler, number: handler.reply(b"<html>") or True, tmp_path / "b")
+    endpoint, question, server = ask(
+        lambda handler, number: handler.reply(b"<html>") or True, tmp_path / "b"
+    )
     for _ in range(2):
         with pytest.raises(Unusable):
             endpoint.text(question)
@@ -267,7 +318,9 @@ def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatc
     endpoint.text(question)
     server.__exit__()
     assert seen == ["Bearer secret-123"]
-    assert not any(b"secret-123" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(
+        b"secret-123" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 def test_the_pace_is_kept(tmp_path):
@@ -283,11 +336,20 @@ def test_the_pace_is_kept(tmp_path):
 # mistakes, and the dry run
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--pools", "nowhere"], "pool nowhere/characters is missing"), (["--pools", "empty"], "holds no .png"),
-    (["--stage", "plan"], "expected all or one of"), (["--chat_url", "http://127.0.0.1:9/v1", "--pools", "pools", "--tries", "1"], "cannot be reached"),
-    (["--pools", "broken", "--tries", "1"], "cannot be read as a picture"), (["--pools", "tiny", "--count", "500"], "too few pictures"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pools", "nowhere"], "pool nowhere/characters is missing"),
+        (["--pools", "empty"], "holds no .png"),
+        (["--stage", "plan"], "expected all or one of"),
+        (
+            ["--chat_url", "http://127.0.0.1:9/v1", "--pools", "pools", "--tries", "1"],
+            "cannot be reached",
+        ),
+        (["--pools", "broken", "--tries", "1"], "cannot be read as a picture"),
+        (["--pools", "tiny", "--count", "500"], "too few pictures"),
+    ],
+)
 def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pools", "empty", "broken", "tiny"):
@@ -312,7 +374,11 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     toyserver.draw_pools("pools", 6)
     curate.main(
-        parse(curate.Config, curate.PRESETS, ["--config", "full", "--pools", "pools", "--count", "10", "--dry_run"])
+        parse(
+            curate.Config,
+            curate.PRESETS,
+            ["--config", "full", "--pools", "pools", "--count", "10", "--dry_run"],
+        )
     )
     out = capsys.readouterr().out
     assert "10 samples" in out and "40 requests" in out and "nothing was asked" in out
@@ -406,20 +472,36 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
 
     with Server(sometimes) as server:
         main = lambda *words: evaluate.main(
-            parse(evaluate.Config, evaluate.PRESETS, bench_words(tmp_path, small_model, server.url, *words))
+            parse(
+                evaluate.Config,
+                evaluate.PRESETS,
+                bench_words(tmp_path, small_model, server.url, *words),
+            )
         )
         main("--generate_only", "--clip_out", "--metric", str(tmp_path / "clip"))
         assert server.server.requests == 0 and "CLIP_out" in capsys.readouterr().out
         pictures = sorted((tmp_path / "results/ours/fullset").rglob("*.png"))
-        assert len(pictures) == 16 and {path.parent.name for path in pictures} == set(benchmarks.OMNICONTEXT_TASKS)
-        assert all(Image.open(io.BytesIO(path.read_bytes())).size == (1024, 1024) for path in pictures)
+        assert len(pictures) == 16 and {path.parent.name for path in pictures} == set(
+            benchmarks.OMNICONTEXT_TASKS
+        )
+        assert all(
+            Image.open(io.BytesIO(path.read_bytes())).size == (1024, 1024) for path in pictures
+        )
         assert "text" in json.loads(pictures[0].with_suffix(".json").read_text())
         pictures[3].write_bytes(pictures[3].read_bytes()[:200])  # torn: painted again
         times = {path: path.stat().st_mtime_ns for path in pictures}
         main()
         out = capsys.readouterr().out
-        assert "1 pictures painted" in out and sum(path.stat().st_mtime_ns != times[path] for path in pictures) == 1
-        assert server.server.requests == 2 * 16 + 2 and "average" in out and "not comparable" in out and "8.21" in out
+        assert (
+            "1 pictures painted" in out
+            and sum(path.stat().st_mtime_ns != times[path] for path in pictures) == 1
+        )
+        assert (
+            server.server.requests == 2 * 16 + 2
+            and "average" in out
+            and "not comparable" in out
+            and "8.21" in out
+        )
         rows = [
             json.loads(line)
             for path in (tmp_path / "results/ours/toy").rglob("score.jsonl")
@@ -450,10 +532,19 @@ def test_statistics_are_the_official_ones():
     assert table["average"] == {"PF": 8.25, "SC": 7.0, "Overall": 7.5, "n": 3, "null": 1}
 
 
-@pytest.mark.parametrize("answer, score", [
-    ('{"score": 7, "reasoning": "x"}', 7), ('```json\n{"score": 8.5,\n"reasoning": "y"}\n```', 8.5), ('{"score": [6], "reasoning": ""}', 6),
-    ("seven", None), ('{"score": 11}', None), ('{"score": "high"}', None), ('{"score": true}', None), ("{", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ('{"score": 7, "reasoning": "x"}', 7),
+        ('```json\n{"score": 8.5,\n"reasoning": "y"}\n```', 8.5),
+        ('{"score": [6], "reasoning": ""}', 6),
+        ("seven", None),
+        ('{"score": 11}', None),
+        ('{"score": "high"}', None),
+        ('{"score": true}', None),
+        ("{", None),
+    ],
+)
 def test_scores_are_read_or_refused_and_never_guessed(answer, score):
     if score is None:
         with pytest.raises(Unusable):
@@ -463,10 +554,16 @@ def test_scores_are_read_or_refused_and_never_guessed(answer, score):
 
 
 def test_a_judge_that_cannot_be_read_gives_null(tmp_path, monkeypatch):
-    fault = lambda handler, number: handler.reply({"choices": [{"message": {"content": "no idea"}}]}) or True
+    fault = lambda handler, number: (
+        handler.reply({"choices": [{"message": {"content": "no idea"}}]}) or True
+    )
     endpoint, question, server = ask(fault, tmp_path)
     score, reason = benchmarks.ask_score(endpoint, "PF", "Do it.", question.images)
-    assert score is None and "no readable answer" in reason and server.server.requests == benchmarks.TRIES
+    assert (
+        score is None
+        and "no readable answer" in reason
+        and server.server.requests == benchmarks.TRIES
+    )
     server.__exit__()
 
 
@@ -490,10 +587,17 @@ def test_dreamomni2_folders(tmp_path):
     assert cases[0].instruction == "Do it."
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda folder: None, "is no folder here"), (lambda folder: folder.mkdir(), "holds no parquet"),
-    (lambda folder: (folder.mkdir(), (folder / "x.parquet").write_bytes(b"torn")), "cannot be read as parquet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda folder: None, "is no folder here"),
+        (lambda folder: folder.mkdir(), "holds no parquet"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "x.parquet").write_bytes(b"torn")),
+            "cannot be read as parquet",
+        ),
+    ],
+)
 def test_bad_benchmarks(tmp_path, make, words, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make(tmp_path / "bench")
@@ -521,6 +625,8 @@ def test_the_toy_server_sees_what_was_drawn():
         instruction, plan, truth = toyserver.compose(task, images)
         iccot.parse(iccot.render(plan), len(images))
         iccot.check_instruction(instruction, len(images))
-        picture = Image.open(io.BytesIO(toyserver.answer_image(f"Instruction: {instruction}\n", images)))
+        picture = Image.open(
+            io.BytesIO(toyserver.answer_image(f"Instruction: {instruction}\n", images))
+        )
         assert data.judge(picture, truth) == data.Verdict(10, 10, 10), task
         assert toyserver.compose(task, images)[0] == instruction

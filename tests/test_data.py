@@ -1,4 +1,5 @@
 """The toy world: determinism, proportions, splits, what captions may say, and the calibration of the judge."""
+
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,8 +12,10 @@ import data
 import iccot
 from pretrained import load_tokenizer
 
-PINNED = ("A robot in yellow (the first image) at the top left, in a city.",
-          "A city with a robot in yellow at the top left.")
+PINNED = (
+    "A robot in yellow (the first image) at the top left, in a city.",
+    "A city with a robot in yellow at the top left.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,7 @@ def with_thing(truth, index, **fields):
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
 
+
 def as_bytes(sample):
     pictures = [picture.tobytes() for picture in sample.references + (sample.target,)]
     return sample.key, sample.task, sample.instruction, sample.plan, sample.truth, pictures
@@ -42,7 +46,9 @@ def as_bytes(sample):
 
 def test_a_sample_is_a_function_of_its_arguments():
     first = [as_bytes(data.draw_sample("train", index, seed=3)) for index in range(20)]
-    again = [as_bytes(data.draw_sample("train", index, seed=3)) for index in reversed(range(20))][::-1]
+    again = [as_bytes(data.draw_sample("train", index, seed=3)) for index in reversed(range(20))][
+        ::-1
+    ]
     assert first == again
     assert len({sample[0] for sample in first}) == 20
     assert first != [as_bytes(data.draw_sample("train", index, seed=4)) for index in range(20)]
@@ -55,7 +61,7 @@ def test_tasks_come_in_the_proportions_of_the_paper(samples, held_out):
     assert sum(data.TASKS.values()) == pytest.approx(100)
     count = Counter(sample.task for sample in samples + held_out)
     for task, share in data.TASKS.items():
-        error = (share * (100 - share) / 3000) ** 0.5                 # of a binomial share, in per cent
+        error = (share * (100 - share) / 3000) ** 0.5  # of a binomial share, in per cent
         assert abs(count[task] / 30 - share) < 4 * error, task
 
 
@@ -64,7 +70,10 @@ def test_pictures_and_number_of_references(samples):
     for sample in samples:
         assert sample.target.mode == "RGB" and sample.target.size == (32, 32)
         assert np.array_equal(np.asarray(sample.target), data.draw(sample.truth))
-        assert all(image.mode == "RGB" and image.size in ((16, 16), (32, 32)) for image in sample.references)
+        assert all(
+            image.mode == "RGB" and image.size in ((16, 16), (32, 32))
+            for image in sample.references
+        )
         if sample.task in ("add", "replace", "attribute", "scene"):
             assert sample.references[0].size == (32, 32)
 
@@ -73,10 +82,13 @@ def test_pictures_and_number_of_references(samples):
 def test_max_references(most):
     drawn = [data.draw_sample("train", index, max_references=most) for index in range(600)]
     counts = {len(sample.references) for sample in drawn}
-    assert max(counts) == most if most < 9 else max(counts) > 6       # nine are rare: four objects, each with a pattern
+    # nine are rare: four objects, each with a pattern
+    assert max(counts) == most if most < 9 else max(counts) > 6
     for sample in drawn[:60]:
         iccot.check_instruction(sample.instruction, len(sample.references))
-        assert iccot.parse(iccot.render(sample.plan), references=len(sample.references)) == sample.plan
+        assert (
+            iccot.parse(iccot.render(sample.plan), references=len(sample.references)) == sample.plan
+        )
         assert data.judge(sample.target, sample.truth).overall == 10
 
 
@@ -89,7 +101,9 @@ def test_plans_round_trip_and_match_the_references(samples, held_out):
             assert relation.endswith(f"image_{number}.")
         assert sample.plan.caption == data.caption(sample.truth)
         subject = sample.truth.things[0].subject
-        assert not set(subject.looks + sample.truth.scene.looks) - {"left", "right"} & set(sample.plan.caption.split())
+        assert not set(subject.looks + sample.truth.scene.looks) - {"left", "right"} & set(
+            sample.plan.caption.split()
+        )
 
 
 def test_both_ways_to_name_an_image_occur(samples):
@@ -98,7 +112,9 @@ def test_both_ways_to_name_an_image_occur(samples):
 
 
 def test_a_bad_split_or_number_is_refused():
-    with pytest.raises(ValueError, match="split 'test' does not exist; choose from train, held_out"):
+    with pytest.raises(
+        ValueError, match="split 'test' does not exist; choose from train, held_out"
+    ):
         data.draw_sample("test", 0)
     with pytest.raises(ValueError, match="max_references=1 is outside 2 to 9"):
         data.draw_sample("train", 0, max_references=1)
@@ -109,16 +125,26 @@ def test_references_and_instruction_determine_the_picture_of_a_composition(sampl
     read = 0
     for sample in samples:
         if sample.task in ("subject", "subject_composition", "scene_composition"):
-            kinds = [match[1] for one in sample.plan.relations if (match := re.match(r"The (\w+) is from", one))]
-            places = re.findall(r"at the (top left|top right|bottom left|bottom right)", sample.instruction)
-            places = places or data.DEFAULT_PLACES[:len(kinds)]
-            assert {thing.place: thing.subject.kind for thing in sample.truth.things} == dict(zip(places, kinds))
+            kinds = [
+                match[1]
+                for one in sample.plan.relations
+                if (match := re.match(r"The (\w+) is from", one))
+            ]
+            places = re.findall(
+                r"at the (top left|top right|bottom left|bottom right)", sample.instruction
+            )
+            places = places or data.DEFAULT_PLACES[: len(kinds)]
+            assert {thing.place: thing.subject.kind for thing in sample.truth.things} == dict(
+                zip(places, kinds)
+            )
             subject_of = {thing.place: thing.subject for thing in sample.truth.things}
             for place, image in zip(places, sample.references):
                 rgb, silhouette = data.sprite(subject_of[place])
                 assert np.array_equal(np.asarray(image)[silhouette], rgb[silhouette])
             if sample.task == "scene_composition":
-                assert np.array_equal(np.asarray(sample.references[-1]), data.scene_picture(sample.truth.scene))
+                assert np.array_equal(
+                    np.asarray(sample.references[-1]), data.scene_picture(sample.truth.scene)
+                )
             else:
                 assert f" a {sample.truth.scene.kind}" in sample.instruction
             read += 1
@@ -129,7 +155,8 @@ def test_an_edit_keeps_the_rest_of_the_source(samples):
     for sample in samples:
         before, after = np.asarray(sample.references[0]), np.asarray(sample.target)
         if sample.task in ("add", "replace", "attribute"):
-            changed = (before != after).any(-1).reshape(2, 16, 2, 16).any((1, 3)).sum()     # places that changed
+            # places that changed
+            changed = (before != after).any(-1).reshape(2, 16, 2, 16).any((1, 3)).sum()
             assert changed == (len(sample.references) - 1 if sample.task == "add" else 1)
         if sample.task == "attribute":
             old, new = before[(before != after).any(-1)], after[(before != after).any(-1)]
@@ -138,6 +165,7 @@ def test_an_edit_keeps_the_rest_of_the_source(samples):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # splits
+
 
 def test_no_held_out_subject_is_ever_seen_in_training(samples, held_out):
     seen = {thing.subject for sample in samples for thing in sample.truth.things}
@@ -150,11 +178,22 @@ def test_no_held_out_subject_is_ever_seen_in_training(samples, held_out):
 
 def test_reference_pictures_respect_the_split(samples, held_out):
     """Portraits are looked up by pixels, so that pattern owners and replaced things count too."""
+
     def portraits(some):
-        return {image.tobytes() for sample in some for image in sample.references if image.size == (16, 16)}
+        return {
+            image.tobytes()
+            for sample in some
+            for image in sample.references
+            if image.size == (16, 16)
+        }
 
     def scenes(some):
-        return {sample.references[-1].tobytes() for sample in some if sample.task in ("scene", "scene_composition")}
+        return {
+            sample.references[-1].tobytes()
+            for sample in some
+            if sample.task in ("scene", "scene_composition")
+        }
+
     assert not portraits(samples) & portraits(held_out)
     assert scenes(samples) and scenes(held_out) and not scenes(samples) & scenes(held_out)
 
@@ -164,21 +203,32 @@ def test_the_split_by_identity():
     assert len(data.subjects()) == 6 * 6 * 36 + 8 * 6 * 12
     assert len(train) / len(data.subjects()) == pytest.approx(5 / 6, abs=0.02)
     kinds = data.CHARACTERS + data.OBJECTS
-    assert {(subject.kind, subject.colour) for subject in train} == {(k, c) for k in kinds for c in data.COLOURS}
+    assert {(subject.kind, subject.colour) for subject in train} == {
+        (k, c) for k in kinds for c in data.COLOURS
+    }
     for split in data.SPLITS:
-        assert {one.kind for one in data.scenes() if data.split_of(one) == split} == set(data.SCENES)
+        assert {one.kind for one in data.scenes() if data.split_of(one) == split} == set(
+            data.SCENES
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # drawing and words
 
+
 def test_every_identity_looks_different():
     """Each hidden look changes at least six pixels of every kind, and each colour far more."""
     for kind in data.CHARACTERS + data.OBJECTS:
         for colour in ("red", "pink"):
-            group = [subject for subject in data.subjects() if (subject.kind, subject.colour) == (kind, colour)]
+            group = [
+                subject
+                for subject in data.subjects()
+                if (subject.kind, subject.colour) == (kind, colour)
+            ]
             drawn = np.stack([data.sprite(subject)[0] for subject in group])
-            differ = (drawn[:, None] != drawn[None]).any(-1).sum((-1, -2)) + 256 * np.eye(len(group), dtype=int)
+            differ = (drawn[:, None] != drawn[None]).any(-1).sum((-1, -2)) + 256 * np.eye(
+                len(group), dtype=int
+            )
             assert differ.min() >= 6, (group[differ.min(1).argmin()], differ.min())
     red = data.Subject("man", "red", ("black", "tan", "none"))
     assert (data.sprite(red)[0] != data.sprite(replace(red, colour="blue"))[0]).any(-1).sum() > 30
@@ -212,12 +262,13 @@ def difference(right, wrong):
         return "scene"
     assert right[0] == wrong[0] and len(right[1]) == len(wrong[1])
     (old,), (new,) = right[1] - wrong[1], wrong[1] - right[1]
-    name, = [name for name, a, b in zip(("kind", "colour", "place"), old, new) if a != b]
+    (name,) = [name for name, a, b in zip(("kind", "colour", "place"), old, new) if a != b]
     return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the judge
+
 
 def test_the_truth_scores_ten(samples, held_out):
     for sample in samples[:200] + held_out[:200]:
@@ -232,7 +283,9 @@ def test_the_truth_scores_ten_in_every_scene_behind_four_things():
     for scene in data.scenes():
         for _ in range(2):
             cast = rng.choice(len(data.subjects()), 4)
-            things = tuple(data._thing(place, data.subjects()[i]) for place, i in zip(data.PLACES, cast))
+            things = tuple(
+                data._thing(place, data.subjects()[i]) for place, i in zip(data.PLACES, cast)
+            )
             truth = data.Truth(scene, things, True)
             assert data.judge(data.draw(truth), truth).overall == 10
 
@@ -245,28 +298,39 @@ def test_a_wrong_identity_lowers_sc_and_not_pf(samples):
         options = [tuple(values) for values in data.looks_of(subject.kind).values()]
         which = int(rng.integers(len(options)))
         other = [value for value in options[which] if value != subject.looks[which]]
-        looks = subject.looks[:which] + (other[int(rng.integers(len(other)))],) + subject.looks[which + 1:]
+        looks = (
+            subject.looks[:which]
+            + (other[int(rng.integers(len(other)))],)
+            + subject.looks[which + 1 :]
+        )
         verdict = data.judge(data.draw(with_thing(sample.truth, index, looks=looks)), sample.truth)
         assert verdict.pf == 10 and verdict.sc < 9.6
 
 
 def test_one_wrong_look_costs_its_share():
     subject = data.Subject("man", "red", ("black", "tan", "none"))
-    truth = data.Truth(data.Scene("meadow", ("day", "left", "plain")), (data._thing("top left", subject),), False)
+    truth = data.Truth(
+        data.Scene("meadow", ("day", "left", "plain")), (data._thing("top left", subject),), False
+    )
     wrong = with_thing(truth, 0, looks=("blond", "tan", "none"))
-    assert data.judge(data.draw(wrong), truth).sc == pytest.approx(10 * 3 / 4)      # colour, face, accessory are right
+    # colour, face, accessory are right
+    assert data.judge(data.draw(wrong), truth).sc == pytest.approx(10 * 3 / 4)
     wrong = with_thing(truth, 0, colour="blue")
     verdict = data.judge(data.draw(wrong), truth)
-    assert verdict.pf == pytest.approx(10 * (1 + 0.5 + 1) / 3) and verdict.sc == pytest.approx(10 * 3 / 4)
+    assert verdict.pf == pytest.approx(10 * (1 + 0.5 + 1) / 3) and verdict.sc == pytest.approx(
+        10 * 3 / 4
+    )
     assert verdict.overall == pytest.approx((verdict.pf * verdict.sc) ** 0.5)
 
 
 def test_a_colour_that_only_words_name_is_left_to_pf(samples):
     edits = [s for s in samples if s.task == "attribute" and len(s.references) == 1]
     for sample in edits[:30]:
-        index, = [i for i, thing in enumerate(sample.truth.things) if "colour" not in thing.given]
+        (index,) = [i for i, thing in enumerate(sample.truth.things) if "colour" not in thing.given]
         colour = sample.truth.things[index].subject.colour
-        picture = data.draw(with_thing(sample.truth, index, colour="red" if colour != "red" else "blue"))
+        picture = data.draw(
+            with_thing(sample.truth, index, colour="red" if colour != "red" else "blue")
+        )
         verdict = data.judge(picture, sample.truth)
         assert verdict.sc == 10 and verdict.pf < 9.5
 
@@ -275,12 +339,17 @@ def test_a_missing_or_misplaced_thing_lowers_pf(samples):
     for sample in samples[:100]:
         truth = sample.truth
         missing = data.judge(data.draw(replace(truth, things=truth.things[1:])), truth)
-        free = [place for place in data.PLACES if place not in [thing.place for thing in truth.things]]
+        free = [
+            place for place in data.PLACES if place not in [thing.place for thing in truth.things]
+        ]
         assert missing.pf < 8.5 and missing.sc < 8.5
         if free:
-            moved = replace(truth, things=truth.things[1:] + (replace(truth.things[0], place=free[0]),))
+            moved = replace(
+                truth, things=truth.things[1:] + (replace(truth.things[0], place=free[0]),)
+            )
             verdict = data.judge(data.draw(moved), truth)
-            assert verdict.pf < missing.pf and verdict.sc <= missing.sc + 1e-9     # it stands where nobody asked
+            # it stands where nobody asked
+            assert verdict.pf < missing.pf and verdict.sc <= missing.sc + 1e-9
 
 
 def test_swapped_colours_lower_pf(samples):
@@ -288,8 +357,11 @@ def test_swapped_colours_lower_pf(samples):
     for sample in samples:
         things = sample.truth.things
         if len(things) > 1 and things[0].subject.colour != things[1].subject.colour:
-            picture = with_thing(with_thing(sample.truth, 0, colour=things[1].subject.colour), 1,
-                                 colour=things[0].subject.colour)
+            picture = with_thing(
+                with_thing(sample.truth, 0, colour=things[1].subject.colour),
+                1,
+                colour=things[0].subject.colour,
+            )
             assert data.judge(data.draw(picture), sample.truth).pf < 9
             swapped += 1
         if swapped == 50:
@@ -300,10 +372,12 @@ def test_swapped_colours_lower_pf(samples):
 def test_scenes(samples):
     for sample in samples[:100]:
         scene = sample.truth.scene
-        other = replace(scene, looks=("dusk" if scene.looks[0] == "day" else "day", *scene.looks[1:]))
+        other = replace(
+            scene, looks=("dusk" if scene.looks[0] == "day" else "day", *scene.looks[1:])
+        )
         verdict = data.judge(data.draw(replace(sample.truth, scene=other)), sample.truth)
         assert verdict.pf == 10
-        assert (verdict.sc == 10) == (not sample.truth.scene_given)       # words leave the variant free
+        assert (verdict.sc == 10) == (not sample.truth.scene_given)  # words leave the variant free
         kind = replace(scene, kind="city" if scene.kind != "city" else "meadow")
         verdict = data.judge(data.draw(replace(sample.truth, scene=kind)), sample.truth)
         assert verdict.pf < 8.5
@@ -313,9 +387,13 @@ def test_scenes(samples):
 def test_noise_and_one_colour_score_nothing(samples):
     rng = np.random.default_rng(0)
     for sample in samples[:30]:
-        pictures = [rng.integers(0, 256, (32, 32, 3)), np.clip(rng.normal(128, 60, (32, 32, 3)), 0, 255)]
+        pictures = [
+            rng.integers(0, 256, (32, 32, 3)),
+            np.clip(rng.normal(128, 60, (32, 32, 3)), 0, 255),
+        ]
         pictures += [np.full((32, 32, 3), value) for value in (0, 64, 90, 128, 170, 255)]
-        pictures += [np.tile(data.scene_picture(sample.truth.scene)[-1, 0], (32, 32, 1))]     # the colour of the ground
+        # the colour of the ground
+        pictures += [np.tile(data.scene_picture(sample.truth.scene)[-1, 0], (32, 32, 1))]
         for picture in pictures:
             verdict = data.judge(picture.astype(np.uint8), sample.truth)
             assert verdict.pf < 0.5 and verdict.sc < 0.5 and verdict.overall < 0.5
@@ -330,19 +408,27 @@ def test_blur_and_noise_lie_in_between(samples):
 
     def noisy(image):
         return np.clip(np.asarray(image) + rng.normal(0, 25, (32, 32, 3)), 0, 255).astype(np.uint8)
-    blurred = [mean(lambda image: image.filter(ImageFilter.GaussianBlur(radius))) for radius in (0.5, 1, 2)]
-    assert np.all(np.diff(np.stack(blurred), axis=0) < -1)                # the more blurred, the worse
+
+    blurred = [
+        mean(lambda image: image.filter(ImageFilter.GaussianBlur(radius))) for radius in (0.5, 1, 2)
+    ]
+    assert np.all(np.diff(np.stack(blurred), axis=0) < -1)  # the more blurred, the worse
     assert np.all((3 < blurred[1]) & (blurred[1] < 7)) and np.all(blurred[0] > 8)
     assert np.all((5 < mean(noisy)) & (mean(noisy) < 9))
 
 
 def test_the_nearest_subject_is_the_brute_force_one(samples):
     rng = np.random.default_rng(0)
-    picture = np.clip(np.asarray(samples[0].target) / 255 + rng.normal(0, 0.1, (32, 32, 3)), 0, 1).astype(np.float32)
+    picture = np.clip(
+        np.asarray(samples[0].target) / 255 + rng.normal(0, 0.1, (32, 32, 3)), 0, 1
+    ).astype(np.float32)
     scene = data.scene_picture(samples[0].truth.scene).astype(np.float64) / 255
     for place, (subject, _) in data._nearest(picture, scene.astype(np.float32)).items():
         y, x = data._corner(place)
-        crop, behind = picture[y:y + 16, x:x + 16].astype(np.float64), scene[y:y + 16, x:x + 16]
+        crop, behind = (
+            picture[y : y + 16, x : x + 16].astype(np.float64),
+            scene[y : y + 16, x : x + 16],
+        )
         costs = [np.square(crop - behind).sum()]
         for one in data.subjects():
             rgb, silhouette = data.sprite(one)
@@ -353,18 +439,28 @@ def test_the_nearest_subject_is_the_brute_force_one(samples):
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizer and command line
 
+
 def test_tokenizer_round_trips(tmp_path, samples):
     tokenizer = data.train_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.get_vocab() == load_tokenizer(tmp_path / "tokenizer").get_vocab()
     assert 260 < len(tokenizer) <= 1024
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
-    texts = [iccot.render(sample.plan) for sample in samples[:100]] + [sample.instruction for sample in samples[:100]]
-    texts += ["Zwölf Boxkämpfer — 日本語 🙂\n\n  two  spaces , x . y 's\t", " lead", "trail ", "", "\x00\x7f"]
+    texts = [iccot.render(sample.plan) for sample in samples[:100]] + [
+        sample.instruction for sample in samples[:100]
+    ]
+    texts += [
+        "Zwölf Boxkämpfer — 日本語 🙂\n\n  two  spaces , x . y 's\t",
+        " lead",
+        "trail ",
+        "",
+        "\x00\x7f",
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     plans = [tokenizer(text).input_ids for text in texts[:100]]
     assert np.mean([len(ids) for ids in plans]) < 40 and max(map(len, plans)) < 70
-    assert tokenizer.decode(plans[0][:1]).startswith("<think><out_caption>A")     # the tags fuse with the first word
+    # the tags fuse with the first word
+    assert tokenizer.decode(plans[0][:1]).startswith("<think><out_caption>A")
     for token in data.SPECIAL_TOKENS:
         assert len(tokenizer(token).input_ids) == 1
 
@@ -384,9 +480,16 @@ def test_show_writes_a_sheet(tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("--split=test", "split 'test' does not exist"), ("--count=0", "count must be positive"),
-    ("--max_references=12", "outside 2 to 9"), ("--out=a.doc", "ends in .png"), ("--cuont=3", "did you mean --count")])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--split=test", "split 'test' does not exist"),
+        ("--count=0", "count must be positive"),
+        ("--max_references=12", "outside 2 to 9"),
+        ("--out=a.doc", "ends in .png"),
+        ("--cuont=3", "did you mean --count"),
+    ],
+)
 def test_show_mistakes(argument, message, capsys):
     with pytest.raises(SystemExit) as stop:
         data.main(["--show", argument])

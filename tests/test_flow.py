@@ -3,6 +3,7 @@
 `tests/fixtures/bagel_grids.safetensors` holds outputs of the official code: time grids, velocities guided in eleven
 ways, and one Euler trajectory. Run: python -m pytest tests/test_flow.py
 """
+
 import json
 import math
 from pathlib import Path
@@ -29,10 +30,13 @@ def official():
 def packed(count=4, seed=0, dtype=torch.float64, channels=4):
     """`count` independent packed tensors (9, channels)."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(sum(SIZES), channels, generator=generator, dtype=dtype) for _ in range(count)]
+    return [
+        torch.randn(sum(SIZES), channels, generator=generator, dtype=dtype) for _ in range(count)
+    ]
 
 
 # ---------------------------------------------------------------- the convention
+
 
 def test_time_runs_from_data_to_noise():
     data, noise = torch.zeros(4, 8), torch.ones(4, 8)
@@ -47,7 +51,9 @@ def test_one_euler_step_with_the_exact_velocity_lands_on_the_path():
     v = flow.velocity(data, noise)
     for t, t_next in ((1.0, 0.0), (0.9, 0.3), (0.3, 0.0)):
         landed = flow.euler_step(flow.interpolate(data, noise, t), v, t, t_next)
-        torch.testing.assert_close(landed, flow.interpolate(data, noise, t_next), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            landed, flow.interpolate(data, noise, t_next), rtol=0, atol=1e-14
+        )
 
 
 def test_estimates_recover_both_ends():
@@ -63,17 +69,23 @@ def test_time_per_token_agrees_with_scalar_time_bit_for_bit():
     grid = flow.time_grid(7, 3.0)
     for kind in KINDS:
         for t, t_next in zip(grid[:-2], grid[1:-1]):
-            each, each_next = t.expand(len(x)), t_next.expand(len(x), 1)  # (N,) and (N, 1) are both understood
+            # (N,) and (N, 1) are both understood
+            each, each_next = t.expand(len(x)), t_next.expand(len(x), 1)
             for times in ((float(t), float(t_next)), (t, t_next)):
                 mean, std = flow.transition(x, v, *times, 0.7, kind)
                 mean_each, std_each = flow.transition(x, v, each, each_next, 0.7, kind)
                 assert std.shape == () and std_each.shape == (len(x), 1)
-                assert torch.equal(mean, mean_each) and torch.equal(std.expand_as(std_each), std_each)
-                assert torch.equal(flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3),
-                                   flow.log_prob(x_next, mean_each, std_each, IMAGE_OF_TOKEN, 3))
+                assert torch.equal(mean, mean_each) and torch.equal(
+                    std.expand_as(std_each), std_each
+                )
+                assert torch.equal(
+                    flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3),
+                    flow.log_prob(x_next, mean_each, std_each, IMAGE_OF_TOKEN, 3),
+                )
 
 
 # ---------------------------------------------------------------- time
+
 
 def test_time_grid_is_bagels(official):
     tensors, _ = official
@@ -104,18 +116,23 @@ def test_training_times_are_logit_normal_and_shifted(shift, mean):
     assert times.shape == (400_000,) and times.dtype == torch.float32
     assert abs(times.mean().item() - mean) < 2e-3
     probability = torch.tensor([0.05, 0.3, 0.5, 0.8, 0.95])
-    quantiles = flow.shift_time(torch.sigmoid(torch.distributions.Normal(0, 1).icdf(probability)), shift)
+    quantiles = flow.shift_time(
+        torch.sigmoid(torch.distributions.Normal(0, 1).icdf(probability)), shift
+    )
     below = (times[:, None] <= quantiles).float().mean(0)
     torch.testing.assert_close(below, probability, rtol=0, atol=5e-3)
 
 
 def test_training_times_repeat_with_the_generator():
-    first, again = (flow.sample_timesteps(5, 3.0, torch.Generator().manual_seed(2)) for _ in range(2))
+    first, again = (
+        flow.sample_timesteps(5, 3.0, torch.Generator().manual_seed(2)) for _ in range(2)
+    )
     other = flow.sample_timesteps(5, 3.0, torch.Generator().manual_seed(3))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 # ---------------------------------------------------------------- the SDE step
+
 
 def test_euler_steps_are_bagels_bit_for_bit(official):
     tensors, _ = official
@@ -144,7 +161,8 @@ def test_flow_step_equals_flow_grpo_and_the_other_time_convention(noise_level):
     grid = flow.time_grid(11, 3.0).double()
     for t, t_next in zip(grid[1:-1], grid[2:]):
         mean, std = flow.transition(x, v, t, t_next, noise_level)
-        s, dt = noise_level * (t / (1 - t)).sqrt(), t_next - t  # Flow-GRPO's sd3_sde_with_logprob.py, dt < 0
+        # Flow-GRPO's sd3_sde_with_logprob.py, dt < 0
+        s, dt = noise_level * (t / (1 - t)).sqrt(), t_next - t
         reference = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
         torch.testing.assert_close(mean, reference, rtol=0, atol=1e-13)
         torch.testing.assert_close(std, s * (-dt).sqrt(), rtol=0, atol=1e-14)
@@ -162,7 +180,8 @@ def test_first_step_has_std_equal_to_the_noise_level(steps):
     assert abs(std.item() - 0.7) < 1e-6
     expected = x - (v + 0.7**2 / (2 * (1 - grid[1])) * x) * (1 - grid[1])
     torch.testing.assert_close(mean, expected, rtol=0, atol=1e-6)
-    mixed = flow.sigma(torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.4]), 0.7)  # the rule acts token by token
+    # the rule acts token by token
+    mixed = flow.sigma(torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.4]), 0.7)
     torch.testing.assert_close(mixed, torch.tensor([0.7 / math.sqrt(0.1), 0.7]))
 
 
@@ -195,7 +214,9 @@ def test_flow_sde_keeps_the_marginals(noise_level):
     x = torch.randn(40_000, 1, generator=generator)
     x = (x - x.mean()) / x.std()
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:]), start=1):
-        x, _, _ = flow.sde_step(x, gaussian_velocity(x, t), t, t_next, noise_level, generator=generator)
+        x, _, _ = flow.sde_step(
+            x, gaussian_velocity(x, t), t, t_next, noise_level, generator=generator
+        )
         if i % 50 == 0:
             mean, std = 2.0 * (1 - t_next), math.sqrt((1 - t_next) ** 2 * 0.25 + t_next**2)
             assert abs(x.mean() - mean) < 0.02, (i, x.mean(), mean)
@@ -206,9 +227,14 @@ def test_flow_sde_keeps_the_marginals(noise_level):
 def test_sde_step_draws_from_its_transition(kind):
     x, v = torch.full((200_000, 1), 0.4), torch.full((200_000, 1), -1.1)
     draw = flow.sde_step(x, v, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0), kind=kind)
-    again = flow.sde_step(x, v, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0), kind=kind)
+    again = flow.sde_step(
+        x, v, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0), kind=kind
+    )
     assert torch.equal(draw[0], again[0])
-    assert abs(draw[0].mean() - draw[1][0]) < 0.01 * draw[2] and abs(draw[0].std() / draw[2] - 1) < 0.01
+    assert (
+        abs(draw[0].mean() - draw[1][0]) < 0.01 * draw[2]
+        and abs(draw[0].std() / draw[2] - 1) < 0.01
+    )
     given = flow.sde_step(x, v, 0.6, 0.5, 0.7, noise=torch.ones_like(x), kind=kind)
     assert torch.equal(given[0], given[1] + given[2])
 
@@ -225,6 +251,7 @@ def test_transition_refuses_nonsense():
 
 # ---------------------------------------------------------------- log-probability and divergence
 
+
 def image_means(values):
     """Plain loop: the mean over all numbers of each image."""
     return torch.stack([part.mean() for part in values.split(SIZES)])
@@ -233,7 +260,11 @@ def image_means(values):
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_prob_is_the_normal_density(kind):
     x, v, noise = packed(3)
-    for times in ((1.0, 0.9), (0.5, 0.4), (torch.linspace(0.3, 0.9, 9), torch.linspace(0.2, 0.85, 9)[:, None])):
+    for times in (
+        (1.0, 0.9),
+        (0.5, 0.4),
+        (torch.linspace(0.3, 0.9, 9), torch.linspace(0.2, 0.85, 9)[:, None]),
+    ):
         x_next, mean, std = flow.sde_step(x, v, *times, 0.7, noise=noise, kind=kind)
         expected = image_means(torch.distributions.Normal(mean, std).log_prob(x_next))
         found = flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3)
@@ -243,7 +274,11 @@ def test_log_prob_is_the_normal_density(kind):
 @pytest.mark.parametrize("order", ["one after the other", "mixed"])
 def test_image_mean_does_not_care_about_the_order_of_tokens(order):
     values = packed(1)[0]
-    shuffle = torch.arange(9) if order != "mixed" else torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    shuffle = (
+        torch.arange(9)
+        if order != "mixed"
+        else torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    )
     found = flow.image_mean(values[shuffle], IMAGE_OF_TOKEN[shuffle], 3)
     torch.testing.assert_close(found, image_means(values), rtol=0, atol=1e-14)
 
@@ -252,8 +287,13 @@ def test_kl_is_the_normal_kl_and_its_closed_form_in_velocity():
     x, v, v_reference = packed(3)
     a = 0.7
     for t, t_next in ((0.9, 0.8), (0.5, 0.45), (0.1, 0.0)):
-        (mean, std), (mean_reference, _) = (flow.transition(x, u, t, t_next, a) for u in (v, v_reference))
-        p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(mean_reference, std)
+        (mean, std), (mean_reference, _) = (
+            flow.transition(x, u, t, t_next, a) for u in (v, v_reference)
+        )
+        p, q = (
+            torch.distributions.Normal(mean, std),
+            torch.distributions.Normal(mean_reference, std),
+        )
         expected = image_means(torch.distributions.kl_divergence(p, q))
         found = flow.kl_divergence(mean, mean_reference, std, IMAGE_OF_TOKEN, 3)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -267,21 +307,29 @@ def test_kl_is_zero_at_the_reference_and_has_a_gradient_away_from_it():
     x, v, other = packed(3)
     for shift, flat in ((0.0, True), (0.1, False)):
         moved = (v + shift * other).requires_grad_()
-        (mean, std), (mean_reference, _) = (flow.transition(x, u, 0.6, 0.5, 0.7) for u in (moved, v))
+        (mean, std), (mean_reference, _) = (
+            flow.transition(x, u, 0.6, 0.5, 0.7) for u in (moved, v)
+        )
         divergence = flow.kl_divergence(mean, mean_reference, std, IMAGE_OF_TOKEN, 3)
-        gradient, = torch.autograd.grad(divergence.sum(), moved)
+        (gradient,) = torch.autograd.grad(divergence.sum(), moved)
         assert bool((divergence == 0).all()) == flat and bool((gradient == 0).all()) == flat
 
 
 def test_velocity_mse():
     v, target = packed(2)
     torch.testing.assert_close(flow.velocity_mse(v, target), ((v - target) ** 2).mean())
-    torch.testing.assert_close(flow.velocity_mse(v, target, IMAGE_OF_TOKEN, 3), image_means((v - target) ** 2))
+    torch.testing.assert_close(
+        flow.velocity_mse(v, target, IMAGE_OF_TOKEN, 3), image_means((v - target) ** 2)
+    )
 
 
 def test_steps_without_noise_have_no_density():
     x, v = packed(2)
-    for times, noise_level, kind in (((0.5, 0.4), 0.0, "flow"), ((0.5, 0.4), 0.0, "cps"), ((0.1, 0.0), 0.8, "cps")):
+    for times, noise_level, kind in (
+        ((0.5, 0.4), 0.0, "flow"),
+        ((0.5, 0.4), 0.0, "cps"),
+        ((0.1, 0.0), 0.8, "cps"),
+    ):
         x_next, mean, std = flow.sde_step(x, v, *times, noise_level, kind=kind)
         with pytest.raises(ValueError, match="standard deviation above 0.*keep such steps out"):
             flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3)
@@ -295,10 +343,18 @@ def test_bfloat16_inputs_are_computed_in_float32():
     t = torch.tensor(0.6, dtype=torch.bfloat16)  # even the time may come in bfloat16
     x_next, mean, std = flow.sde_step(x, v, t, 0.5, 0.7, noise=noise)
     reference = flow.sde_step(wide[0], wide[1], t.float(), 0.5, 0.7, noise=wide[2])
-    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip((x_next, mean, std), reference))
-    results = (flow.log_prob(x_next.bfloat16(), mean, std, IMAGE_OF_TOKEN, 3), flow.velocity_mse(v, target),
-               flow.interpolate(x, noise, t), flow.velocity(x, noise), flow.guide(v, x, None, 4.0, 1.0),
-               flow.guide(v, None, None, 1.0, 1.0))
+    assert all(
+        a.dtype == torch.float32 and torch.equal(a, b)
+        for a, b in zip((x_next, mean, std), reference)
+    )
+    results = (
+        flow.log_prob(x_next.bfloat16(), mean, std, IMAGE_OF_TOKEN, 3),
+        flow.velocity_mse(v, target),
+        flow.interpolate(x, noise, t),
+        flow.velocity(x, noise),
+        flow.guide(v, x, None, 4.0, 1.0),
+        flow.guide(v, None, None, 1.0, 1.0),
+    )
     assert all(result.dtype == torch.float32 for result in results)
 
 
@@ -309,11 +365,13 @@ def test_ratio_statistics():
     x, v, change = (torch.randn(images * tokens, channels, generator=generator) for _ in range(3))
     image_of_token = torch.arange(images).repeat_interleave(tokens)
     x_next, mean, std = flow.sde_step(x, v, 0.7, 0.6, 0.7, generator=generator)
-    rms = flow.image_mean(change.square(), image_of_token, images).sqrt()  # one an image, made exactly kappa * std below
+    # one an image, made exactly kappa * std below
+    rms = flow.image_mean(change.square(), image_of_token, images).sqrt()
     moved = mean + kappa * std * change / rms[image_of_token, None]
-    log_ratio = (flow.log_prob(x_next, moved, std, image_of_token, images)
-                 - flow.log_prob(x_next, mean, std, image_of_token, images))
-    assert abs(log_ratio.mean() / (-kappa**2 / 2) - 1) < 0.05
+    log_ratio = flow.log_prob(x_next, moved, std, image_of_token, images) - flow.log_prob(
+        x_next, mean, std, image_of_token, images
+    )
+    assert abs(log_ratio.mean() / (-(kappa**2) / 2) - 1) < 0.05
     assert abs(log_ratio.std() / (kappa / math.sqrt(tokens * channels)) - 1) < 0.08
 
 
@@ -329,7 +387,7 @@ def test_policy_gradient_at_ratio_one_is_reinforce():
 
     variable = v.clone().requires_grad_()
     loss = -(advantage * torch.exp(log_prob(variable) - log_prob(v))).sum()
-    gradient, = torch.autograd.grad(loss, variable)
+    (gradient,) = torch.autograd.grad(loss, variable)
     for token, channel in ((0, 0), (4, 2), (8, 3)):
         nudge = torch.zeros_like(v)
         nudge[token, channel] = 1e-5
@@ -339,8 +397,10 @@ def test_policy_gradient_at_ratio_one_is_reinforce():
 
 # ---------------------------------------------------------------- guidance
 
+
 def slow_guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
     """The rule of BAGEL, number by number, for one image or for a batch coupled as in the official code."""
+
     def length(rows):
         return math.sqrt(sum(number**2 for row in rows for number in row))
 
@@ -352,19 +412,29 @@ def slow_guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
     full, text, image = v.tolist(), v_text.tolist(), v_image.tolist()
     guided = [[b + text_scale * (a - b) for a, b in zip(*rows)] for rows in zip(full, text)]
     if renorm == "text_channel":
-        guided = [[g * clamp(length([a]) / (length([row]) + 1e-8)) for g in row] for a, row in zip(full, guided)]
+        guided = [
+            [g * clamp(length([a]) / (length([row]) + 1e-8)) for g in row]
+            for a, row in zip(full, guided)
+        ]
     if image_scale > 1:
         guided = [[c + image_scale * (g - c) for g, c in zip(*rows)] for rows in zip(guided, image)]
     if renorm == "channel":
-        guided = [[g * clamp(length([a]) / (length([row]) + 1e-8)) for g in row] for a, row in zip(full, guided)]
+        guided = [
+            [g * clamp(length([a]) / (length([row]) + 1e-8)) for g in row]
+            for a, row in zip(full, guided)
+        ]
     if renorm == "global":
-        guided = [[g * clamp(length(full) / (length(guided) + 1e-8)) for g in row] for row in guided]
+        guided = [
+            [g * clamp(length(full) / (length(guided) + 1e-8)) for g in row] for row in guided
+        ]
     return torch.tensor(guided, dtype=v.dtype)
 
 
 @pytest.mark.parametrize("renorm", flow.RENORMS)
 @pytest.mark.parametrize("renorm_min", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("scales", [(4.0, 1.0), (4.0, 2.0), (1.2, 1.5), (3.0, 0.5), (1.0, 2.0), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    "scales", [(4.0, 1.0), (4.0, 2.0), (1.2, 1.5), (3.0, 0.5), (1.0, 2.0), (0.5, 1.0)]
+)
 def test_guidance_equals_the_slow_rule(renorm, renorm_min, scales):
     v, v_text, v_image = packed(3)
     expected = slow_guide(v, v_text, v_image, *scales, renorm, renorm_min)
@@ -377,8 +447,12 @@ def test_guidance_equals_the_official_code(official):
     assert len(settings) == 11
     v, v_text, v_image = (tensors["guide." + name] for name in ("v0", "v_cfg_text", "v_cfg_img"))
     for i, setting in enumerate(settings):
-        found = flow.guide(v, v_text, v_image, setting["text"], setting["img"], setting["type"], setting["rmin"])
-        torch.testing.assert_close(found, tensors[f"guide.v{i}"], rtol=0, atol=2e-5, msg=str(setting))
+        found = flow.guide(
+            v, v_text, v_image, setting["text"], setting["img"], setting["type"], setting["rmin"]
+        )
+        torch.testing.assert_close(
+            found, tensors[f"guide.v{i}"], rtol=0, atol=2e-5, msg=str(setting)
+        )
 
 
 def test_image_scale_alone_does_nothing():
@@ -391,9 +465,13 @@ def test_image_scale_alone_does_nothing():
 def test_global_renorm_per_image_equals_separate_calls():
     v, v_text, v_image = packed(3)
     together = flow.guide(v, v_text, v_image, 4.0, 2.0, image_of_token=IMAGE_OF_TOKEN, images=3)
-    parts = [flow.guide(*rows, 4.0, 2.0) for rows in zip(v.split(SIZES), v_text.split(SIZES), v_image.split(SIZES))]
+    parts = [
+        flow.guide(*rows, 4.0, 2.0)
+        for rows in zip(v.split(SIZES), v_text.split(SIZES), v_image.split(SIZES))
+    ]
     torch.testing.assert_close(together, torch.cat(parts), rtol=1e-13, atol=1e-13)
-    coupled = flow.guide(v, v_text, v_image, 4.0, 2.0)  # the official behaviour mixes the images of a batch
+    # the official behaviour mixes the images of a batch
+    coupled = flow.guide(v, v_text, v_image, 4.0, 2.0)
     assert (together - coupled).abs().max() > 0.01
 
 
@@ -403,24 +481,30 @@ def test_guidance_has_a_gradient_even_where_the_velocity_is_zero(renorm, image_o
     v = torch.zeros(9, 4, requires_grad=True)
     v_text = torch.ones(9, 4)
     guided = flow.guide(v, v_text, None, 4.0, 1.0, renorm, image_of_token=image_of_token, images=3)
-    gradient, = torch.autograd.grad(guided.sum(), v)
+    (gradient,) = torch.autograd.grad(guided.sum(), v)
     assert bool(guided.isfinite().all() & gradient.isfinite().all())
 
 
 def test_guidance_refuses_nonsense():
     v, v_text, v_image = packed(3)
-    with pytest.raises(ValueError, match="'local' is unknown; use one of global, channel, text_channel"):
+    with pytest.raises(
+        ValueError, match="'local' is unknown; use one of global, channel, text_channel"
+    ):
         flow.guide(v, v_text, v_image, 4.0, 2.0, renorm="local")
     with pytest.raises(ValueError, match="v_text is None"):
         flow.guide(v, None, v_image, 4.0, 2.0)
     with pytest.raises(ValueError, match="v_image is None"):
         flow.guide(v, v_text, None, 4.0, 2.0)
-    torch.testing.assert_close(flow.guide(v, v_text, None, 4.0, 1.0), flow.guide(v, v_text, v_image, 4.0, 1.0))
+    torch.testing.assert_close(
+        flow.guide(v, v_text, None, 4.0, 1.0), flow.guide(v, v_text, v_image, 4.0, 1.0)
+    )
 
 
 def test_guidance_interval():
     grid = flow.time_grid(50, 3.0)
-    assert int(flow.guidance_active(grid[:-1], (0.4, 1.0)).sum()) == 41  # counted in the official code
+    # counted in the official code
+    assert int(flow.guidance_active(grid[:-1], (0.4, 1.0)).sum()) == 41
     edges = [bool(flow.guidance_active(t, (0.4, 0.9))) for t in (0.4, 0.400001, 0.9, 0.900001)]
     assert edges == [False, True, True, False]
-    assert not flow.guidance_active(flow.time_grid(6, 1.0)[3], (0.4, 1.0))  # float32 of 0.4 is a little above 0.4
+    # float32 of 0.4 is a little above 0.4
+    assert not flow.guidance_active(flow.time_grid(6, 1.0)[3], (0.4, 1.0))

@@ -37,7 +37,9 @@ def toy(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
-    tokenizer = data.train_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer", model.config.vocab_size)
+    tokenizer = data.train_tokenizer(
+        tmp_path_factory.mktemp("t") / "tokenizer", model.config.vocab_size
+    )
     samples = [data.draw_sample("train", i) for i in range(2)]
     return model, model.config.layout(tokenizer), tokenizer, samples
 
@@ -47,17 +49,23 @@ def roll(toy, config=CONFIG, step=0, true_plans=False, monkeypatch=None):
     if true_plans:
 
         def think(model, layout, prompts, size, *rest, **more):
-            plans = [tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(size)]
+            plans = [
+                tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(size)
+            ]
             return plans, [True] * len(plans)
 
         monkeypatch.setattr(grpo, "think", think)
-    return grpo.sample_groups(model, layout, tokenizer, samples, range(2 * step, 2 * step + 2), config, step)
+    return grpo.sample_groups(
+        model, layout, tokenizer, samples, range(2 * step, 2 * step + 2), config, step
+    )
 
 
 @pytest.mark.parametrize("same", [False, True])
 def test_members_start_from_one_noise_if_asked_to(toy, monkeypatch, same):
     """With one plan a group all members are at the same place before the window, and at different ones after it."""
-    rollout = roll(toy, dataclasses.replace(CONFIG, same_start=same), true_plans=True, monkeypatch=monkeypatch)
+    rollout = roll(
+        toy, dataclasses.replace(CONFIG, same_start=same), true_plans=True, monkeypatch=monkeypatch
+    )
     of_member = lambda x: x.view(2, CONFIG.group_size, -1)  # (P, G, T * C)
     before, after = of_member(rollout.x[0]), of_member(rollout.x_next[0])
     assert torch.allclose(before, before[:, :1].expand_as(before), atol=1e-5) == same
@@ -79,7 +87,9 @@ def run_update(toy, rollout, reward, config=CONFIG, lr=100.0, anchor=None):
 
 
 def some_reward(config=CONFIG, seed=0):
-    return torch.randn(config.prompts_per_step, config.group_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        config.prompts_per_step, config.group_size, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 VARIANTS = {
@@ -100,10 +110,13 @@ def test_ratio_is_exactly_one_before_the_first_update(toy, name):
     config = dataclasses.replace(CONFIG, **VARIANTS[name])
     rollout = roll(toy, config)
     health, before, after = run_update(toy, rollout, some_reward(), config)
-    assert health["ratio_first_min"] == health["ratio_first_mean"] == health["ratio_first_max"] == 1.0
+    assert (
+        health["ratio_first_min"] == health["ratio_first_mean"] == health["ratio_first_max"] == 1.0
+    )
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert health["ratio_last"] != 1.0  # the second share of groups meets weights that have moved
-    health, *_ = run_update(toy, rollout, some_reward(), config, lr=0.0)  # or not, while nothing has moved
+    # or not, while nothing has moved
+    health, *_ = run_update(toy, rollout, some_reward(), config, lr=0.0)
     assert health["ratio_last"] == 1.0
     assert health["mismatch"] < 1e-3
 
@@ -122,14 +135,18 @@ def test_seeds_differ_between_members_and_iterations(toy):
     assert len({tuple(steps[0, m, 0].tolist()) for m in range(members)}) == members
     again = roll(toy)
     assert torch.equal(again.x_next, rollout.x_next) and again.plans == rollout.plans
-    starts = {float(roll(toy, dataclasses.replace(CONFIG, window=1), step).times[0]) for step in range(8)}
+    starts = {
+        float(roll(toy, dataclasses.replace(CONFIG, window=1), step).times[0]) for step in range(8)
+    }
     assert len(starts) > 1
 
 
 @pytest.mark.parametrize("name", ["plain", "guided", "text"])
 def test_equal_rewards_give_exactly_no_gradient(toy, name):
     config = dataclasses.replace(CONFIG, **VARIANTS[name])
-    _, before, after = run_update(toy, roll(toy, config), torch.full((2, config.group_size), 0.3), config)
+    _, before, after = run_update(
+        toy, roll(toy, config), torch.full((2, config.group_size), 0.3), config
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -142,13 +159,17 @@ def test_advantages():
     assert grpo.group_advantage(reward, 1e-3, 0.5).abs().max() == 0.5
     tiny = torch.tensor([[0.0, 1e-5]])
     torch.testing.assert_close(grpo.group_advantage(tiny, 0.003, 5.0), (tiny - tiny.mean()) / 0.003)
-    assert not grpo.group_advantage(torch.tensor([[0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2]]), 1e-30, 5.0).any()
+    assert not grpo.group_advantage(
+        torch.tensor([[0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2]]), 1e-30, 5.0
+    ).any()
 
 
 def test_global_std_and_pictures_of_one_plan():
     reward = some_reward().double()
     images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, std="global"))
-    torch.testing.assert_close(images, (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0))
+    torch.testing.assert_close(
+        images, (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0)
+    )
     images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, images_per_cot=2))
     pairs = reward.view(2, 2, 2)
     torch.testing.assert_close(
@@ -168,7 +189,8 @@ def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch)
     for i in range(4):
         rollout.valid[i], rollout.captions[i] = False, ""
     reward = grpo.rewards(clip, rollout, config)
-    assert not grpo.group_advantage(reward, 0.003, 5.0)[0].any()  # a group without any plan teaches nothing
+    # a group without any plan teaches nothing
+    assert not grpo.group_advantage(reward, 0.003, 5.0)[0].any()
     rollout.valid[:], rollout.captions = False, [""] * 8
     assert not grpo.rewards(clip, rollout, config).any()
 
@@ -180,8 +202,13 @@ def test_cross_scores_are_means_over_the_captions_of_the_group(toy, monkeypatch)
 
     unit = lambda angle: torch.stack([angle.cos(), angle.sin()], 1)
     rollout = roll(toy, true_plans=True, monkeypatch=monkeypatch)
-    got = grpo.rewards(Angles, rollout, dataclasses.replace(CONFIG, reward="clip_cos", cross_score=True))
-    e, u = Angles.embed_images(rollout.images).view(2, 4, 2), Angles.embed_captions(rollout.captions).view(2, 4, 2)
+    got = grpo.rewards(
+        Angles, rollout, dataclasses.replace(CONFIG, reward="clip_cos", cross_score=True)
+    )
+    e, u = (
+        Angles.embed_images(rollout.images).view(2, 4, 2),
+        Angles.embed_captions(rollout.captions).view(2, 4, 2),
+    )
     torch.testing.assert_close(got, torch.einsum("pgd,pcd->pgc", e, u).mean(2))
     own = grpo.rewards(Angles, rollout, dataclasses.replace(CONFIG, reward="clip_cos"))
     torch.testing.assert_close(own, (e * u).sum(-1))
@@ -205,7 +232,10 @@ def test_clipping_stops_only_what_goes_too_far():
 def test_guard_centres_the_ratio_and_levels_the_steps(toy):
     """A known change of the mean: the plain log-ratio is -|dm|^2 / (2 std^2) off on average, the guarded one is not."""
     g, n, scale = torch.Generator().manual_seed(0), 20_000, 0.05
-    mean, std = torch.zeros(n, 4), torch.cat([torch.full((n // 2, 1), 0.1), torch.full((n // 2, 1), 0.5)])
+    mean, std = (
+        torch.zeros(n, 4),
+        torch.cat([torch.full((n // 2, 1), 0.1), torch.full((n // 2, 1), 0.5)]),
+    )
     image_of_token = torch.arange(2).repeat_interleave(n // 2)
     x_next = mean + std * torch.randn(n, 4, generator=g)
     moved = mean + scale * std
@@ -240,8 +270,14 @@ def naive_loss(model, layout, rollout, reward, config):
                     ]
                     if flow.guidance_active(t, config.sampler.guidance_interval):
                         v = flow.guide(v, *others, config.text_guidance, config.image_guidance)
-                mean, std = flow.transition(x.to(v), v, t.to(v), t_next.to(v), config.noise_level, config.sde)
-                density = torch.distributions.Normal(mean, std).log_prob(rollout.x_next[k, span].to(v)).mean()
+                mean, std = flow.transition(
+                    x.to(v), v, t.to(v), t_next.to(v), config.noise_level, config.sde
+                )
+                density = (
+                    torch.distributions.Normal(mean, std)
+                    .log_prob(rollout.x_next[k, span].to(v))
+                    .mean()
+                )
                 terms.append(-advantage[group, i] * (density - density.detach()).exp())
     loss = torch.stack(terms).mean()
     if config.train_text:
@@ -254,7 +290,9 @@ def naive_loss(model, layout, rollout, reward, config):
                     sequence.text(plan, loss=True)
                 packed = sequence.pack()
                 log_prob = -model.cross_entropy(model(packed)[0], packed)
-                log_prob = log_prob[: len(plan) + int(rollout.ended[group * config.plans_per_group + j])]
+                log_prob = log_prob[
+                    : len(plan) + int(rollout.ended[group * config.plans_per_group + j])
+                ]
                 words.append(-plan_advantage[group, j] * (log_prob - log_prob.detach()).exp())
         loss = loss + torch.cat(words).mean()
     return loss
@@ -273,7 +311,8 @@ def velocity_alone(model, layout, prompt, plan, x, grid, t):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
-    "name", ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"]
+    "name",
+    ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"],
 )
 def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     """Gradients of an update: prompt shared and cut, plans shared, steps packed, against one forward for each."""
@@ -282,7 +321,9 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     rollout = roll(toy, config)
     model = UnifiedModel(toy[0].config).to(dtype)
     model.load_state_dict(toy[0].state_dict())
-    rollout.x, rollout.x_next, rollout.times = (x.to(dtype) for x in (rollout.x, rollout.x_next, rollout.times))
+    rollout.x, rollout.x_next, rollout.times = (
+        x.to(dtype) for x in (rollout.x, rollout.x_next, rollout.times)
+    )
     rollout.ended[0] = False  # one plan was cut off: its eos is not the model's word
     reward = some_reward(config).to(dtype)
     parameters = dict(model.named_parameters())
@@ -293,7 +334,9 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
 
     class Recorder(torch.optim.SGD):
         def step(self):
-            found.update({key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()})
+            found.update(
+                {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
+            )
 
     grpo.update(model, None, Recorder(model.parameters(), 0.0), layout, rollout, reward, config)
     largest = max(gradient.norm() for gradient in naive if gradient is not None)
@@ -316,7 +359,8 @@ def test_kl_is_zero_at_the_anchor_and_pulls_back_after(toy, kind):
     kept = {name: value.clone() for name, value in anchor.items()}
     health, before, after = run_update(toy, rollout, zero, config, anchor=anchor)
     assert health["kl"] > 0 and any(not torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(anchor[name], kept[name]) for name in kept)  # exchanged, and back in their place
+    # exchanged, and back in their place
+    assert all(torch.equal(anchor[name], kept[name]) for name in kept)
 
 
 def test_gen_only_training_leaves_the_understanding_expert_alone(toy):
@@ -324,14 +368,23 @@ def test_gen_only_training_leaves_the_understanding_expert_alone(toy):
     config = dataclasses.replace(CONFIG, train="gen")
     _, before, after = run_update(toy, rollout, some_reward(), config)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and all(".gen." in n or n.startswith(("norm_gen", "latent", "time")) for n in moved)
+    assert moved and all(
+        ".gen." in n or n.startswith(("norm_gen", "latent", "time")) for n in moved
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(group_size=1), "at least 2"), (dict(prompts_per_step=3), "multiple of updates"),
-    (dict(window=6), "does not fit"), (dict(images_per_cot=3), "must divide"), (dict(images_per_cot=2, rid=False), "rid on"),
-    (dict(train_text=True, cot_temperature=0.7), "cot_temperature=1"), (dict(train_text=True, train="gen"), "train=all"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(group_size=1), "at least 2"),
+        (dict(prompts_per_step=3), "multiple of updates"),
+        (dict(window=6), "does not fit"),
+        (dict(images_per_cot=3), "must divide"),
+        (dict(images_per_cot=2, rid=False), "rid on"),
+        (dict(train_text=True, cot_temperature=0.7), "cot_temperature=1"),
+        (dict(train_text=True, train="gen"), "train=all"),
+    ],
+)
 def test_impossible_combinations_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **change)
@@ -348,8 +401,13 @@ def test_a_detached_context_is_not_the_gradient(toy):
         context = model.keys_and_values(shared)
         context = [tuple(x.detach() for x in pair) for pair in context] if detach else context
         policy = grpo.policy(model, context, batch, config)
-        (policy.log_prob * torch.linspace(-1, 1, policy.log_prob.numel()).view_as(policy.log_prob)).sum().backward()
-        found = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if ".gen." in name])
+        (
+            policy.log_prob
+            * torch.linspace(-1, 1, policy.log_prob.numel()).view_as(policy.log_prob)
+        ).sum().backward()
+        found = torch.cat(
+            [p.grad.flatten() for name, p in model.named_parameters() if ".gen." in name]
+        )
         model.zero_grad()
         return found
 
@@ -366,17 +424,21 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
     config = dataclasses.replace(CONFIG, group_size=8, window=3, updates=1)
 
     def redness(clip, rollout, config):
-        pixels = [torch.from_numpy(data.np.asarray(image).astype("float32")) for image in rollout.images]
-        return torch.tensor([float(p[..., 0].mean() - p[..., 1:].mean()) / 255 for p in pixels]).view(
-            -1, config.group_size
-        )
+        pixels = [
+            torch.from_numpy(data.np.asarray(image).astype("float32")) for image in rollout.images
+        ]
+        return torch.tensor(
+            [float(p[..., 0].mean() - p[..., 1:].mean()) / 255 for p in pixels]
+        ).view(-1, config.group_size)
 
     plans = [tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(8)]
     monkeypatch.setattr(grpo, "think", lambda *_, **__: (plans, [True] * len(plans)))
     optimizer = torch.optim.AdamW(grpo.trained_parameters(model, "all").values(), 2e-3)
     means = []
     for step in range(8):
-        rollout = grpo.sample_groups(model, layout, tokenizer, samples, [2 * step, 2 * step + 1], config, step)
+        rollout = grpo.sample_groups(
+            model, layout, tokenizer, samples, [2 * step, 2 * step + 1], config, step
+        )
         reward = redness(None, rollout, config)
         means.append(reward.mean().item())
         grpo.update(model, None, optimizer, layout, rollout, reward, config)

@@ -1,4 +1,5 @@
 """The IC-CoT grammar: round trips, every complaint of the strict reader, what the lenient reader saves."""
+
 import hashlib
 import json
 import random
@@ -9,26 +10,39 @@ import iccot
 from iccot import ICCoT, PlanError
 
 BALL = ICCoT("A red ball.", ("The ball is from image_1.",))
-SOFA = ICCoT("A man and a woman sit on a brown sofa.", ("The man is from image_1.", "The woman is from image_2."))
-C, R1, R2, R3 = ("<out_caption>A cat.</out_caption>", "<relation_1>a</relation_1>", "<relation_2>b</relation_2>",
-                 "<relation_3>c</relation_3>")
+SOFA = ICCoT(
+    "A man and a woman sit on a brown sofa.",
+    ("The man is from image_1.", "The woman is from image_2."),
+)
+C, R1, R2, R3 = (
+    "<out_caption>A cat.</out_caption>",
+    "<relation_1>a</relation_1>",
+    "<relation_2>b</relation_2>",
+    "<relation_3>c</relation_3>",
+)
 
 
 def test_rendered_form_is_exact():
-    text = "<out_caption>A red ball.</out_caption> <relation_1>The ball is from image_1.</relation_1>"
+    text = (
+        "<out_caption>A red ball.</out_caption> <relation_1>The ball is from image_1.</relation_1>"
+    )
     assert iccot.render(BALL) == f"<think>{text}</think>"
     assert iccot.render(BALL, think=False) == text
-    assert iccot.to_json(BALL) == \
-        '{"out_caption": "A red ball.", "relations": [{"relation_1": "The ball is from image_1."}]}'
+    assert (
+        iccot.to_json(BALL)
+        == '{"out_caption": "A red ball.", "relations": [{"relation_1": "The ball is from image_1."}]}'
+    )
 
 
 def test_round_trips_of_random_plans():
     rng = random.Random(0)
     letters = 'abc ABC é犬 <3 > & "quoted" it\'s {x} \\ 1,2. \n'
+
     def sentence():
         while not (text := "".join(rng.choices(letters, k=rng.randint(1, 40))).strip()):
             pass
         return text
+
     for _ in range(500):
         plan = ICCoT(sentence(), tuple(sentence() for _ in range(rng.randint(0, 12))))
         if any(iccot.TAG.search(field) for field in (plan.caption, *plan.relations)):
@@ -46,45 +60,86 @@ def test_white_space_between_and_inside_fields():
     assert iccot.parse(C) == ICCoT("A cat.", ())
 
 
-@pytest.mark.parametrize("text, references, complaint, position", [
-    ("", 1, "<out_caption> is missing: the text ends here", 0),
-    ("A cat.", 1, "text outside the tags where <out_caption> should be", 0),
-    (R1 + R2, 2, "<out_caption> is missing", 0),
-    (R1 + C, 1, "<relation_1> is out of order: <out_caption> should come first", 0),
-    ("<out_caption>A cat.", 0, "<out_caption> is never closed", 0),
-    ("<out_caption>A cat. " + R1, 1, "<out_caption> is never closed", 0),
-    (C + "<relation_1>a", 1, "<relation_1> is never closed", len(C)),
-    (C + "<relation_1>a</relation_2>", 1, "<relation_1> is never closed", len(C)),
-    ("<out_caption> </out_caption>" + R1, 1, "<out_caption> is empty", 0),
-    (C + "<relation_1></relation_1>", 1, "<relation_1> is empty", len(C)),
-    (C + C + R1, 1, "<out_caption> occurs twice", len(C)),
-    (C + R1 + R1, 2, "<relation_1> occurs twice", len(C + R1)),
-    (C + R2 + R1, 2, "<relation_2> is out of order: <relation_1> should come first", len(C)),
-    (C + R1, 2, "<relation_2> is missing: there are 2 reference images, each needs a relation, found 1", len(C + R1)),
-    (C, 1, "<relation_1> is missing: there is 1 reference image", len(C)),
-    (f"<think>{C}</think>", 1, "<relation_1> is missing", len("<think>" + C)),
-    (C + R1 + R2 + R3, 2, "3 relations for 2 reference images", len(C + R1 + R2)),
-    ("Sure! " + C + R1, 1, "text outside the tags", 0),
-    (C + " and " + R1, 1, "text outside the tags", len(C) + 1),
-    (C + R1 + " done", 1, "text outside the tags", len(C + R1) + 1),
-    (f"<think>{C}{R1}</think> <image>", 1, "<image> stands where the end should be", len(f"<think>{C}{R1}</think> ")),
-    (f"<think>{C}{R1}", 1, "</think> is missing: the text ends here", len(f"<think>{C}{R1}")),
-    (f"{C}{R1}</think>", 1, "</think> stands where the end should be", len(C + R1)),
-    (f"<think>{C}{R1}</think><think>", 1, "<think> stands where the end should be", len(f"<think>{C}{R1}</think>")),
-    ("<out_caption>A <b>cat</b>.</out_caption>", 0, "the tag <b> stands inside <out_caption>", 15),
-    (f"<out_caption>A {R1}</out_caption>", 1, "the tag <relation_1> stands inside <out_caption>", 15),
-    (C + "<relation_1>The cat is from image_2.</relation_1>", 1,
-     "a relation names image 2, but there is 1 reference image", len(C + "<relation_1>The cat is from ")),
-    (C + "<relation_1>The cat is from image_0.</relation_1>", 1, "a relation names image 0",
-     len(C + "<relation_1>The cat is from ")),
-    ("<OUT_CAPTION>A</OUT_CAPTION>", 0, "<OUT_CAPTION> stands where <out_caption> should be", 0),
-])
+@pytest.mark.parametrize(
+    "text, references, complaint, position",
+    [
+        ("", 1, "<out_caption> is missing: the text ends here", 0),
+        ("A cat.", 1, "text outside the tags where <out_caption> should be", 0),
+        (R1 + R2, 2, "<out_caption> is missing", 0),
+        (R1 + C, 1, "<relation_1> is out of order: <out_caption> should come first", 0),
+        ("<out_caption>A cat.", 0, "<out_caption> is never closed", 0),
+        ("<out_caption>A cat. " + R1, 1, "<out_caption> is never closed", 0),
+        (C + "<relation_1>a", 1, "<relation_1> is never closed", len(C)),
+        (C + "<relation_1>a</relation_2>", 1, "<relation_1> is never closed", len(C)),
+        ("<out_caption> </out_caption>" + R1, 1, "<out_caption> is empty", 0),
+        (C + "<relation_1></relation_1>", 1, "<relation_1> is empty", len(C)),
+        (C + C + R1, 1, "<out_caption> occurs twice", len(C)),
+        (C + R1 + R1, 2, "<relation_1> occurs twice", len(C + R1)),
+        (C + R2 + R1, 2, "<relation_2> is out of order: <relation_1> should come first", len(C)),
+        (
+            C + R1,
+            2,
+            "<relation_2> is missing: there are 2 reference images, each needs a relation, found 1",
+            len(C + R1),
+        ),
+        (C, 1, "<relation_1> is missing: there is 1 reference image", len(C)),
+        (f"<think>{C}</think>", 1, "<relation_1> is missing", len("<think>" + C)),
+        (C + R1 + R2 + R3, 2, "3 relations for 2 reference images", len(C + R1 + R2)),
+        ("Sure! " + C + R1, 1, "text outside the tags", 0),
+        (C + " and " + R1, 1, "text outside the tags", len(C) + 1),
+        (C + R1 + " done", 1, "text outside the tags", len(C + R1) + 1),
+        (
+            f"<think>{C}{R1}</think> <image>",
+            1,
+            "<image> stands where the end should be",
+            len(f"<think>{C}{R1}</think> "),
+        ),
+        (f"<think>{C}{R1}", 1, "</think> is missing: the text ends here", len(f"<think>{C}{R1}")),
+        (f"{C}{R1}</think>", 1, "</think> stands where the end should be", len(C + R1)),
+        (
+            f"<think>{C}{R1}</think><think>",
+            1,
+            "<think> stands where the end should be",
+            len(f"<think>{C}{R1}</think>"),
+        ),
+        (
+            "<out_caption>A <b>cat</b>.</out_caption>",
+            0,
+            "the tag <b> stands inside <out_caption>",
+            15,
+        ),
+        (
+            f"<out_caption>A {R1}</out_caption>",
+            1,
+            "the tag <relation_1> stands inside <out_caption>",
+            15,
+        ),
+        (
+            C + "<relation_1>The cat is from image_2.</relation_1>",
+            1,
+            "a relation names image 2, but there is 1 reference image",
+            len(C + "<relation_1>The cat is from "),
+        ),
+        (
+            C + "<relation_1>The cat is from image_0.</relation_1>",
+            1,
+            "a relation names image 0",
+            len(C + "<relation_1>The cat is from "),
+        ),
+        (
+            "<OUT_CAPTION>A</OUT_CAPTION>",
+            0,
+            "<OUT_CAPTION> stands where <out_caption> should be",
+            0,
+        ),
+    ],
+)
 def test_strict_complaints_say_what_and_where(text, references, complaint, position):
     with pytest.raises(PlanError) as caught:
         iccot.parse(text, references)
     message = str(caught.value)
     assert complaint in message
-    assert message.endswith(f"(at character {position}: {text[position:position + 40]!r})")
+    assert message.endswith(f"(at character {position}: {text[position : position + 40]!r})")
 
 
 def test_every_truncation_is_refused_strictly_and_salvaged():
@@ -96,32 +151,72 @@ def test_every_truncation_is_refused_strictly_and_salvaged():
         assert notes
         if plan is None:
             assert length <= len("<think><out_caption>")
-        else:                                              # each saved field is a beginning of the true one
+        else:  # each saved field is a beginning of the true one
             assert len(plan.relations) == 2
             assert SOFA.caption.startswith(plan.caption) and plan.caption
-            assert all(whole.startswith(part) for part, whole in zip(plan.relations, SOFA.relations))
+            assert all(
+                whole.startswith(part) for part, whole in zip(plan.relations, SOFA.relations)
+            )
 
 
-@pytest.mark.parametrize("text, plan, note", [
-    (f"{R1} {C} {R2}", ICCoT("A cat.", ("a", "b")), "out of order"),
-    (f"Sure, here it is: {C} then {R1} {R2} bye", ICCoT("A cat.", ("a", "b")), "outside"),
-    ("<OUT_CAPTION>A\n cat.</Out_Caption><Relation_1>a</RELATION_1>< relation_2 >b</ relation_2 >",
-     ICCoT("A cat.", ("a", "b")), "<OUT_CAPTION>"),
-    ("<out caption>A cat.</out caption><relation 1>a</relation 1><relation-02>b</relation-02>",
-     ICCoT("A cat.", ("a", "b")), "outside"),
-    ("<out_caption>A cat.<relation_1>a<relation_2>b", ICCoT("A cat.", ("a", "b")), "<relation_1> was not closed"),
-    ("A cat.</out_caption>" + R1 + R2, ICCoT("A cat.", ("a", "b")), "</out_caption> was not opened"),
-    ("<think>A cat.</out_caption>" + R1 + R2, ICCoT("A cat.", ("a", "b")), "</out_caption> was not opened"),
-    (C + R2, ICCoT("A cat.", ("", "b")), "relation_1 is missing"),
-    (C + R1 + R2 + R3, ICCoT("A cat.", ("a", "b")), "relation_3 dropped: there are 2 reference images"),
-    (C + R1 + "<relation_1>z</relation_1>" + R2, ICCoT("A cat.", ("a", "b")), "relation_1 occurs twice"),
-    (C + R1 + "<relation_2>from image 7</relation_2>", ICCoT("A cat.", ("a", "from image 7")),
-     "relation_2 names an image that is not there"),
-    ('```json\n{"out_caption": "A \\"cat\\".", "relations": [{"relation_1": "a"}, {"relation_2": "b"}]}\n```',
-     ICCoT('A "cat".', ("a", "b")), "read as JSON"),
-    ('<think>{"out_caption": "A cat.", "relations": [{"relation_1": "a"}, {"relation_2": "b is fr',
-     ICCoT("A cat.", ("a", "b is fr")), '"relation_2" was not closed'),
-])
+@pytest.mark.parametrize(
+    "text, plan, note",
+    [
+        (f"{R1} {C} {R2}", ICCoT("A cat.", ("a", "b")), "out of order"),
+        (f"Sure, here it is: {C} then {R1} {R2} bye", ICCoT("A cat.", ("a", "b")), "outside"),
+        (
+            "<OUT_CAPTION>A\n cat.</Out_Caption><Relation_1>a</RELATION_1>< relation_2 >b</ relation_2 >",
+            ICCoT("A cat.", ("a", "b")),
+            "<OUT_CAPTION>",
+        ),
+        (
+            "<out caption>A cat.</out caption><relation 1>a</relation 1><relation-02>b</relation-02>",
+            ICCoT("A cat.", ("a", "b")),
+            "outside",
+        ),
+        (
+            "<out_caption>A cat.<relation_1>a<relation_2>b",
+            ICCoT("A cat.", ("a", "b")),
+            "<relation_1> was not closed",
+        ),
+        (
+            "A cat.</out_caption>" + R1 + R2,
+            ICCoT("A cat.", ("a", "b")),
+            "</out_caption> was not opened",
+        ),
+        (
+            "<think>A cat.</out_caption>" + R1 + R2,
+            ICCoT("A cat.", ("a", "b")),
+            "</out_caption> was not opened",
+        ),
+        (C + R2, ICCoT("A cat.", ("", "b")), "relation_1 is missing"),
+        (
+            C + R1 + R2 + R3,
+            ICCoT("A cat.", ("a", "b")),
+            "relation_3 dropped: there are 2 reference images",
+        ),
+        (
+            C + R1 + "<relation_1>z</relation_1>" + R2,
+            ICCoT("A cat.", ("a", "b")),
+            "relation_1 occurs twice",
+        ),
+        (
+            C + R1 + "<relation_2>from image 7</relation_2>",
+            ICCoT("A cat.", ("a", "from image 7")),
+            "relation_2 names an image that is not there",
+        ),
+        (
+            '```json\n{"out_caption": "A \\"cat\\".", "relations": [{"relation_1": "a"}, {"relation_2": "b"}]}\n```',
+            ICCoT('A "cat".', ("a", "b")),
+            "read as JSON",
+        ),
+        (
+            '<think>{"out_caption": "A cat.", "relations": [{"relation_1": "a"}, {"relation_2": "b is fr',
+            ICCoT("A cat.", ("a", "b is fr")),
+            '"relation_2" was not closed',
+        ),
+    ],
+)
 def test_salvage_repairs_and_tells(text, plan, note):
     saved, notes = iccot.salvage(text, 2)
     assert saved == plan
@@ -129,7 +224,15 @@ def test_salvage_repairs_and_tells(text, plan, note):
 
 
 def test_salvage_without_a_caption_or_with_a_huge_number():
-    for text in ("", "A cat.", "<think></think>", R1, "<out_caption></out_caption>" + R1, "{}", '{"out_caption": ""}'):
+    for text in (
+        "",
+        "A cat.",
+        "<think></think>",
+        R1,
+        "<out_caption></out_caption>" + R1,
+        "{}",
+        '{"out_caption": ""}',
+    ):
         plan, notes = iccot.salvage(text, 1)
         assert plan is None and notes[-1] == "no caption"
     plan, _ = iccot.salvage(C + "<relation_999999999>x</relation_999999999>")
@@ -143,43 +246,88 @@ def test_a_lost_relation_is_left_out_and_does_not_shift_the_others():
         iccot.parse(iccot.render(plan), 2)
 
 
-@pytest.mark.parametrize("plan", [ICCoT(""), ICCoT(" A"), ICCoT("A", (" ",)), ICCoT("a </out_caption> b")])
+@pytest.mark.parametrize(
+    "plan", [ICCoT(""), ICCoT(" A"), ICCoT("A", (" ",)), ICCoT("a </out_caption> b")]
+)
 def test_render_refuses_what_parse_could_not_read(plan):
     with pytest.raises(PlanError, match="cannot be written"):
         iccot.render(plan)
 
 
-@pytest.mark.parametrize("value, complaint", [
-    ("{", "not JSON"), ("[]", "exactly the keys"), ('{"out_caption": "A"}', "exactly the keys"),
-    (json.dumps({"out_caption": "A", "relations": "x"}), "must be a list"),
-    (json.dumps({"out_caption": "A", "relations": [{"relation_2": "x"}]}), 'item 1 of "relations"'),
-    (json.dumps({"out_caption": "A", "relations": ["x"]}), 'item 1 of "relations"'),
-    (json.dumps({"out_caption": 3, "relations": []}), '"out_caption" must be a sentence, found 3'),
-    (json.dumps({"out_caption": "A", "relations": [{"relation_1": " "}]}), '"relation_1" must be a sentence'),
-    (json.dumps({"out_caption": "A", "relations": []}), "<relation_1> is missing"),
-    (json.dumps({"out_caption": "A", "relations": [{"relation_1": "from image_5"}]}), "names image 5"),
-])
+@pytest.mark.parametrize(
+    "value, complaint",
+    [
+        ("{", "not JSON"),
+        ("[]", "exactly the keys"),
+        ('{"out_caption": "A"}', "exactly the keys"),
+        (json.dumps({"out_caption": "A", "relations": "x"}), "must be a list"),
+        (
+            json.dumps({"out_caption": "A", "relations": [{"relation_2": "x"}]}),
+            'item 1 of "relations"',
+        ),
+        (json.dumps({"out_caption": "A", "relations": ["x"]}), 'item 1 of "relations"'),
+        (
+            json.dumps({"out_caption": 3, "relations": []}),
+            '"out_caption" must be a sentence, found 3',
+        ),
+        (
+            json.dumps({"out_caption": "A", "relations": [{"relation_1": " "}]}),
+            '"relation_1" must be a sentence',
+        ),
+        (json.dumps({"out_caption": "A", "relations": []}), "<relation_1> is missing"),
+        (
+            json.dumps({"out_caption": "A", "relations": [{"relation_1": "from image_5"}]}),
+            "names image 5",
+        ),
+    ],
+)
 def test_from_json_complaints(value, complaint):
     with pytest.raises(PlanError, match=complaint):
         iccot.from_json(value, 1)
 
 
-@pytest.mark.parametrize("instruction, number", [
-    ("Put the ball of image 3 on the table", 3), ("as in image_3", 3), ("Image #3", 3), ("image3", 3),
-    ("the third image", 3), ("the 3rd image", 3), ("The fourth picture", 4), ("the third reference image", 3),
-    ("<|image_3|>", 3), ("<img><|image_3|></img>", 3), ("images 1 and 3", 3), ("images 1, 2, and 4", 4),
-    ("images 2-3", 3), ("image 0", 0), ("image 1 beside image 12", 12),
-])
+@pytest.mark.parametrize(
+    "instruction, number",
+    [
+        ("Put the ball of image 3 on the table", 3),
+        ("as in image_3", 3),
+        ("Image #3", 3),
+        ("image3", 3),
+        ("the third image", 3),
+        ("the 3rd image", 3),
+        ("The fourth picture", 4),
+        ("the third reference image", 3),
+        ("<|image_3|>", 3),
+        ("<img><|image_3|></img>", 3),
+        ("images 1 and 3", 3),
+        ("images 1, 2, and 4", 4),
+        ("images 2-3", 3),
+        ("image 0", 0),
+        ("image 1 beside image 12", 12),
+    ],
+)
 def test_an_instruction_may_not_name_an_absent_image(instruction, number):
     with pytest.raises(ValueError, match=f"names image {number} .*there are 2 reference images"):
         iccot.check_instruction(instruction, 2)
 
 
-@pytest.mark.parametrize("instruction", [
-    "Put image 1 beside image_2", "the first image and the second image", "put them together", "", "images 1 and 2",
-    "Rotate the image 90 degrees", "zoom into the image 3 times", "an image 3D in style", "an image of 3 dogs",
-    "image 1 and 3 dogs", "in the third place", "<|image_2|>",
-])
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "Put image 1 beside image_2",
+        "the first image and the second image",
+        "put them together",
+        "",
+        "images 1 and 2",
+        "Rotate the image 90 degrees",
+        "zoom into the image 3 times",
+        "an image 3D in style",
+        "an image of 3 dogs",
+        "image 1 and 3 dogs",
+        "in the third place",
+        "<|image_2|>",
+    ],
+)
 def test_instructions_that_are_fine(instruction):
     iccot.check_instruction(instruction, 2)
 

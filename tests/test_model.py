@@ -27,7 +27,9 @@ def model():
 
 def reference(seed):
     g = torch.Generator().manual_seed(seed)
-    return Reference(torch.randn(6, 48, generator=g), (2, 3), torch.randn(4, 768, generator=g), (2, 2))
+    return Reference(
+        torch.randn(6, 48, generator=g), (2, 3), torch.randn(4, 768, generator=g), (2, 2)
+    )
 
 
 def write(sequence, seed):
@@ -74,7 +76,9 @@ def test_a_branch_equals_its_path_alone(model):
         sequence.text([10, 11, 12])
         sequence.noise(noises[3], (2, 2), 0.9)
     alone = sequence.pack()
-    torch.testing.assert_close(velocity[12:16], model.velocity(alone, model(alone)[1]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        velocity[12:16], model.velocity(alone, model(alone)[1]), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_cached_rows_equal_the_whole(model):
@@ -84,7 +88,9 @@ def test_cached_rows_equal_the_whole(model):
     cache = Cache(model, len(packed))
     for rows in (packed.rows_of("given"), packed.rows_of("noised")):
         part = packed.select(rows)
-        torch.testing.assert_close(in_order(part, *model(part, cache)), whole[rows], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            in_order(part, *model(part, cache)), whole[rows], rtol=1e-9, atol=1e-9
+        )
     slots = torch.tensor([t for t in packed.text_index.tolist() if packed.kinds[t] == 0][-3:])
     ids = packed.text_ids[torch.isin(packed.text_index, slots)]
     for slot, token in zip(slots, ids):
@@ -105,9 +111,13 @@ def test_attention_is_grouped_softmax_attention(model):
         return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
 
     def each(function):  # every token by its own expert
-        return torch.stack([function(block.gen if is_gen[i] else block.und, i) for i in range(len(packed))])
+        return torch.stack(
+            [function(block.gen if is_gen[i] else block.und, i) for i in range(len(packed))]
+        )
 
-    angle = packed.positions.double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    angle = packed.positions.double()[:, None] * c.rope_theta ** (
+        -torch.arange(0, c.head_dim, 2).double() / c.head_dim
+    )
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (N, 1, D / 2)
 
     def rotate(x):
@@ -123,13 +133,18 @@ def test_attention_is_grouped_softmax_attention(model):
     for head in range(c.num_attention_heads):
         group = head // (c.num_attention_heads // c.num_key_value_heads)
         scores = (q[:, head] @ k[:, group].T) / c.head_dim**0.5
-        out[:, head] = scores.masked_fill(~packed.mask.dense(), -torch.inf).softmax(-1) @ v[:, group]
+        out[:, head] = (
+            scores.masked_fill(~packed.mask.dense(), -torch.inf).softmax(-1) @ v[:, group]
+        )
     x = x + each(lambda e, i: e.o_proj(out[i].flatten()))
     m = each(lambda e, i: norm(x[i], e.post_attention_layernorm.weight))
     x = x + each(lambda e, i: e.down_proj(F.silu(e.gate_proj(m[i])) * e.up_proj(m[i])))
     angles = torch.cat([angle, angle], 1)[packed.order]
     half = c.head_dim // 2
-    got = in_order(packed, *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half])[:2])
+    got = in_order(
+        packed,
+        *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half])[:2],
+    )
     torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
 
 
@@ -231,16 +246,25 @@ def test_the_names_and_shapes_of_the_7b_model():
         expected[name] = tuple(map(int, shape.split("x")))
     with torch.device("meta"):
         model = UnifiedModel(ModelConfig())
-    named = dict(model.named_parameters()) | {name: getattr(model, name) for name in pretrained.TABLES}
-    assert {pretrained.official_name(name): tuple(tensor.shape) for name, tensor in named.items()} == expected
-    assert len(expected) == 1223 and sum(tensor.numel() for tensor in named.values()) == 14_607_260_128
+    named = dict(model.named_parameters()) | {
+        name: getattr(model, name) for name in pretrained.TABLES
+    }
+    assert {
+        pretrained.official_name(name): tuple(tensor.shape) for name, tensor in named.items()
+    } == expected
+    assert (
+        len(expected) == 1223 and sum(tensor.numel() for tensor in named.values()) == 14_607_260_128
+    )
 
 
 def test_a_cut_pack_equals_the_whole(model):
     """Forward and gradients: the shared context once, then the rest against its keys and values."""
     whole = build(1, 2)
     weights = torch.randn(
-        len(whole), model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        len(whole),
+        model.config.hidden_size,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
     )
 
     def gradients(loss):

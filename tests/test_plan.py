@@ -10,7 +10,10 @@ import plan
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
 
 CONFIG = dataclasses.replace(
-    grpo.Config(config="smoke", **grpo.PRESETS["smoke"]), tokens_per_pack=2000, kl_beta=0.1, average=0.9
+    grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
+    tokens_per_pack=2000,
+    kl_beta=0.1,
+    average=0.9,
 )
 CASE = plan.Case(references=2, side=32, words=20, plan=40)
 
@@ -31,10 +34,17 @@ def test_what_stands_always(shape, train):
         p.grad = torch.ones_like(p)
     optimizer.step()
     size = lambda tensors: sum(tensor.nbytes for tensor in tensors)
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+    ]
     always = plan.memory(config, shape, 1, CASE)["always"]
     assert always["weights, trained"] + always["weights, frozen"] == size(model.parameters())
-    assert always["gradients"] == size(p.grad for p in trained.values()) == always["average"] == always["reference"]
+    assert (
+        always["gradients"]
+        == size(p.grad for p in trained.values())
+        == always["average"]
+        == always["reference"]
+    )
     assert always["moments"] == size(moments)
 
 
@@ -79,7 +89,10 @@ def test_cache():
 
 def test_sharding_divides_what_is_sharded():
     shape = ModelConfig(**SMOKE)
-    one, eight = (plan.memory(dataclasses.replace(CONFIG, sum_every_pass=True), shape, gpus, CASE) for gpus in (1, 8))
+    one, eight = (
+        plan.memory(dataclasses.replace(CONFIG, sum_every_pass=True), shape, gpus, CASE)
+        for gpus in (1, 8)
+    )
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):
         assert eight["always"][name] == one["always"][name] / 8
     assert eight["rollout"] == one["rollout"] and eight["update"] == one["update"]

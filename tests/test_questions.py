@@ -22,7 +22,10 @@ SAMPLES = held_out("toy", 40, 4)
 
 def test_auc_is_the_share_of_pairs_in_order():
     generator = torch.Generator().manual_seed(0)
-    score, right = torch.randint(0, 5, (30,), generator=generator).float(), torch.rand(30, generator=generator) < 0.6
+    score, right = (
+        torch.randint(0, 5, (30,), generator=generator).float(),
+        torch.rand(30, generator=generator) < 0.6,
+    )
     pairs = [(a > b) + (a == b) / 2 for a in score[right].tolist() for b in score[~right].tolist()]
     assert questions.auc(score, right) == pytest.approx(sum(pairs) / len(pairs))
     assert questions.auc(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([True, True, False])) == 1
@@ -30,7 +33,14 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 
 def test_votes_count_the_other_plans_of_the_prompt():
-    assert questions.votes(["a", "a", "b", "b", "b", "b"], 3).tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 1.0]
+    assert questions.votes(["a", "a", "b", "b", "b", "b"], 3).tolist() == [
+        0.5,
+        0.5,
+        0.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_noise_has_the_standard_deviation_asked_for():
@@ -53,14 +63,22 @@ def test_a_mismatched_prompt_differs_in_its_last_reference_alone():
     for one in found:
         was = before[one.key]
         assert (one.instruction, one.plan, one.truth, one.references[:-1]) == (
-            was.instruction, was.plan, was.truth, was.references[:-1])  # fmt: skip
+            was.instruction,
+            was.plan,
+            was.truth,
+            was.references[:-1],
+        )
         assert one.references[-1].size == was.references[-1].size
-        assert any(one.references[-1] is other.references[-1] for other in SAMPLES if other.key != one.key)
+        assert any(
+            one.references[-1] is other.references[-1] for other in SAMPLES if other.key != one.key
+        )
 
 
 def test_exchanged_prompts_have_the_same_pictures():
     some, swapped = questions.exchanged(SAMPLES)
-    assert [one.key for one in some] == [one.key for one in swapped] and 0 < len(some) < len(SAMPLES)
+    assert [one.key for one in some] == [one.key for one in swapped] and 0 < len(some) < len(
+        SAMPLES
+    )
     for a, b in zip(some, swapped):
         assert b.references == (a.references[1], a.references[0], *a.references[2:])
 
@@ -107,7 +125,10 @@ class OneHot:
 
     def embed_captions(self, captions):
         rows = torch.zeros(len(captions), 1000)
-        rows[torch.arange(len(captions)), [zlib.crc32(caption.encode()) % 1000 for caption in captions]] = 1
+        rows[
+            torch.arange(len(captions)),
+            [zlib.crc32(caption.encode()) % 1000 for caption in captions],
+        ] = 1
         return rows
 
     def embed_images(self, images):
@@ -126,8 +147,14 @@ def test_captions_wrong_but_drawn_are_counted_and_ranked(toy, monkeypatch, capsy
             other = held_out("toy", 14, 4)[10 + i]
             of_picture.update({x.target.tobytes(): x.plan.caption for x in (one, other)})
             wrong = iccot.ICCoT(other.plan.caption, one.plan.relations)
-            found += [Result(iccot.render(plan), plan, True, image) for plan, image in (
-                *[(one.plan, one.target)] * 3, (wrong, other.target), (wrong, one.target))]  # fmt: skip
+            found += [
+                Result(iccot.render(plan), plan, True, image)
+                for plan, image in (
+                    *[(one.plan, one.target)] * 3,
+                    (wrong, other.target),
+                    (wrong, one.target),
+                )
+            ]
             found.append(Result("no plan", None, False, one.target))
         return found
 
@@ -139,8 +166,14 @@ def test_captions_wrong_but_drawn_are_counted_and_ranked(toy, monkeypatch, capsy
     assert all(0 <= value <= 1 for pair in table.values() for value in pair)
 
 
-@pytest.mark.parametrize("words, message", [({"draws": 1}, "draws=1"), ({"num_samples": 0}, "num_samples=0"),
-                                            ({"num_timesteps": 1}, "num_timesteps=1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"draws": 1}, "draws=1"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_timesteps": 1}, "num_timesteps=1"),
+    ],
+)
 def test_options_that_cannot_be(words, message):
     with pytest.raises(ValueError, match=message):
         questions.Config(**words)

@@ -1,4 +1,5 @@
 """The reward against float64, its order, its failures, and the toy CLIP's cache."""
+
 import json
 import math
 from pathlib import Path
@@ -36,22 +37,28 @@ def pairs():
 
 
 def as_tensor(images):
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
+    return torch.stack(
+        [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the score
 
+
 def test_score_equals_float64(clip, pairs):
     images, captions = pairs
     model = clip.model
-    with torch.no_grad():                                  # open_clip's own encoders and tokens, then numpy in float64
-        e = model.encode_image(as_tensor(images)).double().numpy()        # mean = std = 0.5 is the range [-1, 1]
+    with torch.no_grad():  # open_clip's own encoders and tokens, then numpy in float64
+        # mean = std = 0.5 is the range [-1, 1]
+        e = model.encode_image(as_tensor(images)).double().numpy()
         u = model.encode_text(open_clip.tokenize(captions, 44)).double().numpy()
     e /= np.linalg.norm(e, axis=1, keepdims=True)
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     cosine = (e * u).sum(1)
-    np.testing.assert_allclose(clip.score(images, captions).numpy(), -np.linalg.norm(e - u, axis=1), atol=1e-6)
+    np.testing.assert_allclose(
+        clip.score(images, captions).numpy(), -np.linalg.norm(e - u, axis=1), atol=1e-6
+    )
     np.testing.assert_allclose(clip.score(images, captions, "clip_cos").numpy(), cosine, atol=1e-6)
     np.testing.assert_allclose(clip.clip_out(images, captions).numpy(), 100 * cosine, atol=1e-4)
 
@@ -67,7 +74,9 @@ def test_each_picture_is_scored_against_its_own_caption(clip, pairs):
     images, captions = pairs
     scores = clip.score(images, captions)
     for i in range(len(images)):
-        torch.testing.assert_close(scores[i:i + 1], clip.score(images[i:i + 1], captions[i:i + 1]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            scores[i : i + 1], clip.score(images[i : i + 1], captions[i : i + 1]), atol=1e-6, rtol=0
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     moved = clip.score([images[i] for i in order], [captions[i] for i in order])
     torch.testing.assert_close(moved, scores[order], atol=1e-6, rtol=0)
@@ -86,8 +95,12 @@ def test_tensors_and_pictures_agree_and_modes_do_not_matter(clip, pairs):
     images, _ = pairs
     expected = clip.embed_images(images)
     torch.testing.assert_close(clip.embed_images(as_tensor(images)), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(clip.embed_images(as_tensor(images) * 1.0), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(clip.embed_images([image.convert("RGBA") for image in images]), expected)
+    torch.testing.assert_close(
+        clip.embed_images(as_tensor(images) * 1.0), expected, atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        clip.embed_images([image.convert("RGBA") for image in images]), expected
+    )
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(images)))
 
 
@@ -101,7 +114,7 @@ def test_no_gradient(clip, pairs):
 
 def test_truncation_is_counted(clip):
     clip.truncated = 0
-    fits = " ".join(["ball"] * 42)                         # 42 + start + end = 44
+    fits = " ".join(["ball"] * 42)  # 42 + start + end = 44
     clip.embed_captions([fits, "a ball"])
     assert clip.truncated == 0
     clip.embed_captions([fits + " ball", "a ball", fits + " ball" * 9])
@@ -119,6 +132,7 @@ def test_captions_of_the_toy_world_fit(clip):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what cannot be scored raises
+
 
 def test_a_reward_is_never_invented(clip, pairs):
     images, captions = pairs
@@ -139,30 +153,59 @@ def test_a_reward_is_never_invented(clip, pairs):
 
 
 def test_loading_mistakes_give_one_clear_sentence(tmp_path, folder, caplog):
-    weights, pickle, other = tmp_path / "w.safetensors", tmp_path / "w.pt", tmp_path / "other.safetensors"
+    weights, pickle, other = (
+        tmp_path / "w.safetensors",
+        tmp_path / "w.pt",
+        tmp_path / "other.safetensors",
+    )
     weights.write_bytes(b"no weights")
     pickle.write_bytes(b"")
     save_file({"x": torch.zeros(2)}, other)
     (tmp_path / "empty").mkdir()
     for error, sentence, name, pretrained in [
-            (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9", "openai"),
-            (ValueError, r"'opnai': expected a .safetensors file, .* a tag of ViT-B-32 \(openai,", "ViT-B-32", "opnai"),
-            (ValueError, "w.pt': expected a .safetensors file", "ViT-B-32", str(pickle)),
-            (FileNotFoundError, "not found at nowhere.safetensors", "ViT-B-32", "nowhere.safetensors"),
-            (ValueError, "w.safetensors does not hold weights of CLIP ViT-S-32-alt", "ViT-S-32-alt", str(weights)),
-            (ValueError, "other.safetensors does not hold weights of CLIP ViT-S-32-alt", "ViT-S-32-alt", str(other)),
-            (FileNotFoundError, "is not a toy CLIP: clip.json is missing", "toy", str(tmp_path / "empty"))]:
+        (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9", "openai"),
+        (
+            ValueError,
+            r"'opnai': expected a .safetensors file, .* a tag of ViT-B-32 \(openai,",
+            "ViT-B-32",
+            "opnai",
+        ),
+        (ValueError, "w.pt': expected a .safetensors file", "ViT-B-32", str(pickle)),
+        (FileNotFoundError, "not found at nowhere.safetensors", "ViT-B-32", "nowhere.safetensors"),
+        (
+            ValueError,
+            "w.safetensors does not hold weights of CLIP ViT-S-32-alt",
+            "ViT-S-32-alt",
+            str(weights),
+        ),
+        (
+            ValueError,
+            "other.safetensors does not hold weights of CLIP ViT-S-32-alt",
+            "ViT-S-32-alt",
+            str(other),
+        ),
+        (
+            FileNotFoundError,
+            "is not a toy CLIP: clip.json is missing",
+            "toy",
+            str(tmp_path / "empty"),
+        ),
+    ]:
         with pytest.raises(error, match=sentence) as caught:
             reward.Clip(name, pretrained)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
-    assert caplog.text == ""                               # open_clip's own complaints do not come on top
+    assert caplog.text == ""  # open_clip's own complaints do not come on top
 
 
 def test_damaged_toy_clips(tmp_path, folder):
     written = json.loads((folder / "clip.json").read_text())
     weights = (folder / "clip.safetensors").read_bytes()
-    for text, content in [("{", weights), ("{}", weights), (json.dumps(written), weights[:1000]),
-                          (json.dumps({**written, "model": {**written["model"], "embed_dim": 32}}), weights)]:
+    for text, content in [
+        ("{", weights),
+        ("{}", weights),
+        (json.dumps(written), weights[:1000]),
+        (json.dumps({**written, "model": {**written["model"], "embed_dim": 32}}), weights),
+    ]:
         (tmp_path / "clip.json").write_text(text)
         (tmp_path / "clip.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="is damaged; delete the folder to train again"):
@@ -172,6 +215,7 @@ def test_damaged_toy_clips(tmp_path, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # other CLIPs
 
+
 def test_a_local_file_of_a_real_architecture(tmp_path):
     """A random ViT-S-32 in open_clip's layout: loads, and sees pictures as open_clip's own preprocessing does."""
     torch.manual_seed(0)
@@ -179,19 +223,29 @@ def test_a_local_file_of_a_real_architecture(tmp_path):
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     clip = reward.Clip("ViT-S-32-alt", str(tmp_path / "w.safetensors"))
     rng = np.random.default_rng(0)
-    smooth = [Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
-              for size in ((300, 420), (224, 224), (500, 260), (60, 45))]
+    smooth = [
+        Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        for size in ((300, 420), (224, 224), (500, 260), (60, 45))
+    ]
     pixels = reward._pixels(smooth, clip.preprocess, "cpu")
     expected = torch.stack([transform(image) for image in smooth])
     assert pixels.shape == expected.shape == (4, 3, 224, 224)
-    assert (pixels - expected).abs().max() < 0.06          # PIL rounds to 8 bits: one step is 0.015 here
+    assert (pixels - expected).abs().max() < 0.06  # PIL rounds to 8 bits: one step is 0.015 here
     assert clip.embed_captions(["a ball"]).shape == clip.embed_images(smooth[:1]).shape
 
 
-@pytest.mark.parametrize("name, tag, quick", [
-    ("ViT-B-32", "openai", True), ("ViT-B-32-quickgelu", "openai", True), ("ViT-L-14", "openai", True),
-    ("ViT-H-14", "dfn5b", True), ("ViT-L-14", "metaclip_400m", True),
-    ("ViT-B-32", "laion2b_s34b_b79k", False), ("ViT-H-14", "laion2b_s32b_b79k", False)])
+@pytest.mark.parametrize(
+    "name, tag, quick",
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32-quickgelu", "openai", True),
+        ("ViT-L-14", "openai", True),
+        ("ViT-H-14", "dfn5b", True),
+        ("ViT-L-14", "metaclip_400m", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-H-14", "laion2b_s32b_b79k", False),
+    ],
+)
 def test_weights_get_the_activation_they_were_trained_with(monkeypatch, name, tag, quick):
     asked = {}
     monkeypatch.setattr(open_clip, "create_model", lambda *names, **options: asked.update(options))
@@ -201,15 +255,20 @@ def test_weights_get_the_activation_they_were_trained_with(monkeypatch, name, ta
 
 def test_a_failed_download_is_one_sentence(monkeypatch):
     from open_clip import factory
+
     def fail(config, cache_dir):
         raise OSError("no\nnetwork")
+
     monkeypatch.setattr(factory, "download_pretrained", fail)
-    with pytest.raises(OSError, match=r"CLIP ViT-B-32 \(openai\) could not be fetched; .* no network"):
+    with pytest.raises(
+        OSError, match=r"CLIP ViT-B-32 \(openai\) could not be fetched; .* no network"
+    ):
         reward.Clip("ViT-B-32", "openai")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the toy CLIP
+
 
 def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp_path, pairs, clip):
     before = torch.random.get_rng_state()
@@ -219,7 +278,10 @@ def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp
     assert torch.equal(reward.Clip("toy", str(again)).score(*pairs), clip.score(*pairs))
     stamp = (again / "clip.safetensors").stat().st_mtime_ns
     assert train(again) == again and (again / "clip.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="holds a CLIP trained with .*'steps': 2.*delete the folder or choose another"):
+    with pytest.raises(
+        ValueError,
+        match="holds a CLIP trained with .*'steps': 2.*delete the folder or choose another",
+    ):
         train(again, steps=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
 
@@ -227,6 +289,7 @@ def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp
 def test_an_interrupted_training_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "_train", stop)
         train(tmp_path / "toy")
@@ -249,19 +312,29 @@ def test_training_tokens_and_text_features_are_open_clips(clip):
     assert torch.equal(tokens, open_clip.tokenize(captions, 44))
     with torch.no_grad():
         expected = clip.model.encode_text(tokens, normalize=True)
-        torch.testing.assert_close(reward._encode_text(clip.model, tokens), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            reward._encode_text(clip.model, tokens), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_loss_is_the_contrastive_loss_by_hand(clip):
-    pictures, captions = reward._pairs(0, dict(batch_size=4, seed=0, wrong=2), np.random.default_rng(0))
-    assert pictures.shape == (4, 3, 32, 32) and len(captions) == 12 and len(set(captions[4:6]) | {captions[0]}) == 3
+    pictures, captions = reward._pairs(
+        0, dict(batch_size=4, seed=0, wrong=2), np.random.default_rng(0)
+    )
+    assert (
+        pictures.shape == (4, 3, 32, 32)
+        and len(captions) == 12
+        and len(set(captions[4:6]) | {captions[0]}) == 3
+    )
     with torch.no_grad():
         loss, right = reward._loss(clip.model, pictures, captions)
         e = clip.model.encode_image(pictures, normalize=True).double()
         u = clip.model.encode_text(open_clip.tokenize(captions, 44), normalize=True).double()
         logits = (clip.model.logit_scale.double().exp() * e @ u.T).numpy()
     to_text = [np.log(np.exp(row).sum()) - row[i] for i, row in enumerate(logits)]
-    to_picture = [np.log(np.exp(column).sum()) - column[i] for i, column in enumerate(logits[:, :4].T)]
+    to_picture = [
+        np.log(np.exp(column).sum()) - column[i] for i, column in enumerate(logits[:, :4].T)
+    ]
     assert abs(loss.item() - (np.mean(to_text) + np.mean(to_picture)) / 2) < 1e-4
     assert right == (logits.argmax(1) == np.arange(4)).mean()
 

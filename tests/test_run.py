@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker
 from safetensors.torch import load_file
 
 import grpo
 import run
-import worker
 from config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,9 @@ def torchrun(*words, processes=2, timeout=300, code=0):
         *map(str, words),
     ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout, cwd=ROOT)
+    done = subprocess.run(
+        command, env=environment, text=True, capture_output=True, timeout=timeout, cwd=ROOT
+    )
     assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -59,7 +61,9 @@ def close(a, b, tolerance):
     assert a.keys() == b.keys()
     largest = max(tensor.float().norm() for tensor in a.values())
     for name in a:
-        error = (a[name] - b[name]).float().norm() / a[name].float().norm().clamp_min(1e-3 * largest)
+        error = (a[name] - b[name]).float().norm() / a[name].float().norm().clamp_min(
+            1e-3 * largest
+        )
         assert error <= tolerance, (name, float(error))
 
 
@@ -104,20 +108,53 @@ def test_stage_2_runs_on_two_processes(worlds):
 
 
 def test_placement():
-    torchrun_names = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    assert run.placement(torchrun_names) == {"rank": 3, "local_rank": 1, "size": 4, "address": "tcp://h:1"}
+    torchrun_names = {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }
+    assert run.placement(torchrun_names) == {
+        "rank": 3,
+        "local_rank": 1,
+        "size": 4,
+        "address": "tcp://h:1",
+    }
     alone = {"rank": 0, "local_rank": 0, "size": 1, "address": None}
     assert run.placement({}) == alone
-    batch_shell = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": ""}
+    batch_shell = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "",
+    }
     assert run.placement(batch_shell) == alone
-    step = batch_shell | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-                          "SLURM_STEP_NODELIST": "gpu[003-004,010]"}  # fmt: skip
-    assert run.placement(step) == {"rank": 5, "local_rank": 1, "size": 8, "address": "tcp://gpu003:20700"}
+    step = batch_shell | {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[003-004,010]",
+    }
+    assert run.placement(step) == {
+        "rank": 5,
+        "local_rank": 1,
+        "size": 8,
+        "address": "tcp://gpu003:20700",
+    }
 
 
-@pytest.mark.parametrize("nodes, first", [
-    ("gpu[001-004,010]", "gpu001"), ("rack[1-2]n[3-4]", "rack1n3"), ("a,b", "a"), ("node7", "node7"), ("n[5,7-9],m1", "n5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("gpu[001-004,010]", "gpu001"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("a,b", "a"),
+        ("node7", "node7"),
+        ("n[5,7-9],m1", "n5"),
+    ],
+)
 def test_first_host_of_a_list(nodes, first):
     assert run.first_host(nodes) == first
 
@@ -125,10 +162,13 @@ def test_first_host_of_a_list(nodes, first):
 def test_work_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(run, "size", lambda: 5)
     with pytest.raises(
-        UserError, match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50"
+        UserError,
+        match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50",
     ):
         run.share(48, "prompts", "prompts_per_step")
-    with pytest.raises(UserError, match="5 processes in 2 updates; use --prompts_per_step=40 or 50"):
+    with pytest.raises(
+        UserError, match="5 processes in 2 updates; use --prompts_per_step=40 or 50"
+    ):
         run.share(48, "prompts", "prompts_per_step", 2)
     assert run.share(40, "prompts", "prompts_per_step", 2) == 8
 
@@ -138,4 +178,6 @@ def test_killed_processes_change_nothing():
     import faults
 
     counts = faults.main(faults.Config(rounds=1, hang=False))
-    assert counts["kills"] == 1 and counts["finished runs"] >= 1 and counts["torn states chosen"] == 0
+    assert (
+        counts["kills"] == 1 and counts["finished runs"] >= 1 and counts["torn states chosen"] == 0
+    )

@@ -133,7 +133,9 @@ def test_a_subset_of_rows_has_the_rows_of_the_whole():
                 assert torch.equal(part.mask.dense(), packed.mask.dense()[rows])
                 assert torch.equal(part.positions, packed.positions[rows])
                 assert sorted(part.order.tolist()) == list(range(len(rows)))
-                assert sum(part.noised_lengths) == len(part.noised) and sum(part.vit_lengths) == len(part.vit_index)
+                assert sum(part.noised_lengths) == len(part.noised) and sum(
+                    part.vit_lengths
+                ) == len(part.vit_index)
         together = torch.cat([packed.rows_of(kind) for kind in ("given", "noised", "reserved")])
         assert sorted(together.tolist()) == list(range(len(packed)))
 

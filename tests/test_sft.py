@@ -29,7 +29,10 @@ def toy(tmp_path_factory):
 
 def encode(toy, count=6, **options):
     config = dataclasses.replace(CONFIG, **options)
-    return [sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i)) for i in range(count)]
+    return [
+        sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i))
+        for i in range(count)
+    ]
 
 
 def gradients(model, packs):
@@ -43,10 +46,16 @@ def gradients(model, packs):
 def test_losses_and_gradients_do_not_depend_on_the_packing(toy):
     model, layout, *_ = toy
     examples = encode(toy, plan_dropout=0.3, noise_copies=2)
-    assert any(example.plan is None for example in examples) and any(example.plan for example in examples)
+    assert any(example.plan is None for example in examples) and any(
+        example.plan for example in examples
+    )
     longest = max(map(len, examples))
     packings = [sft.pack(layout, examples, budget) for budget in (10**9, 2 * longest, longest)]
-    assert [len(packs) for packs in packings][0] == 1 and len(packings[1]) > 1 and len(packings[2]) > len(packings[1])
+    assert (
+        [len(packs) for packs in packings][0] == 1
+        and len(packings[1]) > 1
+        and len(packings[2]) > len(packings[1])
+    )
     (ce, mse), expected = gradients(model, packings[0])
     for packs in packings[1:]:
         assert all(len(packed) <= 2 * longest for packed, _ in packs)
@@ -57,7 +66,13 @@ def test_losses_and_gradients_do_not_depend_on_the_packing(toy):
 
 
 def test_an_example_knows_its_length(toy):
-    for options in ({}, dict(vae_dropout=1.0), dict(vit_dropout=1.0), dict(plan_dropout=1.0), dict(text_dropout=1.0)):
+    for options in (
+        {},
+        dict(vae_dropout=1.0),
+        dict(vit_dropout=1.0),
+        dict(plan_dropout=1.0),
+        dict(text_dropout=1.0),
+    ):
         for example in encode(toy, **options):
             ((packed, target),) = sft.pack(toy[1], [example], 10**9)
             assert len(packed) == len(example) and len(target) == len(packed.noised)
@@ -100,10 +115,15 @@ def test_a_checkpoint_brings_its_shape(toy):
 
 def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     """One step from `init`: the first loss is that of the checkpoint, not of fresh weights."""
-    config = dataclasses.replace(CONFIG, init=str(toy[3] / "model"), out=str(tmp_path / "run"), steps=1, threads=1)
+    config = dataclasses.replace(
+        CONFIG, init=str(toy[3] / "model"), out=str(tmp_path / "run"), steps=1, threads=1
+    )
     sft.train(config)
     indices = range(config.samples_per_step)
-    examples = [sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i)) for i in indices]
+    examples = [
+        sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i))
+        for i in indices
+    ]
     means, _ = gradients(toy[0], sft.pack(toy[1], examples, config.tokens_per_pack))
     line = run.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)

@@ -14,8 +14,14 @@ from shards import ShardWriter, Source, to_png
 
 
 def record_of(sample):
-    return {"key": sample.key, "task": sample.task, "instruction": sample.instruction,
-            "plan": json.loads(iccot.to_json(sample.plan)), "scores": {"clip": 0.3}, "provenance": {"model": "toy"}}  # fmt: skip
+    return {
+        "key": sample.key,
+        "task": sample.task,
+        "instruction": sample.instruction,
+        "plan": json.loads(iccot.to_json(sample.plan)),
+        "scores": {"clip": 0.3},
+        "provenance": {"model": "toy"},
+    }
 
 
 @pytest.fixture
@@ -27,17 +33,29 @@ def samples():
 def folder(tmp_path, samples):
     with ShardWriter(tmp_path / "shards", size=10) as writer:
         for sample in samples:
-            writer.write(record_of(sample), [to_png(image) for image in sample.references], to_png(sample.target))
+            writer.write(
+                record_of(sample),
+                [to_png(image) for image in sample.references],
+                to_png(sample.target),
+            )
     return tmp_path / "shards"
 
 
 def same(a, b):
     pixels = lambda sample: [image.tobytes() for image in (*sample.references, sample.target)]
-    return (a.key, a.task, a.instruction, a.plan, pixels(a)) == (b.key, b.task, b.instruction, b.plan, pixels(b))
+    return (a.key, a.task, a.instruction, a.plan, pixels(a)) == (
+        b.key,
+        b.task,
+        b.instruction,
+        b.plan,
+        pixels(b),
+    )
 
 
 def test_round_trip(folder, samples):
-    assert sorted(path.name for path in folder.iterdir()) == [f"samples-00000{i}.tar" for i in range(3)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"samples-00000{i}.tar" for i in range(3)
+    ]
     source = Source(folder)
     assert len(source) == 23 and all(same(source.sample(i), one) for i, one in enumerate(samples))
     assert source.record(3)["scores"] == {"clip": 0.3}
@@ -64,10 +82,14 @@ def test_plain_folder(tmp_path, samples):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         for image, path in zip(pictures, paths):
             image.save(tmp_path / path)
-        lines.append(json.dumps(record_of(sample) | {"references": paths[:-1], "target": paths[-1]}))
+        lines.append(
+            json.dumps(record_of(sample) | {"references": paths[:-1], "target": paths[-1]})
+        )
     (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
     source = Source(tmp_path)
-    assert len(source) == 4 and all(same(source.sample(i), one) for i, one in enumerate(samples[:4]))
+    assert len(source) == 4 and all(
+        same(source.sample(i), one) for i, one in enumerate(samples[:4])
+    )
 
 
 def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):
@@ -75,7 +97,8 @@ def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):
     orders = [source.order(epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert (
-        len({tuple(order) for order in orders}) == 3 and orders[0] == Source(folder, seed=1, buffer=5).order(0).tolist()
+        len({tuple(order) for order in orders}) == 3
+        and orders[0] == Source(folder, seed=1, buffer=5).order(0).tolist()
     )
     for start in range(0, 23, 5):  # a stretch of the buffer comes from neighbours on disk
         assert len({number // 10 for number in orders[0][start : start + 5]}) <= 2
@@ -86,7 +109,10 @@ def test_a_stream_can_be_resumed_and_shared(folder, workers):
     source = Source(folder, buffer=5)
     whole = [sample.key for sample in shards.stream(source, range(60))]
     assert [sample.key for sample in shards.stream(source, range(17, 60), workers)] == whole[17:]
-    ranks = [[sample.key for sample in shards.stream(source, range(rank, 60, 2), workers)] for rank in range(2)]
+    ranks = [
+        [sample.key for sample in shards.stream(source, range(rank, 60, 2), workers)]
+        for rank in range(2)
+    ]
     assert [key for pair in zip(*ranks) for key in pair] == whole
 
 
@@ -115,23 +141,43 @@ def edit(key, **fields):
 KEY = "train-0-00000000"  # its prompt has one reference
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda files: files.update({f"{KEY}.target.png": files[f"{KEY}.target.png"][:60]}), "cannot be read as a picture"),
-    (lambda files: files.pop(f"{KEY}.target.png"), "no target picture"),
-    (lambda files: files.update({f"{KEY}.json": b"{"}), "Expecting"),
-    (lambda files: files.pop(f"{KEY}.json"), "'json' is missing"),
-    (lambda files: files.update({f"{KEY}.ref_3.png": files[f"{KEY}.target.png"]}), "references are numbered [1, 3]"),
-    (edit(KEY, plan={"out_caption": "A city.", "relations": []}), "relation_1"),
-    (edit(KEY, instruction="The thing of image 7."), "names image 7"),
-    (edit(KEY, instruction=" "), "its instruction has 1 characters"),
-    (edit(KEY, plan={"out_caption": "A red " * 90, "relations": [{"relation_1": "It is from image_1."}]}), "CLIP tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda files: files.update({f"{KEY}.target.png": files[f"{KEY}.target.png"][:60]}),
+            "cannot be read as a picture",
+        ),
+        (lambda files: files.pop(f"{KEY}.target.png"), "no target picture"),
+        (lambda files: files.update({f"{KEY}.json": b"{"}), "Expecting"),
+        (lambda files: files.pop(f"{KEY}.json"), "'json' is missing"),
+        (
+            lambda files: files.update({f"{KEY}.ref_3.png": files[f"{KEY}.target.png"]}),
+            "references are numbered [1, 3]",
+        ),
+        (edit(KEY, plan={"out_caption": "A city.", "relations": []}), "relation_1"),
+        (edit(KEY, instruction="The thing of image 7."), "names image 7"),
+        (edit(KEY, instruction=" "), "its instruction has 1 characters"),
+        (
+            edit(
+                KEY,
+                plan={
+                    "out_caption": "A red " * 90,
+                    "relations": [{"relation_1": "It is from image_1."}],
+                },
+            ),
+            "CLIP tokens",
+        ),
+    ],
+)
 def test_damage_is_named(folder, capsys, change, words):
     bad = damaged(folder, change)
     with pytest.raises(SystemExit) as stopped:
         data.main(["--check", str(bad)])
     out = capsys.readouterr().out
-    assert stopped.value.code == 1 and words in out and KEY in out and "10 samples, 1 problems" in out
+    assert (
+        stopped.value.code == 1 and words in out and KEY in out and "10 samples, 1 problems" in out
+    )
 
 
 def test_a_good_folder_passes_and_is_shown(folder, capsys, tmp_path):
@@ -156,7 +202,11 @@ def test_sft_trains_on_shards(folder, tmp_path):
     import sft
 
     config = dataclasses.replace(
-        sft.Config(config="smoke", **sft.PRESETS["smoke"]), data=str(folder), steps=2, samples_per_step=4, threads=1
+        sft.Config(config="smoke", **sft.PRESETS["smoke"]),
+        data=str(folder),
+        steps=2,
+        samples_per_step=4,
+        threads=1,
     )
     sft.train(dataclasses.replace(config, out=str(tmp_path / "a")))
     sft.train(dataclasses.replace(config, out=str(tmp_path / "b"), workers=1))

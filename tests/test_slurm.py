@@ -82,7 +82,10 @@ PartitionName=main Nodes=n1,n2 Default=YES State=UP
     ]
     ask = lambda: (
         subprocess.run(
-            ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True
+            ["sinfo", "-h", "-t", "idle", "-o", "%D"],
+            env=environment,
+            capture_output=True,
+            text=True,
         ).stdout
     )
     try:
@@ -108,8 +111,19 @@ def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
     environment, _ = cluster
     slow = "os.environ['SLURM_PROCID'] == '0' and atexit.register(time.sleep, 4)"
     code = f"import atexit, os, time, run; {slow}; run.stop_here(1)"
-    command = ["srun", "--kill-on-bad-exit=1", "-N2", "-n2", "--ntasks-per-node=1", sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "-N2",
+        "-n2",
+        "--ntasks-per-node=1",
+        sys.executable,
+        "-c",
+        code,
+    ]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == run.REQUEUE, done.stdout + done.stderr
 
 
@@ -127,7 +141,9 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         "--out",
         "whole",
     ]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: model in") == 1
 
@@ -140,12 +156,26 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         "--output=out/slurm-%j.log",
     ):
         script = script.replace(
-            line, {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(line, "--comment=x")
+            line,
+            {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(
+                line, "--comment=x"
+            ),
         )
-    script = script.replace(" python ", f" {sys.executable} ").replace("${SCRIPT:-grpo.py}", str(ROOT / "sft.py"))
+    script = script.replace(" python ", f" {sys.executable} ").replace(
+        "${SCRIPT:-grpo.py}", str(ROOT / "sft.py")
+    )
     (folder / "job.sh").write_text(script.replace('--config "${CONFIG:-full}"', ""))
     made = subprocess.run(
-        ["sbatch", "--parsable", "--output", str(folder / "job.log"), "job.sh", *OPTIONS, "--out", "stopped"],
+        [
+            "sbatch",
+            "--parsable",
+            "--output",
+            str(folder / "job.log"),
+            "job.sh",
+            *OPTIONS,
+            "--out",
+            "stopped",
+        ],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -153,14 +183,17 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         check=True,
     )
     job, log = made.stdout.strip(), folder / "stopped" / "metrics.jsonl"
-    wait_for("the first steps", lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 120)
+    wait_for(
+        "the first steps", lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 120
+    )
     subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
     text = lambda: (folder / "job.log").read_text()
     wait_for("the stop", lambda: "stopped by a signal" in text(), 60)
     step = run.newest_step(folder / "stopped")
     assert 5 < step < 60
     subprocess.run(["scontrol", "release", job], env=environment)
-    begin = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # a requeued job waits two minutes otherwise
+    # a requeued job waits two minutes otherwise
+    begin = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
     subprocess.run(begin, env=environment, capture_output=True)
 
     def finished():
@@ -169,7 +202,10 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
 
     wait_for("the second go", finished, 240)
     queue = ["squeue", "--noheader"]
-    wait_for("the job's end", lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout)
+    wait_for(
+        "the job's end",
+        lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout,
+    )
     assert f"step {step} of 60" in text()
     a, b = weights(folder / "whole"), weights(folder / "stopped")
     assert all(torch.equal(a[name], b[name]) for name in a)

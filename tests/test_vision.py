@@ -20,9 +20,17 @@ def near(image, expected, tolerance=12):
     return np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < tolerance
 
 
-@pytest.mark.parametrize("mode, name", [
-    ("RGB", "a.png"), ("RGB", "a.jpg"), ("RGB", "a.webp"), ("CMYK", "a.jpg"), ("P", "a.png"), ("RGBA", "a.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, name",
+    [
+        ("RGB", "a.png"),
+        ("RGB", "a.jpg"),
+        ("RGB", "a.webp"),
+        ("CMYK", "a.jpg"),
+        ("P", "a.png"),
+        ("RGBA", "a.png"),
+    ],
+)
 def test_colour_modes(photo, tmp_path, mode, name):
     photo.convert(mode).save(tmp_path / name)
     image = open_image(tmp_path / name)
@@ -67,8 +75,10 @@ def test_a_phone_held_upright(photo, tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000), (3, 700), (4000, 3000)])
 def test_extreme_sizes_fit_the_tables(size):
     for config in (ModelConfig(**SMOKE), ModelConfig()):
-        for rule, side, unit in ((config.image_rule, config.latent_side, config.token_pixels),
-                                 (config.vit_rule, config.vit_side, config.vit_patch)):  # fmt: skip
+        for rule, side, unit in (
+            (config.image_rule, config.latent_side, config.token_pixels),
+            (config.vit_rule, config.vit_side, config.vit_patch),
+        ):
             width, height = rule.size(*size)
             assert width % unit == height % unit == 0 and 0 < max(width, height) <= side * unit
 
@@ -77,7 +87,9 @@ def test_extreme_pictures_are_read():
     model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
     for size in ((1, 1), (2000, 1), (1, 2000)):
         reference = model.read(Image.new("RGB", size, "red"))
-        assert torch.isfinite(reference.latents).all() and len(reference.patches) == np.prod(reference.patch_grid)
+        assert torch.isfinite(reference.latents).all() and len(reference.patches) == np.prod(
+            reference.patch_grid
+        )
 
 
 def test_transform_is_normalised():

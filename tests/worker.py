@@ -54,8 +54,10 @@ def sft_gradients(folder, sum_every_pass):
     config = dataclasses.replace(SFT, sum_every_pass=sum_every_pass)
     model, tokenizer = sft.build(config, folder / "tokenizer-run")
     layout = model.config.layout(tokenizer)
-    examples = [sft.encode(model, tokenizer, data.draw_sample("train", i), config, run.generator(0, i))
-                for i in sft.sample_indices(config, 0)]  # fmt: skip
+    examples = [
+        sft.encode(model, tokenizer, data.draw_sample("train", i), config, run.generator(0, i))
+        for i in sft.sample_indices(config, 0)
+    ]
     packs = sft.pack(layout, examples, config.tokens_per_pack)
     means = sft.backward(model, packs, config)
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -69,17 +71,29 @@ def grpo_gradients(folder, **options):
     layout, numbers = model.config.layout(tokenizer), grpo.sample_indices(config, 0)
     samples = [data.draw_sample("train", i) for i in numbers]
     texts = [tokenizer.encode(iccot.render(one.plan)) for one in samples]
-    plans = [text[3 * m : 3 * m + 9 * (i + 1)] for text, i in zip(texts, numbers) for m in range(config.group_size)]
+    plans = [
+        text[3 * m : 3 * m + 9 * (i + 1)]
+        for text, i in zip(texts, numbers)
+        for m in range(config.group_size)
+    ]
     grpo.think = lambda *_, **__: (plans, [True] * len(plans))
     with run.gathered(model):
         rollout = grpo.sample_groups(model, layout, tokenizer, samples, numbers, config, 0)
-    reward = torch.stack([torch.randn(config.group_size, generator=run.generator(7, i)) for i in numbers])
+    reward = torch.stack(
+        [torch.randn(config.group_size, generator=run.generator(7, i)) for i in numbers]
+    )
     anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
     found = {}
 
     class Recorder(torch.optim.SGD):
         def step(self):
-            found.update({f"{len(found)}.{name}": whole(p.grad) for name, p in trained.items() if p.grad is not None})
+            found.update(
+                {
+                    f"{len(found)}.{name}": whole(p.grad)
+                    for name, p in trained.items()
+                    if p.grad is not None
+                }
+            )
 
     grpo.update(model, anchor, Recorder(trained.values(), 0.0), layout, rollout, reward, config)
     return found
@@ -97,13 +111,18 @@ def work(folder):
     run.launch(2.0)
     world = run.size()
     results = {f"sft-{flag}": sft_gradients(folder, flag) for flag in (True, False)}
-    for name, options in (("all", {}), ("gen", {"train": "gen"}), ("lora", {"train": "lora", "lora_rank": 4}),
-                          ("text", {"train_text": True, "kl_beta": 0.0})):  # fmt: skip
+    for name, options in (
+        ("all", {}),
+        ("gen", {"train": "gen"}),
+        ("lora", {"train": "lora", "lora_rank": 4}),
+        ("text", {"train_text": True, "kl_beta": 0.0}),
+    ):
         results[f"grpo-{name}"] = grpo_gradients(folder, **options)
     if run.is_main():
         for name, tensors in results.items():
             save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}-{world}.safetensors"
+                {key: tensor.contiguous() for key, tensor in tensors.items()},
+                folder / f"{name}-{world}.safetensors",
             )
     train(folder, f"whole-{world}")
     train(folder, f"half-{world}", steps=3)

@@ -42,17 +42,22 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import iccot
-import run
-from benchmarks import ask_score
-from config import UserError, exit_on_user_error, parse
-from data import TASKS, picture_sheet
-from endpoint import Endpoint, Question, Refused, Unusable, in_parallel
-from reward import Clip, train_toy_clip
-from shards import ShardWriter, Source, to_png
-from vision import open_image
+from data import ShardWriter, Source, picture_sheet
+from iccot import TASKS
+from reward import Clip
+from runtime import files
+from runtime.config import UserError, exit_on_user_error, parse
+from studies.endpoint import Endpoint, Question, Refused, Unusable, in_parallel
+from studies.judge import ask_score
+from toy.clip import train_toy_clip
+from vision import open_image, to_png
 
 STAGES = ("references", "instructions", "plans", "targets", "scores", "shards")
+
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 TRIES = 3  # questions to get a usable answer
 
 
@@ -104,6 +109,8 @@ class Config:
 
 
 TOY_URL = "http://127.0.0.1:8765/v1"
+
+
 PRESETS = {
     "full": {},
     "toy": dict(
@@ -250,12 +257,14 @@ ACTIONS = {
     "scene_composition": "The instruction brings the subjects together in the scene of the last image.",
 }
 
+
 INSTRUCTION_PROMPT = """You write instructions for an artist who makes one new picture from {count} reference image(s).
 Task type: {task}. {action}
 Look closely at the images, at secondary details too: what a subject holds or wears, where there is room, how the light
 falls. Write one instruction that can be carried out, that uses every image, and that does not describe what the images
 already show. Speak of the images as "image 1", "the second image" and so on, or by what they show. Answer with the
 instruction alone, in one or two sentences."""
+
 
 PLAN_PROMPT = """An artist will make one new picture from {count} reference image(s) and this instruction:
 {instruction}
@@ -266,6 +275,7 @@ object:
 There is exactly one relation for each reference image, in order: one short sentence that says what it gives to the
 picture, such as "The woman is from image_1." or "The style is consistent with image_2." Answer with the JSON
 object alone."""
+
 
 TARGET_PROMPT = """Make one picture from the reference images.
 Instruction: {instruction}
@@ -457,7 +467,7 @@ def report(all_records, reasons, config):
     total, left = sum(begun.values()), sum(kept.values())
     lines += [f"| all | {total} | {left} ({100 * left / max(1, total):.0f} %) |"]
     text = "\n".join(lines)
-    run.write_text(Path(config.out) / "report.md", text + "\n")
+    files.write_text(Path(config.out) / "report.md", text + "\n")
     print(text)
     if left:
         source = Source(Path(config.out) / "shards")
@@ -496,17 +506,17 @@ def open_clip_of(config):
 def curate(config):
     """All stages that are asked for."""
     out = Path(config.out)
-    run.check_writable(out)
+    files.check_writable(out)
     settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
     if (out / "settings.json").is_file() and (
-        before := run.read_json(out / "settings.json")
+        before := files.read_json(out / "settings.json")
     ) != settings:
         key = next(key for key in settings if before.get(key) != settings[key])
         raise UserError(
             f"{out} was begun with {key}={before.get(key)}, now {key}={settings[key]}; choose another --out"
         )
     if config.config == "toy" and not Path(config.pools).is_dir():
-        from toyserver import draw_pools
+        from toy.server import draw_pools
 
         draw_pools(config.pools)
     records = {"references": read_lines(out / "references.jsonl")}
@@ -514,8 +524,8 @@ def curate(config):
         drawn = draw_references(pools_of(config), config)
         if config.dry_run:
             return estimate(drawn, config)
-        run.write_text(out / "settings.json", json.dumps(settings) + "\n")
-        run.write_text(
+        files.write_text(out / "settings.json", json.dumps(settings) + "\n")
+        files.write_text(
             out / "references.jsonl",
             "".join(json.dumps(record) + "\n" for record in drawn.values()),
         )
@@ -563,7 +573,7 @@ def curate(config):
 def main(config):
     with exit_on_user_error(ValueError):
         if config.serve_toy:
-            from toyserver import serve
+            from toy.server import serve
 
             serve(config.port)
             return

@@ -35,12 +35,9 @@ Left out: denoising trees, replay.
 Run the same command again to resume.
 """
 
-import multiprocessing
-import os
-import subprocess
+import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -48,20 +45,29 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import data
-import evaluate
+import engine
 import flow
 import iccot
-import plan
-import run
-from config import exit_on_user_error, parse
+from bench import memory
+from data import open_source
+from engine import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
 from kernels.attention import describe_backend
-from lora import add_lora, merge_lora, reset_lora
 from model import MODELS, ModelConfig
-from pretrained import find_model, load_config, load_model, load_tokenizer, load_weights, save_model
-from reward import Clip, compare, train_toy_clip
-from sample import Sampler, draw_noise, guided, lay_out, make_prompt, paint, picture, prefill, think
-from shards import open_source
+from reward import Clip, compare
+from runtime import files, loop, processes, sharding, state
+from runtime.config import exit_on_user_error, parse
+from runtime.lora import add_lora, merge_lora, reset_lora, trained_parameters
+from runtime.pretrained import (
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    save_model,
+)
+from studies import metrics
+from toy import world
+from toy.prepare import metric_clip, prepare
 
 # P groups (prompts) of a step   G members of a group   J plans of a group   S steps of the window   T tokens a picture
 
@@ -181,9 +187,11 @@ class Config:
 # fmt: off
 TOY = dict(
     clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0,
-    lr=3e-4, eval_timesteps=7, picture_side=data.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
+    lr=3e-4, eval_timesteps=7, picture_side=world.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
     checkpointing=False, precision="float32", sum_every_pass=False,
 )
+
+
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1, steps=30, train_text=True,
@@ -268,7 +276,7 @@ def sample_groups(model, layout, tokenizer, samples, numbers, config, step):
 def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     """Roll out these groups together."""
     generators = lambda purpose, many, same=False: [
-        [run.generator(config.seed, number, purpose, 0 if same else i) for i in range(many)]
+        [processes.generator(config.seed, number, purpose, 0 if same else i) for i in range(many)]
         for number in numbers
     ]
     prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in samples]
@@ -288,12 +296,14 @@ def roll_out(model, layout, tokenizer, samples, numbers, config, step):
     for one, group in zip(samples, plans):
         texts = [tokenizer.decode(plan) for plan in group]
         captions += [
-            iccot.parse(text).caption if evaluate.is_valid(text, len(one.references)) else ""
+            iccot.parse(text).caption if iccot.is_valid(text, len(one.references)) else ""
             for text in texts
         ]
     grid = model.config.picture_grid(config.picture_side, config.picture_side)
     first = int(
-        torch.randint(last_start(config) + 1, (), generator=run.generator(config.seed, step, 2))
+        torch.randint(
+            last_start(config) + 1, (), generator=processes.generator(config.seed, step, 2)
+        )
     )
     of_member = [
         [group[i * each // config.group_size] for i in range(config.group_size)] for group in plans
@@ -350,7 +360,7 @@ def paint_members(model, layout, prompts, plans, starts, noises, grid, first, pr
     """
     n, count = grid[0] * grid[1], len(plans[0])
     members, kept, noises = len(prompts) * count, [], sum(noises, [])
-    image_of_token = torch.arange(members, device=run.device()).repeat_interleave(n)
+    image_of_token = torch.arange(members, device=processes.device()).repeat_interleave(n)
 
     def sde_or_ode(k, x, v, t, t_next):
         if not first <= k < first + config.window:
@@ -553,7 +563,7 @@ class Policy:
 
 def policy(model, context, batch, config):
     """Policy of a batch, given the prompt's keys and values."""
-    batch = batch.to(run.device())
+    batch = batch.to(processes.device())
     und, gen = model(batch.packed, context=context)
     images = int(batch.image_of_token[-1]) + 1
     v = guided(
@@ -623,16 +633,16 @@ def update(model, anchor, optimizer, layout, rollout, reward, config):
     """
     groups, share = len(rollout.prompts), len(rollout.prompts) // config.updates
     trees = [batches(layout, rollout, group, config) for group in range(groups)]
-    passes = [int(count) for count in run.reduced([len(found) for _, found in trees], "max")]
+    passes = [int(count) for count in processes.reduced([len(found) for _, found in trees], "max")]
     for_images, for_plans = (advantage.flatten() for advantage in advantages(reward, config))
     clip_range = (
         config.clip_kappa / rollout.x[0, : rollout.grid[0] * rollout.grid[1]].numel() ** 0.5
     )
     old = [[None] * len(found) for _, found in trees]
     # p_old; the groups of the first optimiser step get it from that step's own forward pass
-    with run.gathered(model):
+    with sharding.gathered(model):
         for group in range(share, groups):
-            context = model.keys_and_values(trees[group][0].to(run.device()))
+            context = model.keys_and_values(trees[group][0].to(processes.device()))
             old[group] = [
                 policy(model, context, batch, config).old(config.guard) for batch in trees[group][1]
             ]
@@ -640,7 +650,9 @@ def update(model, anchor, optimizer, layout, rollout, reward, config):
     health, norms, finite = [], [], True
     for first in range(0, groups, share):
         plans = slice(first * config.plans_per_group, (first + share) * config.plans_per_group)
-        text_scale = config.text_weight * run.size() / run.reduced([int(words[plans].sum())])[0]
+        text_scale = (
+            config.text_weight * processes.size() / processes.reduced([int(words[plans].sum())])[0]
+        )
         scales = 1 / (share * config.group_size * config.window), text_scale, clip_range
         for group in range(first, first + share):
             health += group_backward(
@@ -656,7 +668,7 @@ def update(model, anchor, optimizer, layout, rollout, reward, config):
                 group == first + share - 1,
                 config,
             )
-        norm, stepped = run.step_if_finite(optimizer, config.max_grad_norm)
+        norm, stepped = sharding.step_if_finite(optimizer, config.max_grad_norm)
         norms.append(norm)
         finite &= stepped
     old_log_prob = torch.cat([one.log_prob for tree in old for one in tree]).cpu()
@@ -674,12 +686,12 @@ def group_backward(
     passes: of all processes alike; one with fewer batches repeats its last one with weight 0. last: of this step.
     """
     (shared, found), (scale, text_scale, clip_range) = tree, scales
-    shared, health, anchors = shared.to(run.device()), [], [None] * len(found)
+    shared, health, anchors = shared.to(processes.device()), [], [None] * len(found)
     if anchor is not None:  # before any graph is built, since the weights are exchanged
-        with run.exchanged(model, anchor), run.gathered(model):
+        with sharding.exchanged(model, anchor), sharding.gathered(model):
             context = model.keys_and_values(shared)
             anchors = [policy(model, context, batch, config) for batch in found]
-    run.sum_gradients(model, config.sum_every_pass)
+    sharding.sum_gradients(model, config.sum_every_pass)
     context = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in pair) for pair in context]
     for i in range(passes):
@@ -712,7 +724,7 @@ def group_backward(
         for x, leaf in zip(kept, own)
         if leaf.grad is not None
     ]
-    run.sum_gradients(model, config.sum_every_pass or last)
+    sharding.sum_gradients(model, config.sum_every_pass or last)
     if pairs:
         torch.autograd.backward(*zip(*pairs))
     return health
@@ -749,15 +761,6 @@ def summary(health, norms, plans_per_update, clip_range):
     }
 
 
-def trained_parameters(model, what):
-    """{name: parameter} of what stage 2 changes; the others are frozen."""
-    gen = (".gen.", "norm_gen", "latent_in", "latent_out", "time_embedder")
-    parts = {"all": ("",), "gen": gen, "lora": (".lora_",)}[what]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole stage
 
@@ -765,40 +768,6 @@ def trained_parameters(model, what):
 def plan_shape(config):
     """The model's shape where there is no checkpoint yet: the one of that name in model.py, or BAGEL's."""
     return ModelConfig(**MODELS.get(config.config, {}))
-
-
-def train_clips(config):
-    """The toys' two CLIPs, where they are missing: each a process of one thread, side by side if we have two."""
-    missing = lambda name, folder: name == "toy" and not (Path(folder) / "clip.json").is_file()
-    spawn = multiprocessing.get_context("spawn")
-    jobs = []
-    with ProcessPoolExecutor(torch.get_num_threads(), spawn, torch.set_num_threads, (1,)) as pool:
-        if missing(config.clip_name, config.clip):
-            jobs.append(pool.submit(train_toy_clip, config.clip, seed=0, steps=config.clip_steps))
-        if missing(config.metric_name, config.metric):
-            jobs.append(pool.submit(evaluate.train_metric_clip, config.metric, config.clip_steps))
-        for job in jobs:
-            job.result()
-
-
-def prepare(config):
-    """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
-    if run.is_main():
-        train_clips(config)
-        if (
-            not (Path(config.init) / "model").is_dir()
-            and not (Path(config.init) / "llm_config.json").is_file()
-        ):
-            script = str(Path(__file__).with_name("sft.py"))
-            command = [sys.executable, script, "--config", config.config, "--out", config.init]
-            command += ["--threads", str(torch.get_num_threads())]
-            alone = {
-                key: value for key, value in os.environ.items() if key not in run.OF_A_LAUNCHER
-            }
-            code = subprocess.run(command, env=alone).returncode
-            if code:
-                sys.exit(code)
-    run.barrier()
 
 
 def build(config):
@@ -812,9 +781,9 @@ def build(config):
         for parameter in model.parameters():
             if not parameter.requires_grad:  # what is not trained needs no float32
                 parameter.data = parameter.data.to(getattr(torch, config.precision))
-        run.shard(model, config.precision, config.replicas)
+        sharding.shard(model, config.precision, config.replicas)
 
-    model = load_weights(folder, load_config(folder), run.device(), prepare=change)
+    model = load_weights(folder, load_config(folder), processes.device(), prepare=change)
     reset_lora(model, config.seed)
     model.checkpointing = config.checkpointing
     return model, load_tokenizer(folder), trained_parameters(model, config.train)
@@ -825,7 +794,7 @@ def train(config):
     """The whole stage: prepares, resumes, trains, and compares stage 2 with stage 1 on held-out prompts."""
     begun = time.perf_counter()
     if config.plan:
-        plan.print_plan(
+        memory.print_plan(
             config,
             load_config(find_model(config.init))
             if Path(config.init).exists()
@@ -833,62 +802,62 @@ def train(config):
         )
         return
     with exit_on_user_error(ValueError):
-        run.launch(config.timeout_minutes)
-        folder = run.start(config)
-        each = run.share(
+        processes.launch(config.timeout_minutes)
+        folder = loop.start(config)
+        each = processes.share(
             config.prompts_per_step, "prompts a step", "prompts_per_step", config.updates
         )
-        step = run.newest_step(folder)
-        steps = run.last_step(folder, step, config)
+        step = state.newest_step(folder)
+        steps = loop.last_step(folder, step, config)
         prepare(config)
         source = open_source(config.data, config.seed + 1, config.max_references, config.scale)
         model, tokenizer, trained = build(config)
-        clip = Clip(config.clip_name, config.clip, run.device())
+        clip = Clip(config.clip_name, config.clip, processes.device())
     layout = model.config.layout(tokenizer)
     anchor = {name: p.detach().clone() for name, p in trained.items()} if config.kl_beta else None
     optimizer = torch.optim.AdamW(
         trained.values(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
     )
-    average = run.new_average(trained) if config.average else {}
+    average = state.new_average(trained) if config.average else {}
     if step:
-        run.load_state(folder, step, trained, optimizer, average)
-    run.cut_log(folder, step)
+        state.load_state(folder, step, trained, optimizer, average)
+    loop.cut_log(folder, step)
     pictures = config.prompts_per_step * config.group_size
-    run.say(
+    processes.say(
         f"grpo: {config.prompts_per_step} prompts x {config.group_size} members = {pictures} pictures a step, {each} "
-        f"prompts on each of {run.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, "
+        f"prompts on each of {processes.size()} processes, RID {'on' if config.rid else 'off'}, {describe_backend()}, "
         f"step {step} of {config.steps}"
     )
-    stop, saver, bad = run.Stop(), run.Saver(folder, config.keep, config.async_save), 0
+    stop, saver, bad = loop.Stop(), state.Saver(folder, config.keep, config.async_save), 0
     first = step
     bar = tqdm(
         range(step, steps),
         initial=step,
         total=config.steps,
         desc="grpo",
-        disable=None if run.is_main() else True,
+        disable=None if processes.is_main() else True,
     )
     for step in bar:
         values, finite = iteration(
             model, anchor, optimizer, layout, tokenizer, clip, source, config, step
         )
         bad = 0 if finite else bad + 1
-        if bad == run.BAD_STEPS:
-            run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
+        if bad == loop.BAD_STEPS:
+            loop.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
         if average and finite:
-            run.update_average(average, trained, config.average)
-        values = run.merged(values)
-        run.log(folder, values)
+            state.update_average(average, trained, config.average)
+        values = processes.merged(values)
+        loop.log(folder, values)
         bar.set_postfix(reward=f"{values['reward']:.3f}")
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
-            saver.save(step + 1, run.pack_state(trained, optimizer, average))
+            saver.save(step + 1, state.pack_state(trained, optimizer, average))
         if wanted and not last:
             saver.wait()
-            run.stop_here(step + 1)
+            loop.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0:
-            evaluate.save_strip(
+            metrics.save_strip(
                 folder,
                 step + 1,
                 model,
@@ -901,14 +870,14 @@ def train(config):
                 num_timesteps=config.eval_timesteps,
             )
     saver.wait()
-    run.say(
-        f"grpo: {run.seconds(begun)} in this command{run.pace(folder, first, model, config.precision)}"
+    processes.say(
+        f"grpo: {loop.seconds(begun)} in this command{loop.pace(folder, first, model, config.precision)}"
     )
     export(model, average, tokenizer, folder, config)
-    if run.is_main() and not config.export:
+    if processes.is_main() and not config.export:
         gain = compare_stages(config, folder)
-        run.say(
-            f"grpo: {run.seconds(begun)} with the table; model in {folder}/model, pictures in {folder}/grid.png"
+        processes.say(
+            f"grpo: {loop.seconds(begun)} with the table; model in {folder}/model, pictures in {folder}/grid.png"
         )
         if config.target is not None and gain < config.target:
             print(
@@ -921,22 +890,22 @@ def train(config):
 def export(model, average, tokenizer, folder, config):
     """The finished model in BAGEL's layout: what was trained (or its average), adapters merged, and the rest."""
     everything = dict(model.named_parameters()) | average
-    weights = run.whole_weights(
+    weights = sharding.whole_weights(
         merge_lora(everything, config.lora_rank, config.lora_alpha),
         getattr(torch, config.precision),
     )
-    if run.is_main():
+    if processes.is_main():
         save_model(model, tokenizer, folder / "model", weights)
-    run.barrier()
+    processes.barrier()
 
 
 def sample_indices(config, step):
     """Numbers of the samples whose groups this process rolls out; the first of them are for the first update."""
     return list(
         range(
-            step * config.prompts_per_step + run.rank(),
+            step * config.prompts_per_step + processes.rank(),
             (step + 1) * config.prompts_per_step,
-            run.size(),
+            processes.size(),
         )
     )
 
@@ -946,7 +915,7 @@ def iteration(model, anchor, optimizer, layout, tokenizer, clip, source, config,
     clock = [(time.perf_counter(), model.tokens)]
     indices = sample_indices(config, step)
     samples = [source[i] for i in indices]
-    with run.gathered(model):
+    with sharding.gathered(model):
         rollout = sample_groups(model, layout, tokenizer, samples, indices, config, step)
     clock.append((time.perf_counter(), model.tokens))
     truncated = clip.truncated
@@ -982,14 +951,14 @@ def compare_stages(config, folder):
 
     Returns by how much Overall rose.
     """
-    metric = evaluate.metric_clip(config.metric_name, config.metric, config.clip_steps)
-    samples = evaluate.test_samples(
+    metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
+    samples = metrics.test_samples(
         config.eval_data, config.eval_samples, config.max_references, scale=config.scale
     )
     rows = {}
     for name, path in (("SFT", config.init), ("SFT + GRPO", folder)):
-        model, tokenizer = load_model(path, run.device())
-        results = evaluate.generate(
+        model, tokenizer = load_model(path, processes.device())
+        results = engine.generate(
             model,
             model.config.layout(tokenizer),
             tokenizer,
@@ -998,10 +967,10 @@ def compare_stages(config, folder):
             shift=config.timestep_shift,
             num_timesteps=config.eval_timesteps,
         )
-        rows[name] = evaluate.measure(samples, results, metric)
-    evaluate.save_grid(folder / "grid.png", samples[:8], results[:8])
-    run.write_text(folder / "table.json", run.json.dumps(rows, indent=1) + "\n")
-    evaluate.print_table(rows)
+        rows[name] = metrics.measure(samples, results, metric)
+    metrics.save_grid(folder / "grid.png", samples[:8], results[:8])
+    files.write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
+    metrics.print_table(rows)
     return rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
 
 

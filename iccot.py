@@ -21,6 +21,10 @@ import json
 import re
 from dataclasses import dataclass
 
+from PIL import Image
+
+from toy.world import Truth
+
 # BAGEL's system prompt for thinking before painting (inferencer.py of the reference implementation; Apache-2.0).
 # The space before the newline belongs to it: the released weights were trained with exactly these characters.
 GENERATION_SYSTEM_PROMPT = (
@@ -29,13 +33,19 @@ GENERATION_SYSTEM_PROMPT = (
     "i.e. <think> planning process here </think> image here"
 )
 
+
 TAG = re.compile(r"</?[A-Za-z]\w*>")
+
+
 LOOSE_TAG = re.compile(
     r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE
 )
+
+
 JSON_FIELD = re.compile(
     r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL
 )
+
 
 ORDINALS = (
     "first",
@@ -49,12 +59,16 @@ ORDINALS = (
     "ninth",
     "tenth",
 )
+
+
 # "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or "image 90 degrees"
 IMAGE_NUMBER = re.compile(
     r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)(\d{1,2})(?!\w|\.\d)"
     r"(?!\s*(?:%|percent|px|pixels?|times|degrees))",
     re.IGNORECASE,
 )
+
+
 IMAGE_ORDINAL = re.compile(
     r"\b(" + "|".join(ORDINALS) + r"|\d{1,2}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -](?:reference )?"
     r"(?:image|picture|photo|photograph|reference)\b",
@@ -357,3 +371,29 @@ def _there_are(references: int) -> str:
         if references == 1
         else f"there are {references or 'no'} reference images"
     )
+
+
+# fmt: off
+TASKS = {"add": 15.1, "replace": 13.8, "attribute": 14.8, "scene": 13.8,                       # editing, per cent
+         "subject": 14.4, "subject_composition": 15.9, "scene_composition": 12.2}              # generation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """RGB pictures. references: 16 x 16 for a subject, 32 x 32 for a scene or a picture to edit; target: 32 x 32."""
+
+    key: str
+    task: str
+    references: tuple[Image.Image, ...]
+    instruction: str
+    plan: ICCoT
+    target: Image.Image
+    truth: Truth | None = None  # known only of what the toy world drew
+
+
+def is_valid(text, references):
+    try:
+        parse(text, references)
+    except PlanError:
+        return False
+    return True

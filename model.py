@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import parse
 from kernels.attention import attention
+from runtime.config import parse
 from sequence import Layout
 from vision import Eye, FluxCodec, Reference, ResizeRule, SpaceToDepth, patchify, resize, transform
 
@@ -154,14 +154,20 @@ TOY = dict(
     vit_patch=16, vit_side=2, vit_shortest=16, codec="space_to_depth", codec_factor=2, latent_channels=12,
     latent_patch=2, latent_side=8, image_shortest=16, position_scale=math.pi, position_theta=16.0,
 )
+
+
 SMOKE = TOY | dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_hidden_size=64,
     vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
 )
+
+
 SMALL = TOY | dict(  # 98M parameters, pictures of 64 x 64
     hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
     vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
 )
+
+
 MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
 # fmt: on
 

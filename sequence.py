@@ -37,6 +37,7 @@ from kernels.mask import Mask
 # what a row holds: known content, a noised image with its markers, a free slot
 KINDS = ("given", "noised", "reserved")
 
+
 # N tokens of the packed sequence    T text tokens    V ViT tokens    L latent tokens    M noised ones among them
 # C channels of one latent token     P values of one ViT patch
 

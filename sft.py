@@ -22,25 +22,25 @@ Run the same command again to resume. Then look: python sample.py --checkpoint o
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-import evaluate
 import flow
 import iccot
-import run
-from config import UserError, exit_on_user_error, parse
+from data import open_source, stream
+from engine import Prompt
 from kernels.attention import describe_backend
 from model import MODELS, ModelConfig, UnifiedModel
-from pretrained import find_model, load_config, load_tokenizer, load_weights, save_model
-from sample import Prompt
+from runtime import loop, processes, sharding, state
+from runtime.config import UserError, exit_on_user_error, parse
+from runtime.pretrained import find_model, load_config, load_tokenizer, load_weights, save_model
 from sequence import Sequence
-from shards import open_source, stream
+from studies import metrics
+from toy import world
+from toy.prepare import toy_tokenizer
 from vision import transform
 
 
@@ -95,7 +95,9 @@ class Config(ModelConfig):
 
 # fmt: off
 TOY = dict(text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0, checkpointing=False,
-           precision="float32", sum_every_pass=False, sample_side=data.SIZE, sample_timesteps=7, sample_shift=10.0)
+           precision="float32", sum_every_pass=False, sample_side=world.SIZE, sample_timesteps=7, sample_shift=10.0)
+
+
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
         samples_per_step=14, plan_dropout=0.1, ce_weight=0.3, steps=2000, lr=4e-3, warmup=100, average=0.99,
@@ -236,29 +238,29 @@ def backward(model, packs, config):
         sum(len(packed.labels) for packed, _ in packs),
         sum(len(target) for _, target in packs),
     ]
-    labels, latents = run.reduced(counts)
-    passes = int(run.reduced([len(packs)], "max")[0])
+    labels, latents = processes.reduced(counts)
+    passes = int(processes.reduced([len(packs)], "max")[0])
     means = torch.zeros(2, dtype=torch.float64)
     for i in range(passes):
         packed, target = packs[min(i, len(packs) - 1)]
-        run.sum_gradients(model, config.sum_every_pass or i == passes - 1)
-        ce, mse = losses(model, packed.to(run.device()), target.to(run.device()))
+        sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
+        ce, mse = losses(model, packed.to(processes.device()), target.to(processes.device()))
         weight = float(i < len(packs))
         loss = config.ce_weight * ce / max(1, labels) + config.mse_weight * mse / latents
-        (loss * weight * run.size()).backward()
+        (loss * weight * processes.size()).backward()
         means += weight * torch.stack([ce.detach() / max(1, labels), mse.detach() / latents]).cpu()
-    return run.reduced(means.tolist())
+    return processes.reduced(means.tolist())
 
 
 def build(config, folder):
     """(model, tokenizer) to start from: the checkpoint `init`, or fresh weights; sharded over the processes."""
     shape = model_config(config)
-    shard = lambda model: run.shard(model, config.precision, config.replicas)
+    shard = lambda model: sharding.shard(model, config.precision, config.replicas)
     if config.init:
-        model = load_weights(find_model(config.init), shape, run.device(), prepare=shard)
+        model = load_weights(find_model(config.init), shape, processes.device(), prepare=shard)
         tokenizer = load_tokenizer(find_model(config.init))
     else:
-        model = shard(UnifiedModel(shape).initialise(config.seed).to(run.device()))
+        model = shard(UnifiedModel(shape).initialise(config.seed).to(processes.device()))
         tokenizer = toy_tokenizer(folder, shape.vocab_size)
     model.checkpointing = config.checkpointing
     return model, tokenizer
@@ -268,13 +270,13 @@ def build(config, folder):
 def train(config):
     """The whole stage: resumes, trains, and writes the averaged model to `out`/model."""
     with exit_on_user_error(ValueError):
-        run.launch(config.timeout_minutes)
-        folder = run.start(config)
-        each = run.share(config.samples_per_step, "samples a step", "samples_per_step")
-        step = run.newest_step(folder)
-        steps = run.last_step(folder, step, config)
+        processes.launch(config.timeout_minutes)
+        folder = loop.start(config)
+        each = processes.share(config.samples_per_step, "samples a step", "samples_per_step")
+        step = state.newest_step(folder)
+        steps = loop.last_step(folder, step, config)
         if (folder / "model").is_dir() and step >= config.steps:
-            run.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
+            processes.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
         source = open_source(config.data, config.seed, config.max_references, config.scale)
         model, tokenizer = build(config, folder)
@@ -287,19 +289,19 @@ def train(config):
         fused=True,
     )
     parameters = dict(model.named_parameters())
-    average = run.new_average(parameters)
+    average = state.new_average(parameters)
     if step:
-        run.load_state(folder, step, parameters, optimizer, average)
-    run.cut_log(folder, step)
+        state.load_state(folder, step, parameters, optimizer, average)
+    loop.cut_log(folder, step)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(
-        f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {run.size()} "
+    processes.say(
+        f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on each of {processes.size()} "
         f"processes, {torch.get_num_threads()} CPU threads, {describe_backend()}, step {step} of {config.steps}"
     )
     begun, stop, saver, bad = (
         time.perf_counter(),
-        run.Stop(),
-        run.Saver(folder, config.keep, config.async_save),
+        loop.Stop(),
+        state.Saver(folder, config.keep, config.async_save),
         0,
     )
     positions = [i for later in range(step, steps) for i in sample_indices(config, later)]
@@ -309,28 +311,28 @@ def train(config):
         initial=step,
         total=config.steps,
         desc="sft",
-        disable=None if run.is_main() else True,
+        disable=None if processes.is_main() else True,
     )
     for step in bar:
         values, finite = iteration(model, optimizer, layout, tokenizer, samples, config, step)
         bad = 0 if finite else bad + 1
-        if bad == run.BAD_STEPS:
-            run.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
+        if bad == loop.BAD_STEPS:
+            loop.give_up(folder, step, {"values": values, "samples": sample_indices(config, step)})
         if finite:
-            run.update_average(average, parameters, min(config.average, (step + 1) / (step + 10)))
-        values = run.merged(values)
-        run.log(folder, values)
+            state.update_average(average, parameters, min(config.average, (step + 1) / (step + 10)))
+        values = processes.merged(values)
+        loop.log(folder, values)
         bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.3f}")
         saver.poll()
         last, wanted = step + 1 == config.steps, stop.wanted()
         if (step + 1) % config.save_every == 0 or last or wanted:
-            saver.save(step + 1, run.pack_state(parameters, optimizer, average))
+            saver.save(step + 1, state.pack_state(parameters, optimizer, average))
         if wanted and not last:
             saver.wait()
-            run.stop_here(step + 1)
+            loop.stop_here(step + 1)
         if (step + 1) % config.sample_every == 0 or last:
-            with run.exchanged(model, average):
-                evaluate.save_strip(
+            with sharding.exchanged(model, average):
+                metrics.save_strip(
                     folder,
                     step + 1,
                     model,
@@ -343,20 +345,20 @@ def train(config):
                     num_timesteps=config.sample_timesteps,
                 )
     saver.wait()
-    weights = run.whole_weights(average, getattr(torch, config.precision))
-    if run.is_main():
+    weights = sharding.whole_weights(average, getattr(torch, config.precision))
+    if processes.is_main():
         save_model(model, tokenizer, folder / "model", weights)
-    run.say(f"sft: {run.seconds(begun)}{run.pace(folder, first, model, config.precision)}")
-    run.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
+    processes.say(f"sft: {loop.seconds(begun)}{loop.pace(folder, first, model, config.precision)}")
+    processes.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
 
 
 def sample_indices(config, step):
     """Numbers of the samples that this process takes in a step."""
     return list(
         range(
-            step * config.samples_per_step + run.rank(),
+            step * config.samples_per_step + processes.rank(),
             (step + 1) * config.samples_per_step,
-            run.size(),
+            processes.size(),
         )
     )
 
@@ -365,14 +367,14 @@ def iteration(model, optimizer, layout, tokenizer, samples, config, step):
     """One optimiser step on the next samples. Returns the line of the log, and whether the gradient was finite."""
     begun = time.perf_counter()
     examples = [
-        encode(model, tokenizer, next(samples), config, run.generator(config.seed, i))
+        encode(model, tokenizer, next(samples), config, processes.generator(config.seed, i))
         for i in sample_indices(config, step)
     ]
     packs = pack(layout, examples, config.tokens_per_pack)
     ce, mse = backward(model, packs, config)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    norm, finite = run.step_if_finite(optimizer, config.max_grad_norm)
+    norm, finite = sharding.step_if_finite(optimizer, config.max_grad_norm)
     return {
         "step": step,
         "ce": ce,
@@ -383,15 +385,6 @@ def iteration(model, optimizer, layout, tokenizer, samples, config, step):
         "tokens": sum(len(packed) for packed, _ in packs),
         "seconds": time.perf_counter() - begun,
     }, finite
-
-
-def toy_tokenizer(folder, vocab_size):
-    """The tokenizer of the run, trained once on toy texts by the first process."""
-    path = Path(folder) / "tokenizer"
-    if run.is_main() and not path.is_dir():
-        data.train_tokenizer(path, vocab_size)
-    run.barrier()
-    return load_tokenizer(path)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ channel). Images are float (3, H, W) in [-1, 1].
 Left out: training the autoencoder, video, the unused 2-D RoPE of the official eye.
 """
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,13 @@ def to_pil(image):
     """Float (3, H, W) in [-1, 1] -> PIL RGB; values are truncated to uint8, as in the official code."""
     pixels = (image.float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_png(image):
+    """PIL -> PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def resize(image, rule, images=1):

@@ -1246,12 +1246,28 @@ def _check(q, k, v, mask):
         )
 
 
+class ShapesOfAttention(torch.autograd.Function):
+    """Attention on the meta device: shapes, and what the Triton kernel keeps for its backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
 def attention(q, k, v, mask, backend=None):
     """softmax(q k^T / sqrt(D)) v under the mask. q (Nq, H, D), k and v (Nk, Hk, D) -> (Nq, H, D), differentiable.
 
     backend: one of BACKENDS for this call; None: the one set by set_backend, REALIGN_ATTENTION, or the device.
     ValueError if shapes, types or mask do not fit each other, or if the back end is unknown or cannot run here.
     """
+    if q.is_meta:  # shapes without memory (bench/memory.py): no mask is read
+        return ShapesOfAttention.apply(q, k, v)
     _check(q, k, v, mask)
     name = backend or choose_backend(q.device, q.dtype, q.shape[2])[0]
     if name == "sdpa":

@@ -27,8 +27,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import run  # noqa: E402
-from config import parse  # noqa: E402
+from runtime import (
+    loop,  # noqa: E402
+    state,  # noqa: E402
+)
+from runtime.config import parse  # noqa: E402
 
 STEPS = 24
 
@@ -96,7 +99,7 @@ def steps_done(folder):
 
 def losses(folder):
     return [
-        (line["step"], line["ce"], line["mse"], line["grad_norm"]) for line in run.read_log(folder)
+        (line["step"], line["ce"], line["mse"], line["grad_norm"]) for line in loop.read_log(folder)
     ]
 
 
@@ -131,12 +134,12 @@ def main(config):
             counts["seconds until a hung process ended the job"] = round(
                 hang(Path(temporary) / "hung", config), 1
             )
-        pace = sum(line["seconds"] for line in run.read_log(whole)) / STEPS
+        pace = sum(line["seconds"] for line in loop.read_log(whole)) / STEPS
         while counts["kills"] < config.rounds or (folder / "config.json").is_file():
             launcher, before = start(folder, config), steps_done(folder)
             if counts["kills"] < config.rounds:
                 while launcher.poll() is None and steps_done(folder) <= min(
-                    before, run.newest_step(folder)
+                    before, state.newest_step(folder)
                 ):
                     time.sleep(0.02)
                 time.sleep(rng.uniform(0, 12 * pace))

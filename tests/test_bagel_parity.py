@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+import engine
 import flow
-import pretrained
-import sample
+from engine import Prompt, Sampler
 from model import Cache, ModelConfig, rope, sincos_table
-from sample import Prompt, Sampler
+from runtime import pretrained
 from sequence import Layout, Sequence, _position_ids
 from vision import Reference, ResizeRule, patchify, to_rgb, to_tensor, transform
 
@@ -399,7 +399,7 @@ def test_f4_text(bagel, case):
         hidden, _ = model(packed.decoding(torch.tensor([start + step]), token[None]), cache)
         close(model.lm_head(hidden)[0], get("logits")[step])
     close(cache.keys[last, : start + len(fed)], get(f"final_k{last}"))
-    plans, ended = sample.think(model, bagel.layout, [prompt], 1, len(fed) - 1, temperature=0)
+    plans, ended = engine.think(model, bagel.layout, [prompt], 1, len(fed) - 1, temperature=0)
     assert plans[0] == fed[1:].tolist() and ended == [False]
     stop = Layout(**{**vars(bagel.layout), "eos": facts[f"{case}.stop_token"]})
     prompt = Prompt((*items, get("prompt_ids").tolist()), vae=False)
@@ -420,8 +420,8 @@ CONTEXTS = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}
 def velocities(bagel, prompts, grids, x_t, t, contexts):
     """({context: velocity (N, C)}, cache, pack, rows of `lay_out`) at the stored x_t and t."""
     noised = [[[(x, grid, t)]] for x, grid in zip(x_t.split([h * w for h, w in grids]), grids)]
-    packed, rows = sample.lay_out(bagel.layout, prompts, [[None]] * len(prompts), noised, contexts)
-    cache = sample.fill(bagel.model, bagel.layout, prompts, packed)
+    packed, rows = engine.lay_out(bagel.layout, prompts, [[None]] * len(prompts), noised, contexts)
+    cache = engine.fill(bagel.model, bagel.layout, prompts, packed)
     canvas = packed.select(packed.rows_of("noised"))
     v = bagel.model.velocity(canvas, bagel.model(canvas, cache)[1])
     return {name: v[index] for name, index in rows.items()}, cache, packed, rows
@@ -466,16 +466,16 @@ def test_a_prefix_changes_nothing(bagel):
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")["scenarios"]
     prompts = [bagel.prompt(one["inputs"], f) for one in facts.values()]
     grids = [bagel.grid(one["image_shape"]) for one in facts.values()]
-    prefix = sample.prefill(bagel.model, bagel.layout, prompts)
+    prefix = engine.prefill(bagel.model, bagel.layout, prompts)
     plans = [
-        sample.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0]
+        engine.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0]
         for one in (None, prefix)
     ]
     assert plans[0] == plans[1]
     pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
     sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
     x = [
-        sample.paint(
+        engine.paint(
             bagel.model,
             bagel.layout,
             prompts,
@@ -504,7 +504,7 @@ def sampler_of(facts):
 
 def check_image(bagel, tokens, grid, expected):
     got = torch.from_numpy(
-        __import__("numpy").array(sample.picture(bagel.model, tokens, grid))
+        __import__("numpy").array(engine.picture(bagel.model, tokens, grid))
     ).int()
     assert got.shape == expected.shape and (got - expected.int()).abs().max() <= 1
 
@@ -520,7 +520,7 @@ def test_f6_trajectories(bagel):
             seen.append((x, v, t))
             return flow.euler_step(x, v, t, t_next)
 
-        x = sample.paint(
+        x = engine.paint(
             bagel.model,
             bagel.layout,
             [prompt],
@@ -549,7 +549,7 @@ def test_f9_inferencer(bagel):
         prompt = Prompt((system,) * one["think"] + prompt.items, prompt.vae)
         plan = None
         if one["think"] or understand:
-            (plan,), _ = sample.think(
+            (plan,), _ = engine.think(
                 bagel.model,
                 bagel.layout,
                 [prompt],
@@ -567,7 +567,7 @@ def test_f9_inferencer(bagel):
                     ::-1
                 ]
             grid = bagel.grid(shape)
-            x = sample.paint(
+            x = engine.paint(
                 bagel.model,
                 bagel.layout,
                 [prompt],

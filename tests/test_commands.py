@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
 import grpo
-import questions
-import run
 import sample
 import sft
-from config import parse
+from runtime import files, loop, processes, state
+from runtime.config import parse
+from studies import questions
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text()]
@@ -58,28 +59,28 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
         "smoke-clip-reward/clip.safetensors",
     ):
         assert (cwd / "out" / path).is_file(), path
-    lines = run.read_log(cwd / "out/smoke-grpo")
+    lines = loop.read_log(cwd / "out/smoke-grpo")
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
     with Image.open(cwd / "out/smoke-grpo/grid.png") as grid:
         assert grid.width > 100
     assert not list((cwd / "out").glob("**/.*.tmp"))
     # handed on, and kept by whoever resumes
-    assert run.read_json(cwd / "out/smoke-sft/config.json")["threads"] == 1
+    assert files.read_json(cwd / "out/smoke-sft/config.json")["threads"] == 1
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_seconds", lambda threads: -threads)  # two are faster today
-    before = run.torch.get_num_threads()
+    monkeypatch.setattr(processes, "_seconds", lambda threads: -threads)  # two are faster today
+    before = torch.get_num_threads()
     try:
         config = dataclasses.replace(sft.Config(**sft.PRESETS["smoke"]), out=str(tmp_path / "run"))
-        run.start(dataclasses.replace(config, threads=1))
-        run.start(config)
-        assert run.torch.get_num_threads() == 1
-        run.start(dataclasses.replace(config, out=str(tmp_path / "other")))
-        assert run.torch.get_num_threads() == min(2, os.cpu_count())
+        loop.start(dataclasses.replace(config, threads=1))
+        loop.start(config)
+        assert torch.get_num_threads() == 1
+        loop.start(dataclasses.replace(config, out=str(tmp_path / "other")))
+        assert torch.get_num_threads() == min(2, os.cpu_count())
     finally:
-        run.torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 def test_the_same_command_again_does_not_train_again(trained):
@@ -203,26 +204,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         out=str(folder),
     )
     half = {"sft": 10, "grpo": 1}[script]
-    saved = run.Saver.save
+    saved = state.Saver.save
 
     def stop(self, step, tensors):
         saved(self, step, tensors)
         if step == half:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Saver, "save", stop)
+    monkeypatch.setattr(state.Saver, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         module.train(config)
-    monkeypatch.setattr(run.Saver, "save", saved)
+    monkeypatch.setattr(state.Saver, "save", saved)
     # a line written after the state: cut away on resume
-    run.log(folder, {"step": half, "torn": True})
+    loop.log(folder, {"step": half, "torn": True})
     module.train(dataclasses.replace(config, export=True))
-    assert (folder / "model/ema.safetensors").is_file() and len(run.read_log(folder)) == half
+    assert (folder / "model/ema.safetensors").is_file() and len(loop.read_log(folder)) == half
     module.train(config)
     a = load_file(cwd / "out" / f"smoke-{script}" / "model" / "ema.safetensors")
     b = load_file(folder / "model" / "ema.safetensors")
     assert a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
-    assert not any("torn" in line for line in run.read_log(folder))
+    assert not any("torn" in line for line in loop.read_log(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,14 +360,14 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
 
     shutil.copytree(trained[0] / "out/smoke-sft", tmp_path / "out/smoke-sft")
     monkeypatch.chdir(tmp_path)
-    newest = run.states("out/smoke-sft")[-1]
+    newest = state.states("out/smoke-sft")[-1]
     (newest / "__0_0.distcp").write_bytes(b"torn")
     again = ["--config", "smoke", "--threads", "1", "--steps", "21"]
     error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *again)
     assert newest.name in error and "torn" in error
     # a state without its index is no state: the one before is taken
     (newest / ".metadata").unlink()
-    assert run.newest_step("out/smoke-sft") == 10
+    assert state.newest_step("out/smoke-sft") == 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +442,7 @@ def test_logged_keys_are_explained(trained):
     keys = {
         key
         for script in ("sft", "grpo")
-        for line in run.read_log(trained[0] / f"out/smoke-{script}")
+        for line in loop.read_log(trained[0] / f"out/smoke-{script}")
         for key in line
     }
     assert not [key for key in sorted(keys) if f"`{key}`" not in readme]

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-import config
+from runtime import config
 
 REPOSITORY = Path(config.__file__).parent
 

@@ -18,18 +18,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import benchmarks
 import curate
 import data
 import evaluate
 import iccot
-import run
 import sft
-import toyserver
-from config import UserError, parse
-from endpoint import Endpoint, Question, Refused, Unusable
-from reward import train_toy_clip
-from shards import Source
+from data import Source
+from runtime import loop
+from runtime.config import UserError, parse
+from studies import benchmarks, judge
+from studies.endpoint import Endpoint, Question, Refused, Unusable
+from toy import server, tasks, world
+from toy.clip import train_toy_clip
+from toy.judge import Verdict
+from toy.judge import judge as exact_judge
+from toy.server import draw_pools
+from toy.tasks import draw_sample
+from toy.tokenizer import train_tokenizer
+from vision import to_png
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +44,7 @@ class Server:
     """`with Server(fault) as server`: the toy endpoint in a thread; server.url."""
 
     def __init__(self, fault=None):
-        self.server = toyserver.make_server(0, fault)
+        self.server = server.make_server(0, fault)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
@@ -75,9 +81,7 @@ def misbehave(handler, number):
     elif kind == "truncated picture":
         import base64
 
-        picture = base64.b64encode(
-            toyserver.to_png(Image.new("RGB", (32, 32), "red"))[:50]
-        ).decode()
+        picture = base64.b64encode(to_png(Image.new("RGB", (32, 32), "red"))[:50]).decode()
         handler.reply({"data": [{"b64_json": picture}]})
     return kind is not None
 
@@ -86,7 +90,7 @@ def misbehave(handler, number):
 def curated(tmp_path_factory):
     """What curate.py makes of toy pools over a bad network when it is killed at random moments."""
     folder = tmp_path_factory.mktemp("curated")
-    toyserver.draw_pools(folder / "pools", 12)
+    draw_pools(folder / "pools", 12)
     train_toy_clip(folder / "clip", steps=1)
     rng, kills = random.Random(0), 0
     with Server(misbehave) as server:
@@ -215,7 +219,7 @@ def test_sft_trains_on_it(curated, tmp_path):
         | dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1),
     )
     sft.train(config)
-    lines = run.read_log(tmp_path / "run")
+    lines = loop.read_log(tmp_path / "run")
     assert len(lines) == 20 and lines[-1]["ce"] < lines[0]["ce"]
 
 
@@ -247,8 +251,8 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
 def ask(fault=None, tmp_path=None, **options):
     """A question about one portrait to a server with this fault. Returns a function that asks, and the server."""
     server = Server(fault).__enter__()
-    image = toyserver.to_png(
-        Image.fromarray(data._portrait(data.np.random.default_rng(0), data.subjects()[5]))
+    image = to_png(
+        Image.fromarray(world.portrait(data.np.random.default_rng(0), world.subjects()[5]))
     )
     question = Question("Task type: subject. Write.", (image,))
     return (
@@ -353,7 +357,7 @@ def test_the_pace_is_kept(tmp_path):
 def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pools", "empty", "broken", "tiny"):
-        toyserver.draw_pools(name, 2)
+        draw_pools(name, 2)
     for path in Path("empty/objects").iterdir():
         path.unlink()
     for path in Path("broken").rglob("*.png"):
@@ -372,7 +376,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    toyserver.draw_pools("pools", 6)
+    draw_pools("pools", 6)
     curate.main(
         parse(
             curate.Config,
@@ -402,10 +406,10 @@ def test_a_line_torn_by_a_crash_is_forgotten(tmp_path):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     from model import SMOKE, ModelConfig, UnifiedModel
-    from pretrained import save_model
+    from runtime.pretrained import save_model
 
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = data.train_tokenizer(folder / "tokenizer", 640)
+    tokenizer = train_tokenizer(folder / "tokenizer", 640)
     save_model(UnifiedModel(ModelConfig(**SMOKE)).initialise(0), tokenizer, folder / "model")
     return folder
 
@@ -417,8 +421,8 @@ def write_parquet(folder, count=16):
 
     rows = []
     for i in range(count):
-        sample = data.draw_sample("held_out", i)
-        images = [{"bytes": toyserver.to_png(image), "path": None} for image in sample.references]
+        sample = draw_sample("held_out", i)
+        images = [{"bytes": to_png(image), "path": None} for image in sample.references]
         rows.append(
             {
                 "key": f"k{i}",
@@ -548,9 +552,9 @@ def test_statistics_are_the_official_ones():
 def test_scores_are_read_or_refused_and_never_guessed(answer, score):
     if score is None:
         with pytest.raises(Unusable):
-            benchmarks.read_score(answer)
+            judge.read_score(answer)
     else:
-        assert benchmarks.read_score(answer)[0] == score
+        assert judge.read_score(answer)[0] == score
 
 
 def test_a_judge_that_cannot_be_read_gives_null(tmp_path, monkeypatch):
@@ -558,11 +562,9 @@ def test_a_judge_that_cannot_be_read_gives_null(tmp_path, monkeypatch):
         handler.reply({"choices": [{"message": {"content": "no idea"}}]}) or True
     )
     endpoint, question, server = ask(fault, tmp_path)
-    score, reason = benchmarks.ask_score(endpoint, "PF", "Do it.", question.images)
+    score, reason = judge.ask_score(endpoint, "PF", "Do it.", question.images)
     assert (
-        score is None
-        and "no readable answer" in reason
-        and server.server.requests == benchmarks.TRIES
+        score is None and "no readable answer" in reason and server.server.requests == judge.TRIES
     )
     server.__exit__()
 
@@ -608,25 +610,25 @@ def test_bad_benchmarks(tmp_path, make, words, monkeypatch):
 def test_the_toy_server_sees_what_was_drawn():
     """Every sample it makes up is judged ten, whatever the task, and a wrong instruction is not understood."""
     rng = data.np.random.default_rng(3)
-    pool = lambda kinds: [one for one in data._pool("train", data.Subject) if one.kind in kinds]
-    portrait = lambda kinds: Image.fromarray(data._portrait(rng, data._pick(rng, pool(kinds))))
-    scene = lambda: Image.fromarray(data.draw(data._source(rng, "train", 1)))
+    pool = lambda kinds: [one for one in tasks.pool_of("train", world.Subject) if one.kind in kinds]
+    portrait = lambda kinds: Image.fromarray(world.portrait(rng, world.pick(rng, pool(kinds))))
+    scene = lambda: Image.fromarray(world.draw(tasks.picture_to_edit(rng, "train", 1)))
     made = {
-        "add": [scene(), portrait(data.OBJECTS)],
-        "replace": [scene(), portrait(data.CHARACTERS)],
-        "attribute": [portrait(data.OBJECTS), portrait(data.OBJECTS)],
-        "scene": [portrait(data.CHARACTERS), scene()],
-        "subject": [portrait(data.CHARACTERS)],
-        "subject_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS)],
-        "scene_composition": [portrait(data.CHARACTERS), portrait(data.OBJECTS), scene()],
+        "add": [scene(), portrait(world.OBJECTS)],
+        "replace": [scene(), portrait(world.CHARACTERS)],
+        "attribute": [portrait(world.OBJECTS), portrait(world.OBJECTS)],
+        "scene": [portrait(world.CHARACTERS), scene()],
+        "subject": [portrait(world.CHARACTERS)],
+        "subject_composition": [portrait(world.CHARACTERS), portrait(world.OBJECTS)],
+        "scene_composition": [portrait(world.CHARACTERS), portrait(world.OBJECTS), scene()],
     }
-    assert set(made) == set(data.TASKS)
+    assert set(made) == set(iccot.TASKS)
     for task, images in made.items():
-        instruction, plan, truth = toyserver.compose(task, images)
+        instruction, plan, truth = server.compose(task, images)
         iccot.parse(iccot.render(plan), len(images))
         iccot.check_instruction(instruction, len(images))
         picture = Image.open(
-            io.BytesIO(toyserver.answer_image(f"Instruction: {instruction}\n", images))
+            io.BytesIO(server.answer_image(f"Instruction: {instruction}\n", images))
         )
-        assert data.judge(picture, truth) == data.Verdict(10, 10, 10), task
-        assert toyserver.compose(task, images)[0] == instruction
+        assert exact_judge(picture, truth) == Verdict(10, 10, 10), task
+        assert server.compose(task, images)[0] == instruction

@@ -10,7 +10,11 @@ from PIL import Image, ImageFilter
 
 import data
 import iccot
-from pretrained import load_tokenizer
+from runtime.pretrained import load_tokenizer
+from toy import tasks, world
+from toy.judge import Verdict, judge, nearest_subjects
+from toy.tasks import draw_sample
+from toy.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 PINNED = (
     "A robot in yellow (the first image) at the top left, in a city.",
@@ -20,12 +24,12 @@ PINNED = (
 
 @pytest.fixture(scope="module")
 def samples():
-    return [data.draw_sample("train", index) for index in range(1500)]
+    return [draw_sample("train", index) for index in range(1500)]
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return [data.draw_sample("held_out", index) for index in range(1500)]
+    return [draw_sample("held_out", index) for index in range(1500)]
 
 
 def with_thing(truth, index, **fields):
@@ -45,22 +49,20 @@ def as_bytes(sample):
 
 
 def test_a_sample_is_a_function_of_its_arguments():
-    first = [as_bytes(data.draw_sample("train", index, seed=3)) for index in range(20)]
-    again = [as_bytes(data.draw_sample("train", index, seed=3)) for index in reversed(range(20))][
-        ::-1
-    ]
+    first = [as_bytes(draw_sample("train", index, seed=3)) for index in range(20)]
+    again = [as_bytes(draw_sample("train", index, seed=3)) for index in reversed(range(20))][::-1]
     assert first == again
     assert len({sample[0] for sample in first}) == 20
-    assert first != [as_bytes(data.draw_sample("train", index, seed=4)) for index in range(20)]
+    assert first != [as_bytes(draw_sample("train", index, seed=4)) for index in range(20)]
     # these words were written down once: the data of a published run must never change silently
-    sample = data.draw_sample("train", 0)
+    sample = draw_sample("train", 0)
     assert (sample.instruction, sample.plan.caption) == PINNED
 
 
 def test_tasks_come_in_the_proportions_of_the_paper(samples, held_out):
-    assert sum(data.TASKS.values()) == pytest.approx(100)
+    assert sum(iccot.TASKS.values()) == pytest.approx(100)
     count = Counter(sample.task for sample in samples + held_out)
-    for task, share in data.TASKS.items():
+    for task, share in iccot.TASKS.items():
         error = (share * (100 - share) / 3000) ** 0.5  # of a binomial share, in per cent
         assert abs(count[task] / 30 - share) < 4 * error, task
 
@@ -69,7 +71,7 @@ def test_pictures_and_number_of_references(samples):
     assert {len(sample.references) for sample in samples} == {1, 2, 3, 4}
     for sample in samples:
         assert sample.target.mode == "RGB" and sample.target.size == (32, 32)
-        assert np.array_equal(np.asarray(sample.target), data.draw(sample.truth))
+        assert np.array_equal(np.asarray(sample.target), world.draw(sample.truth))
         assert all(
             image.mode == "RGB" and image.size in ((16, 16), (32, 32))
             for image in sample.references
@@ -80,7 +82,7 @@ def test_pictures_and_number_of_references(samples):
 
 @pytest.mark.parametrize("most", [2, 3, 6, 9])
 def test_max_references(most):
-    drawn = [data.draw_sample("train", index, max_references=most) for index in range(600)]
+    drawn = [draw_sample("train", index, max_references=most) for index in range(600)]
     counts = {len(sample.references) for sample in drawn}
     # nine are rare: four objects, each with a pattern
     assert max(counts) == most if most < 9 else max(counts) > 6
@@ -89,7 +91,7 @@ def test_max_references(most):
         assert (
             iccot.parse(iccot.render(sample.plan), references=len(sample.references)) == sample.plan
         )
-        assert data.judge(sample.target, sample.truth).overall == 10
+        assert judge(sample.target, sample.truth).overall == 10
 
 
 def test_plans_round_trip_and_match_the_references(samples, held_out):
@@ -99,7 +101,7 @@ def test_plans_round_trip_and_match_the_references(samples, held_out):
         iccot.check_instruction(sample.instruction, references)
         for number, relation in enumerate(sample.plan.relations, 1):
             assert relation.endswith(f"image_{number}.")
-        assert sample.plan.caption == data.caption(sample.truth)
+        assert sample.plan.caption == tasks.caption(sample.truth)
         subject = sample.truth.things[0].subject
         assert not set(subject.looks + sample.truth.scene.looks) - {"left", "right"} & set(
             sample.plan.caption.split()
@@ -115,9 +117,9 @@ def test_a_bad_split_or_number_is_refused():
     with pytest.raises(
         ValueError, match="split 'test' does not exist; choose from train, held_out"
     ):
-        data.draw_sample("test", 0)
+        draw_sample("test", 0)
     with pytest.raises(ValueError, match="max_references=1 is outside 2 to 9"):
-        data.draw_sample("train", 0, max_references=1)
+        draw_sample("train", 0, max_references=1)
 
 
 def test_references_and_instruction_determine_the_picture_of_a_composition(samples):
@@ -133,17 +135,17 @@ def test_references_and_instruction_determine_the_picture_of_a_composition(sampl
             places = re.findall(
                 r"at the (top left|top right|bottom left|bottom right)", sample.instruction
             )
-            places = places or data.DEFAULT_PLACES[: len(kinds)]
+            places = places or world.DEFAULT_PLACES[: len(kinds)]
             assert {thing.place: thing.subject.kind for thing in sample.truth.things} == dict(
                 zip(places, kinds)
             )
             subject_of = {thing.place: thing.subject for thing in sample.truth.things}
             for place, image in zip(places, sample.references):
-                rgb, silhouette = data.sprite(subject_of[place])
+                rgb, silhouette = world.sprite(subject_of[place])
                 assert np.array_equal(np.asarray(image)[silhouette], rgb[silhouette])
             if sample.task == "scene_composition":
                 assert np.array_equal(
-                    np.asarray(sample.references[-1]), data.scene_picture(sample.truth.scene)
+                    np.asarray(sample.references[-1]), world.scene_picture(sample.truth.scene)
                 )
             else:
                 assert f" a {sample.truth.scene.kind}" in sample.instruction
@@ -171,8 +173,8 @@ def test_no_held_out_subject_is_ever_seen_in_training(samples, held_out):
     seen = {thing.subject for sample in samples for thing in sample.truth.things}
     new = {thing.subject for sample in held_out for thing in sample.truth.things}
     assert len(seen) > 1000 and len(new) > 250 and not seen & new
-    assert {data.split_of(subject) for subject in seen} == {"train"}
-    assert {data.split_of(subject) for subject in new} == {"held_out"}
+    assert {world.split_of(subject) for subject in seen} == {"train"}
+    assert {world.split_of(subject) for subject in new} == {"held_out"}
     assert not {s.truth.scene for s in samples} & {s.truth.scene for s in held_out}
 
 
@@ -199,16 +201,16 @@ def test_reference_pictures_respect_the_split(samples, held_out):
 
 
 def test_the_split_by_identity():
-    train = [subject for subject in data.subjects() if data.split_of(subject) == "train"]
-    assert len(data.subjects()) == 6 * 6 * 36 + 8 * 6 * 12
-    assert len(train) / len(data.subjects()) == pytest.approx(5 / 6, abs=0.02)
-    kinds = data.CHARACTERS + data.OBJECTS
+    train = [subject for subject in world.subjects() if world.split_of(subject) == "train"]
+    assert len(world.subjects()) == 6 * 6 * 36 + 8 * 6 * 12
+    assert len(train) / len(world.subjects()) == pytest.approx(5 / 6, abs=0.02)
+    kinds = world.CHARACTERS + world.OBJECTS
     assert {(subject.kind, subject.colour) for subject in train} == {
-        (k, c) for k in kinds for c in data.COLOURS
+        (k, c) for k in kinds for c in world.COLOURS
     }
-    for split in data.SPLITS:
-        assert {one.kind for one in data.scenes() if data.split_of(one) == split} == set(
-            data.SCENES
+    for split in world.SPLITS:
+        assert {one.kind for one in world.scenes() if world.split_of(one) == split} == set(
+            world.SCENES
         )
 
 
@@ -218,20 +220,20 @@ def test_the_split_by_identity():
 
 def test_every_identity_looks_different():
     """Each hidden look changes at least six pixels of every kind, and each colour far more."""
-    for kind in data.CHARACTERS + data.OBJECTS:
+    for kind in world.CHARACTERS + world.OBJECTS:
         for colour in ("red", "pink"):
             group = [
                 subject
-                for subject in data.subjects()
+                for subject in world.subjects()
                 if (subject.kind, subject.colour) == (kind, colour)
             ]
-            drawn = np.stack([data.sprite(subject)[0] for subject in group])
+            drawn = np.stack([world.sprite(subject)[0] for subject in group])
             differ = (drawn[:, None] != drawn[None]).any(-1).sum((-1, -2)) + 256 * np.eye(
                 len(group), dtype=int
             )
             assert differ.min() >= 6, (group[differ.min(1).argmin()], differ.min())
-    red = data.Subject("man", "red", ("black", "tan", "none"))
-    assert (data.sprite(red)[0] != data.sprite(replace(red, colour="blue"))[0]).any(-1).sum() > 30
+    red = world.Subject("man", "red", ("black", "tan", "none"))
+    assert (world.sprite(red)[0] != world.sprite(replace(red, colour="blue"))[0]).any(-1).sum() > 30
 
 
 def test_wrong_captions_change_one_fact(samples):
@@ -239,13 +241,13 @@ def test_wrong_captions_change_one_fact(samples):
     changed = Counter()
     for sample in samples[:300]:
         right = facts(sample.plan.caption)
-        wrong = data.wrong_captions(sample.truth, rng, 5)
+        wrong = tasks.wrong_captions(sample.truth, rng, 5)
         assert len(set(wrong)) == 5 and sample.plan.caption not in wrong
         for words in wrong:
             changed[difference(right, facts(words))] += 1
     assert set(changed) == {"scene", "colour", "kind", "place"}
     with pytest.raises(ValueError, match="ask for fewer"):
-        data.wrong_captions(samples[0].truth, rng, 500)
+        tasks.wrong_captions(samples[0].truth, rng, 500)
 
 
 def facts(caption):
@@ -272,22 +274,23 @@ def difference(right, wrong):
 
 def test_the_truth_scores_ten(samples, held_out):
     for sample in samples[:200] + held_out[:200]:
-        assert data.judge(sample.target, sample.truth) == data.Verdict(10, 10, 10)
+        assert judge(sample.target, sample.truth) == Verdict(10, 10, 10)
     enlarged = samples[0].target.resize((128, 128), Image.Resampling.NEAREST)
-    assert data.judge(enlarged, samples[0].truth) == data.Verdict(10, 10, 10)
-    assert data.judge(np.asarray(samples[0].target), samples[0].truth) == data.Verdict(10, 10, 10)
+    assert judge(enlarged, samples[0].truth) == Verdict(10, 10, 10)
+    assert judge(np.asarray(samples[0].target), samples[0].truth) == Verdict(10, 10, 10)
 
 
 def test_the_truth_scores_ten_in_every_scene_behind_four_things():
     rng = np.random.default_rng(0)
-    for scene in data.scenes():
+    for scene in world.scenes():
         for _ in range(2):
-            cast = rng.choice(len(data.subjects()), 4)
+            cast = rng.choice(len(world.subjects()), 4)
             things = tuple(
-                data._thing(place, data.subjects()[i]) for place, i in zip(data.PLACES, cast)
+                world.known_thing(place, world.subjects()[i])
+                for place, i in zip(world.PLACES, cast)
             )
-            truth = data.Truth(scene, things, True)
-            assert data.judge(data.draw(truth), truth).overall == 10
+            truth = world.Truth(scene, things, True)
+            assert judge(world.draw(truth), truth).overall == 10
 
 
 def test_a_wrong_identity_lowers_sc_and_not_pf(samples):
@@ -295,7 +298,7 @@ def test_a_wrong_identity_lowers_sc_and_not_pf(samples):
     for sample in samples[:150]:
         index = int(rng.integers(len(sample.truth.things)))
         subject = sample.truth.things[index].subject
-        options = [tuple(values) for values in data.looks_of(subject.kind).values()]
+        options = [tuple(values) for values in world.looks_of(subject.kind).values()]
         which = int(rng.integers(len(options)))
         other = [value for value in options[which] if value != subject.looks[which]]
         looks = (
@@ -303,20 +306,22 @@ def test_a_wrong_identity_lowers_sc_and_not_pf(samples):
             + (other[int(rng.integers(len(other)))],)
             + subject.looks[which + 1 :]
         )
-        verdict = data.judge(data.draw(with_thing(sample.truth, index, looks=looks)), sample.truth)
+        verdict = judge(world.draw(with_thing(sample.truth, index, looks=looks)), sample.truth)
         assert verdict.pf == 10 and verdict.sc < 9.6
 
 
 def test_one_wrong_look_costs_its_share():
-    subject = data.Subject("man", "red", ("black", "tan", "none"))
-    truth = data.Truth(
-        data.Scene("meadow", ("day", "left", "plain")), (data._thing("top left", subject),), False
+    subject = world.Subject("man", "red", ("black", "tan", "none"))
+    truth = world.Truth(
+        world.Scene("meadow", ("day", "left", "plain")),
+        (world.known_thing("top left", subject),),
+        False,
     )
     wrong = with_thing(truth, 0, looks=("blond", "tan", "none"))
     # colour, face, accessory are right
-    assert data.judge(data.draw(wrong), truth).sc == pytest.approx(10 * 3 / 4)
+    assert judge(world.draw(wrong), truth).sc == pytest.approx(10 * 3 / 4)
     wrong = with_thing(truth, 0, colour="blue")
-    verdict = data.judge(data.draw(wrong), truth)
+    verdict = judge(world.draw(wrong), truth)
     assert verdict.pf == pytest.approx(10 * (1 + 0.5 + 1) / 3) and verdict.sc == pytest.approx(
         10 * 3 / 4
     )
@@ -328,26 +333,26 @@ def test_a_colour_that_only_words_name_is_left_to_pf(samples):
     for sample in edits[:30]:
         (index,) = [i for i, thing in enumerate(sample.truth.things) if "colour" not in thing.given]
         colour = sample.truth.things[index].subject.colour
-        picture = data.draw(
+        picture = world.draw(
             with_thing(sample.truth, index, colour="red" if colour != "red" else "blue")
         )
-        verdict = data.judge(picture, sample.truth)
+        verdict = judge(picture, sample.truth)
         assert verdict.sc == 10 and verdict.pf < 9.5
 
 
 def test_a_missing_or_misplaced_thing_lowers_pf(samples):
     for sample in samples[:100]:
         truth = sample.truth
-        missing = data.judge(data.draw(replace(truth, things=truth.things[1:])), truth)
+        missing = judge(world.draw(replace(truth, things=truth.things[1:])), truth)
         free = [
-            place for place in data.PLACES if place not in [thing.place for thing in truth.things]
+            place for place in world.PLACES if place not in [thing.place for thing in truth.things]
         ]
         assert missing.pf < 8.5 and missing.sc < 8.5
         if free:
             moved = replace(
                 truth, things=truth.things[1:] + (replace(truth.things[0], place=free[0]),)
             )
-            verdict = data.judge(data.draw(moved), truth)
+            verdict = judge(world.draw(moved), truth)
             # it stands where nobody asked
             assert verdict.pf < missing.pf and verdict.sc <= missing.sc + 1e-9
 
@@ -362,7 +367,7 @@ def test_swapped_colours_lower_pf(samples):
                 1,
                 colour=things[0].subject.colour,
             )
-            assert data.judge(data.draw(picture), sample.truth).pf < 9
+            assert judge(world.draw(picture), sample.truth).pf < 9
             swapped += 1
         if swapped == 50:
             return
@@ -375,11 +380,11 @@ def test_scenes(samples):
         other = replace(
             scene, looks=("dusk" if scene.looks[0] == "day" else "day", *scene.looks[1:])
         )
-        verdict = data.judge(data.draw(replace(sample.truth, scene=other)), sample.truth)
+        verdict = judge(world.draw(replace(sample.truth, scene=other)), sample.truth)
         assert verdict.pf == 10
         assert (verdict.sc == 10) == (not sample.truth.scene_given)  # words leave the variant free
         kind = replace(scene, kind="city" if scene.kind != "city" else "meadow")
-        verdict = data.judge(data.draw(replace(sample.truth, scene=kind)), sample.truth)
+        verdict = judge(world.draw(replace(sample.truth, scene=kind)), sample.truth)
         assert verdict.pf < 8.5
         assert verdict.sc < 8.5 if sample.truth.scene_given else verdict.sc == 10
 
@@ -393,9 +398,9 @@ def test_noise_and_one_colour_score_nothing(samples):
         ]
         pictures += [np.full((32, 32, 3), value) for value in (0, 64, 90, 128, 170, 255)]
         # the colour of the ground
-        pictures += [np.tile(data.scene_picture(sample.truth.scene)[-1, 0], (32, 32, 1))]
+        pictures += [np.tile(world.scene_picture(sample.truth.scene)[-1, 0], (32, 32, 1))]
         for picture in pictures:
-            verdict = data.judge(picture.astype(np.uint8), sample.truth)
+            verdict = judge(picture.astype(np.uint8), sample.truth)
             assert verdict.pf < 0.5 and verdict.sc < 0.5 and verdict.overall < 0.5
 
 
@@ -403,7 +408,7 @@ def test_blur_and_noise_lie_in_between(samples):
     rng = np.random.default_rng(0)
 
     def mean(change):
-        verdicts = [data.judge(change(sample.target), sample.truth) for sample in samples[:40]]
+        verdicts = [judge(change(sample.target), sample.truth) for sample in samples[:40]]
         return np.mean([(verdict.pf, verdict.sc) for verdict in verdicts], 0)
 
     def noisy(image):
@@ -422,18 +427,18 @@ def test_the_nearest_subject_is_the_brute_force_one(samples):
     picture = np.clip(
         np.asarray(samples[0].target) / 255 + rng.normal(0, 0.1, (32, 32, 3)), 0, 1
     ).astype(np.float32)
-    scene = data.scene_picture(samples[0].truth.scene).astype(np.float64) / 255
-    for place, (subject, _) in data._nearest(picture, scene.astype(np.float32)).items():
-        y, x = data._corner(place)
+    scene = world.scene_picture(samples[0].truth.scene).astype(np.float64) / 255
+    for place, (subject, _) in nearest_subjects(picture, scene.astype(np.float32)).items():
+        y, x = world.corner_of(place)
         crop, behind = (
             picture[y : y + 16, x : x + 16].astype(np.float64),
             scene[y : y + 16, x : x + 16],
         )
         costs = [np.square(crop - behind).sum()]
-        for one in data.subjects():
-            rgb, silhouette = data.sprite(one)
+        for one in world.subjects():
+            rgb, silhouette = world.sprite(one)
             costs.append(np.square(crop - np.where(silhouette[..., None], rgb / 255, behind)).sum())
-        assert subject == ((None,) + data.subjects())[int(np.argmin(costs))]
+        assert subject == ((None,) + world.subjects())[int(np.argmin(costs))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +446,7 @@ def test_the_nearest_subject_is_the_brute_force_one(samples):
 
 
 def test_tokenizer_round_trips(tmp_path, samples):
-    tokenizer = data.train_tokenizer(tmp_path / "tokenizer")
+    tokenizer = train_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.get_vocab() == load_tokenizer(tmp_path / "tokenizer").get_vocab()
     assert 260 < len(tokenizer) <= 1024
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
@@ -461,13 +466,13 @@ def test_tokenizer_round_trips(tmp_path, samples):
     assert np.mean([len(ids) for ids in plans]) < 40 and max(map(len, plans)) < 70
     # the tags fuse with the first word
     assert tokenizer.decode(plans[0][:1]).startswith("<think><out_caption>A")
-    for token in data.SPECIAL_TOKENS:
+    for token in SPECIAL_TOKENS:
         assert len(tokenizer(token).input_ids) == 1
 
 
 def test_tokenizer_mistakes(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=100 is too small"):
-        data.train_tokenizer(tmp_path, vocab_size=100)
+        train_tokenizer(tmp_path, vocab_size=100)
     with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
         load_tokenizer(tmp_path / "nothing")
 

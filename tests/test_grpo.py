@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-import data
 import flow
 import grpo
 import iccot
+from engine import Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
-from sample import Prompt
+from runtime import lora
 from sequence import Sequence
+from toy.tasks import draw_sample
+from toy.tokenizer import train_tokenizer
 
 CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"])
 
@@ -37,10 +40,8 @@ def toy(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
-    tokenizer = data.train_tokenizer(
-        tmp_path_factory.mktemp("t") / "tokenizer", model.config.vocab_size
-    )
-    samples = [data.draw_sample("train", i) for i in range(2)]
+    tokenizer = train_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer", model.config.vocab_size)
+    samples = [draw_sample("train", i) for i in range(2)]
     return model, model.config.layout(tokenizer), tokenizer, samples
 
 
@@ -76,13 +77,13 @@ def run_update(toy, rollout, reward, config=CONFIG, lr=100.0, anchor=None):
     """One update phase on a copy of the weights: health, weights before, weights after."""
     model, layout, _, _ = toy
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(grpo.trained_parameters(model, config.train).values(), lr)
+    optimizer = torch.optim.SGD(lora.trained_parameters(model, config.train).values(), lr)
     health, finite = grpo.update(model, anchor, optimizer, layout, rollout, reward, config)
     assert finite
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         p.data.copy_(before[name])
-    grpo.trained_parameters(model, "all")
+    lora.trained_parameters(model, "all")
     return health, before, after
 
 
@@ -424,16 +425,14 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
     config = dataclasses.replace(CONFIG, group_size=8, window=3, updates=1)
 
     def redness(clip, rollout, config):
-        pixels = [
-            torch.from_numpy(data.np.asarray(image).astype("float32")) for image in rollout.images
-        ]
+        pixels = [torch.from_numpy(np.asarray(image).astype("float32")) for image in rollout.images]
         return torch.tensor(
             [float(p[..., 0].mean() - p[..., 1:].mean()) / 255 for p in pixels]
         ).view(-1, config.group_size)
 
     plans = [tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(8)]
     monkeypatch.setattr(grpo, "think", lambda *_, **__: (plans, [True] * len(plans)))
-    optimizer = torch.optim.AdamW(grpo.trained_parameters(model, "all").values(), 2e-3)
+    optimizer = torch.optim.AdamW(lora.trained_parameters(model, "all").values(), 2e-3)
     means = []
     for step in range(8):
         rollout = grpo.sample_groups(

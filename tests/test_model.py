@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import pretrained
 from model import SMOKE, Cache, ModelConfig, UnifiedModel
+from runtime import pretrained
 from sequence import Layout, Sequence
+from toy.tokenizer import train_tokenizer
 from vision import Reference, SpaceToDepth, patchify, unpatchify
 
 LAYOUT = Layout(bos=0, eos=1, image_start=2, image_end=3, latent_side=8, vit_side=2)
@@ -192,7 +192,7 @@ def test_codec_and_patches_are_lossless():
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "model"
     model = UnifiedModel(ModelConfig(**SMOKE)).initialise(3)
-    tokenizer = data.train_tokenizer(folder.parent / "tokenizer", model.config.vocab_size)
+    tokenizer = train_tokenizer(folder.parent / "tokenizer", model.config.vocab_size)
     pretrained.save_model(model, tokenizer, folder)
     return model, folder
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import grpo
-import plan
+from bench import memory
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
+from runtime import lora
 
 CONFIG = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
@@ -15,20 +16,20 @@ CONFIG = dataclasses.replace(
     kl_beta=0.1,
     average=0.9,
 )
-CASE = plan.Case(references=2, side=32, words=20, plan=40)
+CASE = memory.Case(references=2, side=32, words=20, plan=40)
 
 
 @pytest.mark.parametrize("shape", [SMOKE, TOY], ids=["smoke", "toy"])
 @pytest.mark.parametrize("train", ["all", "gen", "lora"])
 def test_what_stands_always(shape, train):
     """Weights, gradients, moments, average and reference of one process, against the bytes of the tensors themselves."""
-    from lora import add_lora
+    from runtime.lora import add_lora
 
     shape, config = ModelConfig(**shape), dataclasses.replace(CONFIG, train=train)
     model = UnifiedModel(shape)
     if train == "lora":
         add_lora(model, config.lora_rank, config.lora_alpha)
-    trained = grpo.trained_parameters(model, train)
+    trained = lora.trained_parameters(model, train)
     optimizer = torch.optim.AdamW(trained.values(), 1e-3)
     for p in trained.values():
         p.grad = torch.ones_like(p)
@@ -37,7 +38,7 @@ def test_what_stands_always(shape, train):
     moments = [
         state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
     ]
-    always = plan.memory(config, shape, 1, CASE)["always"]
+    always = memory.memory(config, shape, 1, CASE)["always"]
     assert always["weights, trained"] + always["weights, frozen"] == size(model.parameters())
     assert (
         always["gradients"]
@@ -55,8 +56,8 @@ def test_activations(shape, checkpointing):
     shape = ModelConfig(**shape)
     model = UnifiedModel(shape)
     model.checkpointing = checkpointing
-    shared, members = plan.packs(shape, CASE, CONFIG)
-    with plan.kept_bytes(model.parameters()) as prompt:
+    shared, members = memory.packs(shape, CASE, CONFIG)
+    with memory.kept_bytes(model.parameters()) as prompt:
         context = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in context]
     members.key_order = torch.arange(len(shared) + len(members))
@@ -65,10 +66,10 @@ def test_activations(shape, checkpointing):
         torch.cat([shared.mask.k_hi * 0 + 10**6, members.mask.k_hi + len(shared)]),
         torch.arange(len(members)) + len(shared),
     )
-    with plan.kept_bytes(model.parameters()) as rest:
+    with memory.kept_bytes(model.parameters()) as rest:
         model(members, context=leaves)
     computed = [
-        plan.activations(shape, pack, checkpointing, rows, torch.float32)[0]
+        memory.activations(shape, pack, checkpointing, rows, torch.float32)[0]
         for pack, rows in ((shared, 0), (members, len(shared)))
     ]
     measured = [prompt.total, rest.total]
@@ -80,9 +81,9 @@ def test_activations(shape, checkpointing):
 def test_cache():
     shape = ModelConfig(**SMOKE)
     cache = Cache(UnifiedModel(shape), 100)
-    rollout = plan.memory(CONFIG, shape, 1, CASE)["rollout"]
+    rollout = memory.memory(CONFIG, shape, 1, CASE)["rollout"]
     tokens = 2 * CONFIG.groups_at_once * len(
-        plan.a_prompt(shape, CASE)[1]
+        memory.a_prompt(shape, CASE)[1]
     ) + CONFIG.groups_at_once * CONFIG.group_size * (40 + 66)
     assert rollout["KV cache"] == (cache.keys.nbytes + cache.values.nbytes) / 100 * tokens
 
@@ -90,7 +91,7 @@ def test_cache():
 def test_sharding_divides_what_is_sharded():
     shape = ModelConfig(**SMOKE)
     one, eight = (
-        plan.memory(dataclasses.replace(CONFIG, sum_every_pass=True), shape, gpus, CASE)
+        memory.memory(dataclasses.replace(CONFIG, sum_every_pass=True), shape, gpus, CASE)
         for gpus in (1, 8)
     )
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):

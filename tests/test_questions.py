@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import iccot
-import questions
 import sft
-from evaluate import Result
-from evaluate import test_samples as held_out
+from engine import Result, make_prompt
 from model import UnifiedModel
-from sample import make_prompt
 from sequence import Sequence
+from studies import questions
+from studies.metrics import test_samples
+from toy.tokenizer import train_tokenizer
 
-SAMPLES = held_out("toy", 40, 4)
+SAMPLES = test_samples("toy", 40, 4)
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -94,7 +93,7 @@ def test_prompts_by_number_of_references():
 def toy(tmp_path_factory):
     config = sft.Config(config="smoke", **sft.PRESETS["smoke"])
     model = UnifiedModel(sft.model_config(config)).initialise(0)
-    tokenizer = data.train_tokenizer(tmp_path_factory.mktemp("questions"), model.config.vocab_size)
+    tokenizer = train_tokenizer(tmp_path_factory.mktemp("questions"), model.config.vocab_size)
     return model, tokenizer
 
 
@@ -143,8 +142,8 @@ def test_captions_wrong_but_drawn_are_counted_and_ranked(toy, monkeypatch, capsy
     def answers(*_, **how):
         assert how["temperature"] == 1
         found = []
-        for i, one in enumerate(held_out("toy", 4, 4)):
-            other = held_out("toy", 14, 4)[10 + i]
+        for i, one in enumerate(test_samples("toy", 4, 4)):
+            other = test_samples("toy", 14, 4)[10 + i]
             of_picture.update({x.target.tobytes(): x.plan.caption for x in (one, other)})
             wrong = iccot.ICCoT(other.plan.caption, one.plan.relations)
             found += [

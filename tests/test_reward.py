@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import data
 import reward
+from toy import clip as toy_clip
+from toy.tasks import draw_sample
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def folder(tmp_path_factory) -> Path:
 
 def train(folder, **changed):
     settings = dict(seed=3, steps=2, batch_size=6, wrong=2, width=64)
-    return reward.train_toy_clip(folder, **{**settings, **changed}, log=lambda line: None)
+    return toy_clip.train_toy_clip(folder, **{**settings, **changed}, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def clip(folder):
 
 @pytest.fixture(scope="module")
 def pairs():
-    samples = [data.draw_sample("held_out", index) for index in range(12)]
+    samples = [draw_sample("held_out", index) for index in range(12)]
     return [sample.target for sample in samples], [sample.plan.caption for sample in samples]
 
 
@@ -124,7 +125,7 @@ def test_truncation_is_counted(clip):
 
 
 def test_captions_of_the_toy_world_fit(clip):
-    longest = max((data.draw_sample("train", i).plan.caption for i in range(300)), key=len)
+    longest = max((draw_sample("train", i).plan.caption for i in range(300)), key=len)
     clip.truncated = 0
     clip.embed_captions([longest])
     assert clip.truncated == 0
@@ -291,7 +292,7 @@ def test_an_interrupted_training_leaves_nothing_under_the_name(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reward, "_train", stop)
+        patch.setattr(toy_clip, "_train", stop)
         train(tmp_path / "toy")
     assert not (tmp_path / "toy").exists()
     assert (train(tmp_path / "toy") / "clip.json").is_file() and len(list(tmp_path.iterdir())) == 1
@@ -307,18 +308,18 @@ def test_folders_that_are_something_else(tmp_path):
 
 
 def test_training_tokens_and_text_features_are_open_clips(clip):
-    captions = [data.draw_sample("train", i).plan.caption for i in range(20)]
-    tokens = reward._tokens(captions, 44)
+    captions = [draw_sample("train", i).plan.caption for i in range(20)]
+    tokens = toy_clip._tokens(captions, 44)
     assert torch.equal(tokens, open_clip.tokenize(captions, 44))
     with torch.no_grad():
         expected = clip.model.encode_text(tokens, normalize=True)
         torch.testing.assert_close(
-            reward._encode_text(clip.model, tokens), expected, atol=1e-5, rtol=0
+            toy_clip._encode_text(clip.model, tokens), expected, atol=1e-5, rtol=0
         )
 
 
 def test_loss_is_the_contrastive_loss_by_hand(clip):
-    pictures, captions = reward._pairs(
+    pictures, captions = toy_clip._pairs(
         0, dict(batch_size=4, seed=0, wrong=2), np.random.default_rng(0)
     )
     assert (
@@ -327,7 +328,7 @@ def test_loss_is_the_contrastive_loss_by_hand(clip):
         and len(set(captions[4:6]) | {captions[0]}) == 3
     )
     with torch.no_grad():
-        loss, right = reward._loss(clip.model, pictures, captions)
+        loss, right = toy_clip._loss(clip.model, pictures, captions)
         e = clip.model.encode_image(pictures, normalize=True).double()
         u = clip.model.encode_text(open_clip.tokenize(captions, 44), normalize=True).double()
         logits = (clip.model.logit_scale.double().exp() * e @ u.T).numpy()
@@ -342,18 +343,18 @@ def test_loss_is_the_contrastive_loss_by_hand(clip):
 def test_a_few_steps_lower_the_loss():
     torch.manual_seed(0)
     settings = dict(seed=0, steps=12, batch_size=16, wrong=1, learning_rate=2e-3)
-    model = open_clip.CLIP(**reward._toy_config(patch_size=16, width=64))
-    pictures, captions = reward._pairs(99, settings, np.random.default_rng(0))
+    model = open_clip.CLIP(**toy_clip._toy_config(patch_size=16, width=64))
+    pictures, captions = toy_clip._pairs(99, settings, np.random.default_rng(0))
     with torch.no_grad():
-        before = reward._loss(model, pictures, captions)[0]
+        before = toy_clip._loss(model, pictures, captions)[0]
         with torch.enable_grad():
-            reward._train(model, settings, log=lambda line: None)
-        assert reward._loss(model, pictures, captions)[0] < before - 0.2
+            toy_clip._train(model, settings, log=lambda line: None)
+        assert toy_clip._loss(model, pictures, captions)[0] < before - 0.2
 
 
 def test_augmentation_keeps_range_and_changes_some():
     torch.manual_seed(0)
     pictures = torch.rand(200, 3, 32, 32) * 2 - 1
-    changed = reward._augment(pictures)
+    changed = toy_clip._augment(pictures)
     assert changed.abs().max() <= 1
     assert 0.25 < (changed != pictures).flatten(1).any(1).float().mean() < 0.6

@@ -11,8 +11,8 @@ import worker
 from safetensors.torch import load_file
 
 import grpo
-import run
-from config import UserError
+from runtime import loop, processes
+from runtime.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +89,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(worlds, world):
     assert all(torch.equal(whole[name], half[name]) for name in whole)
     background = weights(worlds / f"background-{world}")
     assert all(torch.equal(whole[name], background[name]) for name in whole)
-    assert [line["step"] for line in run.read_log(worlds / f"half-{world}")] == list(range(6))
+    assert [line["step"] for line in loop.read_log(worlds / f"half-{world}")] == list(range(6))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -99,7 +99,7 @@ def test_another_number_of_processes_goes_on(worlds, world):
 
 
 def test_stage_2_runs_on_two_processes(worlds):
-    lines = run.read_log(worlds / "grpo")
+    lines = loop.read_log(worlds / "grpo")
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
     init, after = weights(worlds / "whole-2"), weights(worlds / "grpo")
@@ -115,21 +115,21 @@ def test_placement():
         "MASTER_ADDR": "h",
         "MASTER_PORT": "1",
     }
-    assert run.placement(torchrun_names) == {
+    assert processes.placement(torchrun_names) == {
         "rank": 3,
         "local_rank": 1,
         "size": 4,
         "address": "tcp://h:1",
     }
     alone = {"rank": 0, "local_rank": 0, "size": 1, "address": None}
-    assert run.placement({}) == alone
+    assert processes.placement({}) == alone
     batch_shell = {
         "SLURM_JOB_ID": "7",
         "SLURM_NTASKS": "8",
         "SLURM_PROCID": "0",
         "SLURM_STEP_NUM_TASKS": "",
     }
-    assert run.placement(batch_shell) == alone
+    assert processes.placement(batch_shell) == alone
     step = batch_shell | {
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": "8",
@@ -137,7 +137,7 @@ def test_placement():
         "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "gpu[003-004,010]",
     }
-    assert run.placement(step) == {
+    assert processes.placement(step) == {
         "rank": 5,
         "local_rank": 1,
         "size": 8,
@@ -156,21 +156,21 @@ def test_placement():
     ],
 )
 def test_first_host_of_a_list(nodes, first):
-    assert run.first_host(nodes) == first
+    assert processes.first_host(nodes) == first
 
 
 def test_work_that_cannot_be_shared_is_refused(monkeypatch):
-    monkeypatch.setattr(run, "size", lambda: 5)
+    monkeypatch.setattr(processes, "size", lambda: 5)
     with pytest.raises(
         UserError,
         match="48 prompts cannot be shared evenly by 5 processes; use --prompts_per_step=45 or 50",
     ):
-        run.share(48, "prompts", "prompts_per_step")
+        processes.share(48, "prompts", "prompts_per_step")
     with pytest.raises(
         UserError, match="5 processes in 2 updates; use --prompts_per_step=40 or 50"
     ):
-        run.share(48, "prompts", "prompts_per_step", 2)
-    assert run.share(40, "prompts", "prompts_per_step", 2) == 8
+        processes.share(48, "prompts", "prompts_per_step", 2)
+    assert processes.share(40, "prompts", "prompts_per_step", 2) == 8
 
 
 def test_killed_processes_change_nothing():

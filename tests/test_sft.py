@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-import data
-import run
 import sft
-from config import UserError
 from model import ModelConfig, UnifiedModel
-from pretrained import save_model
+from runtime import loop, processes
+from runtime.config import UserError
+from runtime.pretrained import save_model
+from toy.tasks import draw_sample
+from toy.tokenizer import train_tokenizer
 
 CONFIG = sft.Config(config="smoke", **sft.PRESETS["smoke"])
 
@@ -22,7 +23,7 @@ def toy(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
-    tokenizer = data.train_tokenizer(folder / "tokenizer", model.config.vocab_size)
+    tokenizer = train_tokenizer(folder / "tokenizer", model.config.vocab_size)
     save_model(model, tokenizer, folder / "model")
     return model, model.config.layout(tokenizer), tokenizer, folder
 
@@ -30,7 +31,7 @@ def toy(tmp_path_factory):
 def encode(toy, count=6, **options):
     config = dataclasses.replace(CONFIG, **options)
     return [
-        sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i))
+        sft.encode(toy[0], toy[2], draw_sample("train", i), config, processes.generator(0, i))
         for i in range(count)
     ]
 
@@ -96,7 +97,7 @@ def test_dropped_conditions(toy):
     for i, (full, no_text, no_eye) in enumerate(
         zip(encode(toy), encode(toy, text_dropout=1.0), encode(toy, vit_dropout=1.0))
     ):
-        references = len(data.draw_sample("train", i).references)
+        references = len(draw_sample("train", i).references)
         packs = [sft.pack(toy[1], [example], 10**9)[0][0] for example in (full, no_text, no_eye)]
         texts = len(full.prompt.items[-1]) + 2 + (0 if full.plan is None else len(full.plan) + 2)
         at = [int(packed.positions[packed.latent_index[packed.noised[0]]]) for packed in packs]
@@ -121,10 +122,10 @@ def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     sft.train(config)
     indices = range(config.samples_per_step)
     examples = [
-        sft.encode(toy[0], toy[2], data.draw_sample("train", i), config, run.generator(0, i))
+        sft.encode(toy[0], toy[2], draw_sample("train", i), config, processes.generator(0, i))
         for i in indices
     ]
     means, _ = gradients(toy[0], sft.pack(toy[1], examples, config.tokens_per_pack))
-    line = run.read_log(tmp_path / "run")[0]
+    line = loop.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)
     assert (tmp_path / "run/model/ema.safetensors").is_file()

@@ -1,5 +1,6 @@
 """Samples on disk: written and read back, in an order that can be resumed at any place, and every kind of damage named."""
 
+import io
 import json
 import tarfile
 
@@ -8,9 +9,11 @@ import torch
 
 import data
 import iccot
-import shards
-from config import UserError
-from shards import ShardWriter, Source, to_png
+from data import ShardWriter, Source
+from runtime import loop
+from runtime.config import UserError
+from toy.tasks import draw_sample
+from vision import to_png
 
 
 def record_of(sample):
@@ -26,7 +29,7 @@ def record_of(sample):
 
 @pytest.fixture
 def samples():
-    return [data.draw_sample("train", i) for i in range(23)]
+    return [draw_sample("train", i) for i in range(23)]
 
 
 @pytest.fixture
@@ -107,10 +110,10 @@ def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_can_be_resumed_and_shared(folder, workers):
     source = Source(folder, buffer=5)
-    whole = [sample.key for sample in shards.stream(source, range(60))]
-    assert [sample.key for sample in shards.stream(source, range(17, 60), workers)] == whole[17:]
+    whole = [sample.key for sample in data.stream(source, range(60))]
+    assert [sample.key for sample in data.stream(source, range(17, 60), workers)] == whole[17:]
     ranks = [
-        [sample.key for sample in shards.stream(source, range(rank, 60, 2), workers)]
+        [sample.key for sample in data.stream(source, range(rank, 60, 2), workers)]
         for rank in range(2)
     ]
     assert [key for pair in zip(*ranks) for key in pair] == whole
@@ -127,7 +130,7 @@ def damaged(folder, change):
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
-            tar.addfile(entry, shards.io.BytesIO(content))
+            tar.addfile(entry, io.BytesIO(content))
     return bad
 
 
@@ -198,7 +201,6 @@ def test_no_samples(tmp_path, folder):
 def test_sft_trains_on_shards(folder, tmp_path):
     import dataclasses
 
-    import run
     import sft
 
     config = dataclasses.replace(
@@ -210,6 +212,6 @@ def test_sft_trains_on_shards(folder, tmp_path):
     )
     sft.train(dataclasses.replace(config, out=str(tmp_path / "a")))
     sft.train(dataclasses.replace(config, out=str(tmp_path / "b"), workers=1))
-    a, b = (run.read_log(tmp_path / name) for name in "ab")
+    a, b = (loop.read_log(tmp_path / name) for name in "ab")
     assert len(a) == 2 and [line["mse"] for line in a] == [line["mse"] for line in b]
     assert torch.isfinite(torch.tensor([line["ce"] for line in a])).all()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import run
+from runtime import loop, state
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = all(map(shutil.which, ("slurmctld", "slurmd", "srun", "munged"))) and os.geteuid() == 0
@@ -124,7 +124,7 @@ def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == run.REQUEUE, done.stdout + done.stderr
+    assert done.returncode == loop.REQUEUE, done.stdout + done.stderr
 
 
 def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluster):
@@ -189,7 +189,7 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
     subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
     text = lambda: (folder / "job.log").read_text()
     wait_for("the stop", lambda: "stopped by a signal" in text(), 60)
-    step = run.newest_step(folder / "stopped")
+    step = state.newest_step(folder / "stopped")
     assert 5 < step < 60
     subprocess.run(["scontrol", "release", job], env=environment)
     # a requeued job waits two minutes otherwise

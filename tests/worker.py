@@ -10,11 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-import data  # noqa: E402
 import grpo  # noqa: E402
 import iccot  # noqa: E402
-import run  # noqa: E402
 import sft  # noqa: E402
+from runtime import (
+    processes,  # noqa: E402
+    sharding,  # noqa: E402
+)
+from toy.tasks import draw_sample  # noqa: E402
 
 SFT = dataclasses.replace(
     sft.Config(config="smoke", **sft.PRESETS["smoke"]),
@@ -55,7 +58,7 @@ def sft_gradients(folder, sum_every_pass):
     model, tokenizer = sft.build(config, folder / "tokenizer-run")
     layout = model.config.layout(tokenizer)
     examples = [
-        sft.encode(model, tokenizer, data.draw_sample("train", i), config, run.generator(0, i))
+        sft.encode(model, tokenizer, draw_sample("train", i), config, processes.generator(0, i))
         for i in sft.sample_indices(config, 0)
     ]
     packs = sft.pack(layout, examples, config.tokens_per_pack)
@@ -69,7 +72,7 @@ def grpo_gradients(folder, **options):
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     model, tokenizer, trained = grpo.build(config)
     layout, numbers = model.config.layout(tokenizer), grpo.sample_indices(config, 0)
-    samples = [data.draw_sample("train", i) for i in numbers]
+    samples = [draw_sample("train", i) for i in numbers]
     texts = [tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [
         text[3 * m : 3 * m + 9 * (i + 1)]
@@ -77,10 +80,10 @@ def grpo_gradients(folder, **options):
         for m in range(config.group_size)
     ]
     grpo.think = lambda *_, **__: (plans, [True] * len(plans))
-    with run.gathered(model):
+    with sharding.gathered(model):
         rollout = grpo.sample_groups(model, layout, tokenizer, samples, numbers, config, 0)
     reward = torch.stack(
-        [torch.randn(config.group_size, generator=run.generator(7, i)) for i in numbers]
+        [torch.randn(config.group_size, generator=processes.generator(7, i)) for i in numbers]
     )
     anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
     found = {}
@@ -108,8 +111,8 @@ REAL_THINK = grpo.think
 
 def work(folder):
     """Everything; what is to be compared goes to files named by the number of processes."""
-    run.launch(2.0)
-    world = run.size()
+    processes.launch(2.0)
+    world = processes.size()
     results = {f"sft-{flag}": sft_gradients(folder, flag) for flag in (True, False)}
     for name, options in (
         ("all", {}),
@@ -118,7 +121,7 @@ def work(folder):
         ("text", {"train_text": True, "kl_beta": 0.0}),
     ):
         results[f"grpo-{name}"] = grpo_gradients(folder, **options)
-    if run.is_main():
+    if processes.is_main():
         for name, tensors in results.items():
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()},
@@ -126,9 +129,9 @@ def work(folder):
             )
     train(folder, f"whole-{world}")
     train(folder, f"half-{world}", steps=3)
-    if run.is_main():
+    if processes.is_main():
         shutil.copytree(folder / f"half-{world}", folder / f"handed-on-by-{world}")
-    run.barrier()
+    processes.barrier()
     train(folder, f"half-{world}")
     train(folder, f"background-{world}", async_save=True)
     if world == 2:
@@ -153,4 +156,4 @@ def work(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     work(Path(sys.argv[1]))
-    run.finish()
+    processes.finish()

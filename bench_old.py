@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from config import exit_on_user_error, parse
+from engine import Prompt, Sampler, paint, think
 from kernels.mask import Mask
 from model import ModelConfig, UnifiedModel
-from sample import Prompt, Sampler, paint, think
+from runtime.config import exit_on_user_error, parse
 from sequence import Layout, Sequence
 from vision import Reference
 
@@ -59,6 +59,8 @@ MID = ModelConfig(
     vocab_size=4096, vit_hidden_size=192, vit_intermediate_size=768, vit_num_layers=4, vit_num_heads=4, vit_side=16,
     codec="space_to_depth", latent_side=16,
 )  # fmt: skip  # the codec is not used: latents are given
+
+
 OFFICIAL = {  # CPU seconds of the official code on the same case, one thread of another machine
     "train forward": 0.38,
     "train forward + backward": 0.86,
@@ -154,6 +156,8 @@ def bench_model(config):
 # attention: causal and full as everybody measures them, then the shapes that this project is made of
 
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128  # BAGEL-7B
+
+
 IMAGE, VIT = 4096, 4900  # latent and ViT tokens of a picture of 1024 x 1024
 
 
@@ -476,7 +480,7 @@ def naive_rollout(model, layout, prompts, settings, generator):
 
 def tree_rollout(model, layout, prompts, settings, generator):
     """All members of all groups together."""
-    from sample import prefill
+    from engine import prefill
 
     prefix, size = prefill(model, layout, prompts), settings.group_size
     plans, _ = think(
@@ -571,7 +575,7 @@ def tree_update(model, layout, rollout, reward, settings):
 def kept_for_backward(model, layout, rollout, settings):
     """Bytes that autograd keeps at a time: for one member and step, and for one pack of members with its prompt."""
     import grpo
-    from plan import kept_bytes
+    from bench.memory import kept_bytes
 
     sequence, n = Sequence(layout), rollout.grid[0] * rollout.grid[1]
     with sequence.document():
@@ -723,8 +727,8 @@ def bench_data(config):
     import numpy as np
     from PIL import Image
 
-    from data import draw_sample
-    from shards import ShardWriter, Source, stream, to_png
+    from data import ShardWriter, Source, stream, to_png
+    from toy.tasks import draw_sample
 
     rng, count = np.random.default_rng(config.seed), 24
     noisy = lambda image: Image.fromarray(

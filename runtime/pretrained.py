@@ -18,7 +18,6 @@ Left out: sharded index files, a generation expert made from a plain Qwen2 folde
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, fields
@@ -32,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model import ModelConfig, UnifiedModel
+from runtime.files import publish
 
 # fmt: off
 RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name counts
@@ -60,19 +60,29 @@ RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name coun
     (r"eye\.post_layernorm\.(\w+)", r"vit_model.vision_model.post_layernorm.\1"),
 ]
 # fmt: on
+
+
 # fmt: off
 LLM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "vocab_size", "rope_theta", "rms_norm_eps")
+
+
 VIT_KEYS = {"hidden_size": "vit_hidden_size", "intermediate_size": "vit_intermediate_size",
             "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}
+
+
 OWN_KEYS = ("vit_side", "vit_shortest", "vit_longest", "codec", "codec_factor", "latent_channels", "latent_patch",
             "latent_side", "image_shortest", "image_longest", "vae_channels", "vae_multipliers", "vae_blocks",
             "vae_scale", "vae_shift", "position_scale", "position_theta")
 # fmt: on
+
+
 BUILT_IN = {  # what the code does whatever a config says, so it must say the same or nothing
     "llm_config": {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
     "vit_config": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
 }
+
+
 # deterministic: rebuilt, checked if present
 TABLES = {"latent_positions": "latent_side", "vit_positions": "vit_side"}
 
@@ -125,16 +135,6 @@ def save_model(model, tokenizer, folder, weights=None):
 def write_tensors(path, tensors):
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def publish(hidden, folder):
-    """Make a finished hidden folder visible under its name; an older one of that name is replaced."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(hidden, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_model(path):

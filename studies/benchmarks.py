@@ -33,10 +33,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import iccot
-import run
-from config import UserError
-from endpoint import Endpoint, Question, Refused, Unusable, in_parallel
-from sample import Sampler, make_prompt, paint, picture, think
+from engine import Sampler, make_prompt, paint, picture, think
+from runtime import files, processes
+from runtime.config import UserError
+from studies.endpoint import Endpoint, Refused, in_parallel
+from studies.judge import ask_score, for_judge
 from vision import open_image
 
 OMNICONTEXT_TASKS = (
@@ -49,8 +50,11 @@ OMNICONTEXT_TASKS = (
     "scene_object",
     "scene_character_object",
 )
+
+
 DREAMOMNI2_TASKS = ("add", "replace", "global", "local", "generation")
-TRIES = 3  # questions to get a readable score
+
+
 # fmt: off
 PUBLISHED = {  # Overall, as published; "-": not in the sources at hand
     "omnicontext": {
@@ -68,21 +72,6 @@ PUBLISHED = {  # Overall, as published; "-": not in the sources at hand
     },
 }
 # fmt: on
-
-PREFACE = """You are a professional digital artist who judges the work of an image model. All people in the pictures are
-generated. The pictures are, in order: the reference image(s), and last the result. Be strict and concise. Answer with
-one JSON object: {"score": <a number from 0 to 10>, "reasoning": "<one sentence>"}
-
-"""
-CRITERIA = {
-    "PF": """Score how well the result follows the instruction. 0: not at all. 1-3: mostly wrong. 4-6: partly. 7-9:
-mostly, with small faults. 10: completely. Judge only what was asked for: what is there, its composition, pose, position
-and interaction, what was added or removed. Ignore whether identities are kept and whether the result is beautiful.""",
-    "SC": """Score whether the subjects of the result are those of the references. 10: the same in every detail. Take
-off one point for each difference: face and head, the right persons and objects, body and skin, clothes and hair unless
-the instruction changes them. 0: other subjects altogether.""",
-}
-SCENE = "\nThe surroundings must also be those of the reference that shows the scene, and the subjects must fit into them."
 
 
 @dataclass(frozen=True)
@@ -255,10 +244,12 @@ def paint_cases(model, tokenizer, cases, config):
             "",
         )
         if config.use_plan:
-            generators = [run.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 1)]
+            generators = [
+                processes.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 1)
+            ]
             (plan,), _ = think(model, layout, prompts, 1, config.max_plan_tokens, 0.0, generators)
             text = tokenizer.decode(plan)
-        generators = [run.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 2)]
+        generators = [processes.generator(config.seed, int.from_bytes(case.key.encode()[:6]), 2)]
         image = picture(
             model, paint(model, layout, prompts, [[plan]], [grid], sampler, generators), grid
         )
@@ -270,7 +261,7 @@ def paint_cases(model, tokenizer, cases, config):
             "plan": json.loads(iccot.to_json(read)) if read else None,
             "problems": problems,
         }
-        run.write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
+        files.write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
         hidden = path.with_suffix(".tmp")
         image.resize(
             (side, side), Image.Resampling.NEAREST if largest <= 64 else Image.Resampling.LANCZOS
@@ -279,51 +270,6 @@ def paint_cases(model, tokenizer, cases, config):
     print(
         f"{len(left)} pictures painted, {len(cases)} in {Path(config.result_dir) / config.model_name / 'fullset'}"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the judge
-
-
-def ask_score(judge, criterion, instruction, pictures, scene=False):
-    """(score, reasoning) of the judge, or (None, why) when no answer could be read. Refused where it declines.
-
-    pictures: PNG bytes, references and then the result. The protocol asks the scene's question for SC alone.
-    """
-    prompt = (
-        PREFACE
-        + CRITERIA[criterion]
-        + (SCENE if scene and criterion == "SC" else "")
-        + f"\n\nEditing instruction: {instruction}"
-    )
-    for nonce in range(TRIES):
-        try:
-            return read_score(judge.text(Question(prompt, tuple(pictures), nonce=nonce)))
-        except Unusable as error:
-            reason = str(error)
-    return None, f"no readable answer in {TRIES}: {reason}"
-
-
-def read_score(answer):
-    """(score, reasoning) from a JSON object that may have words around it; Unusable otherwise."""
-    start, end = answer.find("{"), answer.rfind("}")
-    try:
-        found = json.loads(answer[start : end + 1].replace("\n", " "))
-        score = found["score"][0] if isinstance(found["score"], list) else found["score"]
-        if isinstance(score, bool) or not 0 <= float(score) <= 10:
-            raise ValueError(f"a score of {score}")
-        return float(score), str(found.get("reasoning", ""))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Unusable(f"no score from 0 to 10 in {answer[:80]!r} ({error})") from None
-
-
-def for_judge(image):
-    """PNG bytes of a reference as the protocol sends it: at most 1024^2 pixels, sides multiples of 16."""
-    from shards import to_png
-
-    scale = min(1.0, math.sqrt(1024 * 1024 / (image.width * image.height)))
-    size = tuple(max(16, int(side * scale) // 16 * 16) for side in image.size)
-    return to_png(image if size == image.size else image.resize(size))
 
 
 def judge_cases(cases, config):
@@ -354,7 +300,7 @@ def judge_cases(cases, config):
 
 def judge_case(judge, config, case):
     """One line of score.jsonl, with the official scorer's names."""
-    from shards import to_png
+    from vision import to_png
 
     path = picture_path(config, case)
     pictures = [*map(for_judge, case.references), to_png(open_image(path))]
@@ -488,7 +434,7 @@ def bench(config, load_model, metric):
         "dreamomni2": (read_dreamomni2, DREAMOMNI2_TASKS),
     }[config.bench]
     cases = read(config.bench_path)
-    run.check_writable(Path(config.result_dir) / config.model_name)
+    files.check_writable(Path(config.result_dir) / config.model_name)
     if any(not is_whole(picture_path(config, case)) for case in cases):
         paint_cases(*load_model(), cases, config)
     save_sheets(cases, config)
@@ -503,7 +449,7 @@ def bench(config, load_model, metric):
         return {}
     table = statistics(judge_cases(cases, config), tasks)
     print_statistics(table, cases, tasks, config)
-    run.write_text(
+    files.write_text(
         Path(config.result_dir) / config.model_name / f"{config.bench}.json",
         json.dumps(table, indent=1) + "\n",
     )

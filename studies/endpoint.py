@@ -26,7 +26,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from config import UserError
+from runtime.config import UserError
 
 AGAIN = (408, 409, 429, 500, 502, 503, 504)
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import model as model_module
-import vision
-from config import UserError
-from lora import add_lora
+from engine import Prompt
 from model import UnifiedModel
-from sample import Prompt
+from runtime.config import UserError
+from runtime.lora import add_lora
 from sequence import Layout, Sequence
 from vision import Reference
 
@@ -37,23 +35,6 @@ class Case:
     side: int = 1024
     words: int = 60
     plan: int = 150
-
-
-class _Kept(torch.autograd.Function):
-    """Attention as the Triton kernel keeps it: queries, keys, values, output, log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(
-            q, k, v, out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        )
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 class kept_bytes:
@@ -106,21 +87,16 @@ def activations(shape, packed, checkpointing, context_rows=0, dtype=torch.bfloat
             for _ in model.blocks
         ]
         packed.key_order = torch.empty(context_rows + len(packed), dtype=torch.long, device="meta")
-    real = model_module.attention
-    model_module.attention = vision.attention = lambda q, k, v, mask: _Kept.apply(q, k, v)
-    try:
-        with kept_bytes(model.parameters()) as whole:
-            model(packed, context=context)
-        width = shape.hidden_size
-        und, gen = (
-            torch.empty(n, width, dtype=dtype, device="meta").requires_grad_()
-            for n in (len(packed) - len(packed.latent_index), len(packed.latent_index))
-        )
-        cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
-        with kept_bytes(model.parameters()) as block:
-            model.blocks[0](und, gen, packed, cos, cos, None, context[0] if context else None)
-    finally:
-        model_module.attention = vision.attention = real
+    with kept_bytes(model.parameters()) as whole:
+        model(packed, context=context)
+    width = shape.hidden_size
+    und, gen = (
+        torch.empty(n, width, dtype=dtype, device="meta").requires_grad_()
+        for n in (len(packed) - len(packed.latent_index), len(packed.latent_index))
+    )
+    cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
+    with kept_bytes(model.parameters()) as block:
+        model.blocks[0](und, gen, packed, cos, cos, None, context[0] if context else None)
     return whole.total, block.total if checkpointing else 0
 
 
@@ -164,7 +140,7 @@ def packs(shape, case, config):
 
 def memory(config, shape, gpus, case=Case()):
     """{what: bytes on each GPU} of a step of grpo.py under `config`; "update" and "rollout" are the two peaks."""
-    from grpo import trained_parameters
+    from runtime.lora import trained_parameters
 
     if gpus % config.replicas:
         raise UserError(f"replicas={config.replicas} does not divide {gpus} GPUs")

@@ -31,16 +31,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-import run
-from config import exit_on_user_error, parse
-from evaluate import generate, measure, metric_clip, test_samples
-from pretrained import load_model
+from engine import generate, make_prompt
 from reward import compare
-from sample import make_prompt
+from runtime import processes
+from runtime.config import exit_on_user_error, parse
+from runtime.pretrained import load_model
 from sequence import Sequence
-from shards import Drawn
+from studies.metrics import measure, test_samples
+from toy.prepare import metric_clip
+from toy.tasks import Drawn
 
 LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4)  # standard deviations of the noise, of pixels in [0, 1]
+
+
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
 
 
@@ -243,7 +246,7 @@ def main(config):
     with exit_on_user_error(ValueError):
         model, tokenizer = load_model(config.checkpoint)
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    run.choose_threads(config.threads)
+    processes.choose_threads(config.threads)
     if config.question == "captions":
         return captions(model, tokenizer, clip, config)
     layout, table = model.config.layout(tokenizer), {}

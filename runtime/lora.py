@@ -68,3 +68,12 @@ def merge_lora(weights, rank, alpha):
                 b @ weights[f"{layer}.lora_a"]
             )
     return merged
+
+
+def trained_parameters(model, what):
+    """{name: parameter} of what stage 2 changes; the others are frozen."""
+    gen = (".gen.", "norm_gen", "latent_in", "latent_out", "time_embedder")
+    parts = {"all": ("",), "gen": gen, "lora": (".lora_",)}[what]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

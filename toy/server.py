@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,10 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import data
 import iccot
-from data import DEFAULT_PLACES, OBJECTS, PLACES, SCENES, TASKS, Wording
-from shards import to_png
+from iccot import TASKS
+from toy import tasks, world
+from toy.judge import Verdict, judge, nearest_subjects, pixels_of, templates
+from toy.tasks import Wording
+from toy.world import DEFAULT_PLACES, OBJECTS, PLACES, SCENES
+from vision import to_png
 
 # ---------------------------------------------------------------------------------------------------------------------
 # seeing: a picture of the toy world -> what it shows
@@ -33,31 +37,31 @@ from shards import to_png
 
 def subject_of(image):
     """The subject of a portrait on paper of any tint: that with the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2."""
-    if image.size != (data.HALF, data.HALF):
+    if image.size != (world.HALF, world.HALF):
         raise ValueError(
-            f"a portrait has {data.HALF} x {data.HALF} pixels, not {image.width} x {image.height}"
+            f"a portrait has {world.HALF} x {world.HALF} pixels, not {image.width} x {image.height}"
         )
     x = np.asarray(image, np.float32).reshape(-1, 3) / 255  # (256, 3)
-    silhouettes, pixels, squares, _ = data._templates()  # (T, 256), (T, 768), (T,)
+    silhouettes, pixels, squares, _ = templates()  # (T, 256), (T, 768), (T,)
     paper = np.square(x - 0.96).sum(1)  # (256,)
     # (T,)
     error = silhouettes @ (np.square(x).sum(1) - paper) - 2 * pixels @ x.reshape(-1) + squares
-    return data.subjects()[int(error.argmin())]
+    return world.subjects()[int(error.argmin())]
 
 
 def scene_of(image):
     """(scene, {place: subject}) of a picture of 32 x 32 pixels."""
-    if image.size != (data.SIZE, data.SIZE):
+    if image.size != (world.SIZE, world.SIZE):
         raise ValueError(
-            f"a scene has {data.SIZE} x {data.SIZE} pixels, not {image.width} x {image.height}"
+            f"a scene has {world.SIZE} x {world.SIZE} pixels, not {image.width} x {image.height}"
         )
-    picture, backgrounds = data._pixels(image), data._templates()[3]
+    picture, backgrounds = pixels_of(image), templates()[3]
     errors = np.sort(np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1), 1)[
         :, :600
     ].sum(1)
     # by the 600 pixels that fit best: things cover the others
-    scene = data.scenes()[int(errors.argmin())]
-    found = data._nearest(picture, data.scene_picture(scene).astype(np.float32) / 255)
+    scene = world.scenes()[int(errors.argmin())]
+    found = nearest_subjects(picture, world.scene_picture(scene).astype(np.float32) / 255)
     return scene, {
         place: subject
         for place, (subject, quality) in found.items()
@@ -79,7 +83,11 @@ def compose(task, images):
     places = [PLACES[i] for i in rng.permutation(4)]
     make = {"add": _edit, "replace": _edit, "attribute": _attribute}.get(task, _compose)
     instruction, relations, truth = make(task, images, wording, places, rng)
-    return data._capital(instruction), iccot.ICCoT(data.caption(truth), tuple(relations)), truth
+    return (
+        tasks.capitalised(instruction),
+        iccot.ICCoT(tasks.caption(truth), tuple(relations)),
+        truth,
+    )
 
 
 def _edit(task, images, wording, places, rng):
@@ -90,14 +98,14 @@ def _edit(task, images, wording, places, rng):
     )
     place = replaced or next(place for place in places if place not in standing)
     things = tuple(
-        data._thing(where, subject) for where, subject in (standing | {place: new}).items()
+        world.known_thing(where, subject) for where, subject in (standing | {place: new}).items()
     )
-    truth = data.Truth(scene, things, True)
+    truth = world.Truth(scene, things, True)
     one, two = wording.image(1), wording.image(2)
     words = (
         f"Replace the {standing[replaced].kind} of {one} with the thing of {two}."
         if replaced
-        else f"Add {wording.placed([data._thing(place, new)], 2)} to {one}."
+        else f"Add {wording.placed([world.known_thing(place, new)], 2)} to {one}."
     )
     return (
         words,
@@ -109,9 +117,9 @@ def _edit(task, images, wording, places, rng):
 def _attribute(task, images, wording, places, rng):
     first, owner = subject_of(images[0]), subject_of(images[1])
     if first.kind in OBJECTS and owner.kind in OBJECTS:
-        first = data.replace(first, looks=(owner.looks[0], first.looks[1]))
-    scene = data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
-    truth = data.Truth(scene, (data._thing(places[0], first),), False)
+        first = replace(first, looks=(owner.looks[0], first.looks[1]))
+    scene = world.Scene(str(rng.choice(list(SCENES))), world.scenes()[0].looks)
+    truth = world.Truth(scene, (world.known_thing(places[0], first),), False)
     words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)}"
     words += f" at the {places[0]}, {_where(scene)}."
     return (
@@ -122,20 +130,20 @@ def _attribute(task, images, wording, places, rng):
 
 
 def _compose(task, images, wording, places, rng):
-    given = images[-1].width == data.SIZE
+    given = images[-1].width == world.SIZE
     subjects = [subject_of(image) for image in images[: len(images) - given]]
     scene = (
         scene_of(images[-1])[0]
         if given
-        else data.Scene(str(rng.choice(list(SCENES))), data.scenes()[0].looks)
+        else world.Scene(str(rng.choice(list(SCENES))), world.scenes()[0].looks)
     )
     places = DEFAULT_PLACES if task == "scene" else places
-    things = [data._thing(place, subject) for place, subject in zip(places, subjects)]
+    things = [world.known_thing(place, subject) for place, subject in zip(places, subjects)]
     where = f"in the scene of {wording.image(len(images))}" if given else _where(scene)
     words = f"Draw {wording.placed(things, 1)}, {where}."
     relations = [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(subjects, 1)]
     relations += [f"The scene is consistent with image_{len(images)}."] * given
-    return words, relations, data.Truth(scene, tuple(things), given)
+    return words, relations, world.Truth(scene, tuple(things), given)
 
 
 def _where(scene):
@@ -149,14 +157,15 @@ def draw_pools(folder, count=24, seed=0):
         (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             if kind == "scenes":
-                source = data._source(rng, "train", 1)
-                picture = data.draw(source) if i % 2 else data.scene_picture(source.scene)
+                source = tasks.picture_to_edit(rng, "train", 1)
+                picture = world.draw(source) if i % 2 else world.scene_picture(source.scene)
             else:
-                wanted = data.CHARACTERS if kind == "characters" else OBJECTS
-                subject = data._pick(
-                    rng, [one for one in data._pool("train", data.Subject) if one.kind in wanted]
+                wanted = world.CHARACTERS if kind == "characters" else OBJECTS
+                subject = world.pick(
+                    rng,
+                    [one for one in tasks.pool_of("train", world.Subject) if one.kind in wanted],
                 )
-                picture = data._portrait(rng, subject)
+                picture = world.portrait(rng, subject)
             Image.fromarray(picture).save(Path(folder) / kind / f"{i:03d}.png")
 
 
@@ -183,7 +192,7 @@ def _judge(prompt, images):
             continue  # these references are none of this task
         if made == instruction:
             truth = found
-    verdict = data.judge(images[-1], truth) if truth else data.Verdict(0, 0, 0)
+    verdict = judge(images[-1], truth) if truth else Verdict(0, 0, 0)
     score = verdict.sc if "subjects of the result" in prompt else verdict.pf
     return json.dumps({"score": round(score, 1), "reasoning": "compared with the true picture"})
 
@@ -196,8 +205,8 @@ def answer_image(prompt, images):
         except (IndexError, StopIteration, ValueError):
             continue
         if f"Instruction: {instruction}\n" in prompt:
-            return to_png(Image.fromarray(data.draw(truth)))
-    return to_png(Image.new("RGB", (data.SIZE, data.SIZE), "grey"))
+            return to_png(Image.fromarray(world.draw(truth)))
+    return to_png(Image.new("RGB", (world.SIZE, world.SIZE), "grey"))
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,82 @@
+"""
+Files that appear whole or not at all, and JSON that is read with a clear word where it is torn.
+
+    with published("out/run/table.json") as hidden:       write a file, or make a folder, at `hidden`:
+        hidden.write_text(text)                           it takes its name by one rename when the block ends
+
+A process that is killed inside the block leaves what stood under the name untouched, and beside it a hidden file or
+folder (.name.tmp) that the next attempt replaces. Not a concept of the paper. Left out: locks between processes.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.config import UserError
+
+
+@contextmanager
+def published(path, unique=""):
+    """Yields the hidden path to write to; after an error nothing is published and nothing is left.
+
+    unique: tells writers apart that may write the same path at the same time (threads).
+    """
+    path = Path(path)
+    hidden = path.with_name(f".{path.name}{unique}.tmp")
+    remove(hidden)
+    try:
+        yield hidden
+        publish(hidden, path)
+    finally:
+        remove(hidden)
+
+
+def publish(hidden, path):
+    """Give a finished hidden file or folder its name; an older folder of that name is replaced."""
+    path = Path(path)
+    if path.is_dir():
+        old = path.with_name(f".{path.name}.old")
+        remove(old)
+        os.replace(path, old)
+        os.replace(hidden, path)
+        remove(old)
+    else:
+        os.replace(hidden, path)
+
+
+def remove(path):
+    """Delete a file or a folder, if there is one."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with published(path) as hidden:
+        hidden.write_text(text)
+
+
+def read_json(path):
+    """The object in a JSON file that this project wrote; UserError if it is torn."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is torn ({error}); delete its folder to start again") from None
+
+
+def check_writable(folder):
+    """Make `folder` if it is missing; UserError if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
+        ) from None

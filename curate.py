@@ -1,39 +1,42 @@
 """
-The data pipeline of Re-Align-410K (paper section 6): from folders of pictures to training samples.
+The data pipeline of Re-Align-410K: from folders of pictures to training samples.
 
-    pools         characters/ objects/ scenes/: your pictures
-    references    by task type, in the paper's proportions: which pictures a sample is made of          no model
-    instructions  an MLLM sees the references and writes an instruction that can be carried out
-    plans         an MLLM sees references and instruction, never the target, and writes the IC-CoT
-    targets       an image model sees references, instruction and caption, and paints
-    scores        CLIP(caption, target), aesthetic score of the target, PF and SC by an MLLM judge
-    shards        what passes the cuts, as tar shards (shards.py), with a report of what was dropped and why
+    pools           characters/ objects/ scenes/: your pictures
+    references      by task, in the paper's proportions: which pictures a sample is made of
+    instructions    an MLLM sees the references and writes an instruction that can be carried out
+    plans           an MLLM sees references and instruction, never the target: it writes the IC-CoT
+    targets         an image model sees references, instruction and caption, and paints
+    scores          CLIP(caption, target), aesthetic score of the target, PF and SC by an MLLM judge
+    shards          what passes the cuts, as tar shards (data.py), and a report of what was dropped
 
-Each stage reads the file of the one before and appends to its own, a line a sample: it can be killed and repeated.
-Answers of models are kept in replies/ (endpoint.py), so nothing is asked twice; scores are kept apart from the cuts,
-so that thresholds can be changed without asking again. Without a network:
+Each stage reads the file of the one before and appends to its own, a line a sample: it can be
+killed and repeated. Answers of models are kept in replies/ (studies/endpoint.py), so nothing is
+asked twice; scores are kept apart from the cuts, so that these can be changed without asking again.
 
-    python curate.py --serve_toy                                 an endpoint that answers both routes by drawing
-    python curate.py --config toy                                draws pools, runs all stages against it
+Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by
+default cuts are percentiles within a task, since CLIP's cosines differ between models and tasks.
+Left out: deduplication of pools, image search, human review.
+
+Without a network, against an endpoint that answers both routes by drawing:
+
+    python curate.py --serve_toy
+    python curate.py --config toy
     python sft.py --config toy --data out/toy-curated/shards --out out/curated-sft
 
-With your own pictures and any OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY):
+With your pictures and any OpenAI-compatible endpoint (the key comes from OPENAI_API_KEY); what it
+would ask, and then what it asks:
 
-    python curate.py --config full --pools pictures --count 1000 --dry_run     requests, tokens, pictures
-    python curate.py --config full --pools pictures --count 1000 --chat_model gemini-2.5-pro --image_model gpt-image-2
-
-Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by default cuts are
-percentiles within a task, since CLIP's cosines differ between models and tasks. Left out: deduplication of pools,
-image search, human review.
+    python curate.py --config full --pools pictures --count 1000 --dry_run
+    python curate.py --config full --pools pictures --count 1000
 """
 
-import hashlib
+import io
 import json
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +44,21 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import iccot
 from data import ShardWriter, Source, picture_sheet
 from iccot import TASKS
-from reward import Clip
 from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
-from studies.endpoint import Endpoint, Question, Refused, Unusable, in_parallel
+from studies import writer
+from studies.endpoint import Access, Endpoint, Refused, in_parallel
 from studies.judge import ask_score
-from toy.clip import train_toy_clip
+from studies.pools import draw_references, pools_of
+from toy.prepare import metric_clip
+from toy.server import draw_pools, serve
 from vision import open_image, to_png
 
 STAGES = ("references", "instructions", "plans", "targets", "scores", "shards")
 
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-TRIES = 3  # questions to get a usable answer
+TOY_CLIP_STEPS = 300  # of training, where the toy's CLIP is missing
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,9 @@ class Config:
             raise ValueError(f"stage={self.stage}: expected all or one of {', '.join(STAGES)}")
         if self.count < 1 or self.workers < 1 or not 2 <= self.max_references <= 4:
             raise ValueError(
-                f"count={self.count}, workers={self.workers}, max_references={self.max_references}: expected "
-                f"1 or more, "
-                f"at least 1, and 2 to 4"
+                f"count={self.count}, workers={self.workers}, "
+                f"max_references={self.max_references}: expected 1 or more, at least 1, and 2 to 4"
             )
-
-
-TOY_URL = "http://127.0.0.1:8765/v1"
 
 
 PRESETS = {
@@ -117,7 +113,7 @@ PRESETS = {
         pools="out/toy-pools",
         out="out/toy-curated",
         count=60,
-        chat_url=TOY_URL,
+        chat_url="http://127.0.0.1:8765/v1",  # of --serve_toy
         chat_model="toy",
         image_model="toy",
         image_size="32x32",
@@ -128,13 +124,15 @@ PRESETS = {
     ),
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files: a line a sample, appended and synced; a line torn by a crash is forgotten
 
 
 def read_lines(path):
-    """{key: record}. A last line without its end was not written: it is cut off, so that the next one starts afresh."""
+    """{key: record}, {} where there is no file.
+
+    A last line without its end was not written: it is cut off, so that the next one starts afresh.
+    """
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -147,22 +145,24 @@ def read_lines(path):
 
 
 def append(path, record):
+    """Add a line to a file, and wait until it is on the disk."""
     with open(path, "a") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def run_stage(name, before, function, config):
-    """Apply `function` to every record that the stage before finished and this one has not. Returns {key: record}.
+def run_stage(name, before, function, *, config):
+    """Apply `function` to every record that the stage before finished and this one has not.
 
-    function(record) -> fields to add, or {"dropped": why}. A dropped sample stays in the file and goes no further.
+    function(record) -> fields to add, or {"dropped": why}. A dropped sample stays in the file and
+    goes no further. Returns {key: record}.
     """
     path = Path(config.out) / f"{name}.jsonl"
     done = read_lines(path)
     left = [record for key, record in before.items() if key not in done and "dropped" not in record]
     with tqdm(total=len(left), disable=None, desc=name) as bar:
-        for record, fields in in_parallel(function, left, config.workers, bar):
+        for record, fields in in_parallel(function, left, config.workers, bar=bar):
             done[record["key"]] = record | fields
             append(path, done[record["key"]])
     dropped = sum("dropped" in record for record in done.values())
@@ -170,224 +170,124 @@ def run_stage(name, before, function, config):
     return done
 
 
-def usable_answer(endpoint, question, read):
-    """read(answer) of the first usable answer of up to TRIES, or {"dropped": why}."""
-    for nonce in range(TRIES):
-        asked = Question(question.prompt, question.images, question.size, nonce)
-        try:
-            return read(endpoint.picture(asked) if asked.size else endpoint.text(asked))
-        except Refused as error:
-            return {"dropped": f"refused: {error}"}
-        except UserError:  # the endpoint itself is at fault, not this answer
-            raise
-        except (Unusable, ValueError) as error:
-            reason = error
-    return {"dropped": f"no usable answer in {TRIES}: {reason}"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# references
-
-
-def pools_of(config):
-    """{kind: [paths relative to the pools]}; UserError for a pool that is missing or empty."""
-    found = {}
-    for kind in ("characters", "objects", "scenes"):
-        folder = Path(config.pools) / kind
-        if not config.pools or not folder.is_dir():
-            raise UserError(
-                f"the pool {folder} is missing; --pools must hold characters/, objects/ and scenes/ with pictures"
-            )
-        found[kind] = sorted(
-            str(path.relative_to(config.pools))
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES
-        )
-        if not found[kind]:
-            raise UserError(f"the pool {folder} holds no {', '.join(SUFFIXES)} picture")
-    return found
-
-
-def draw_references(pools, config):
-    """{key: record} of `count` samples: task in the paper's proportions, then pictures of the kinds that it needs."""
-    records, rng = {}, np.random.default_rng(config.seed)
-    shares = np.array(list(TASKS.values())) / sum(TASKS.values())
-    pick = lambda kind: pools[kind][int(rng.integers(len(pools[kind])))]
-    subject = lambda: pick("characters" if rng.random() < 0.5 else "objects")
-    attempts = 0
-    while len(records) < config.count:
-        attempts += 1
-        if attempts > 50 * config.count:
-            raise UserError(
-                f"the pools have too few pictures for {config.count} different samples; use --count={len(records)}"
-            )
-        task = str(rng.choice(list(TASKS), p=shares))
-        references = {
-            "add": lambda: [pick("scenes"), subject()],
-            "replace": lambda: [pick("scenes"), subject()],
-            "attribute": lambda: [pick("objects"), pick("objects")],
-            "scene": lambda: [subject(), pick("scenes")],
-            "subject": lambda: [subject()],
-            "subject_composition": lambda: [
-                subject() for _ in range(int(rng.integers(2, config.max_references + 1)))
-            ],
-            "scene_composition": lambda: [
-                *(subject() for _ in range(int(rng.integers(1, config.max_references)))),
-                pick("scenes"),
-            ],
-        }[task]()
-        if len(set(references)) < len(references):
-            continue
-        key = f"{task}-{hashlib.sha256(json.dumps([task, references]).encode()).hexdigest()[:16]}"
-        records.setdefault(key, {"key": key, "task": task, "references": references})
-    return records
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what models are asked. A question holds references and text; the target is in those of the judge alone.
-
-ACTIONS = {
-    "add": "Image 1 is a picture to edit. The instruction adds the subject of image 2 to it.",
-    "replace": "Image 1 is a picture to edit. The instruction replaces something in it with the subject of image 2.",
-    "attribute": "Image 1 shows an object to edit. The instruction gives it an attribute of image 2: its colour, "
-    "pattern, material or style.",
-    "scene": "The instruction moves what image 1 shows into the scene of image 2.",
-    "subject": "The instruction shows the subject of image 1 in a new situation.",
-    "subject_composition": "The instruction brings the subjects of all images together in one picture.",
-    "scene_composition": "The instruction brings the subjects together in the scene of the last image.",
-}
-
-
-INSTRUCTION_PROMPT = """You write instructions for an artist who makes one new picture from {count} reference image(s).
-Task type: {task}. {action}
-Look closely at the images, at secondary details too: what a subject holds or wears, where there is room, how the light
-falls. Write one instruction that can be carried out, that uses every image, and that does not describe what the images
-already show. Speak of the images as "image 1", "the second image" and so on, or by what they show. Answer with the
-instruction alone, in one or two sentences."""
-
-
-PLAN_PROMPT = """An artist will make one new picture from {count} reference image(s) and this instruction:
-{instruction}
-Task type: {task}. You see the references, not the picture: it does not exist yet. Write a plan for it as one JSON
-object:
-{{"out_caption": "one sentence that describes the finished picture by itself, without the word image",
- "relations": [{shape}]}}
-There is exactly one relation for each reference image, in order: one short sentence that says what it gives to the
-picture, such as "The woman is from image_1." or "The style is consistent with image_2." Answer with the JSON
-object alone."""
-
-
-TARGET_PROMPT = """Make one picture from the reference images.
-Instruction: {instruction}
-The finished picture: {caption}
-Keep the identity of every subject as its reference shows it."""
-
-
-def pictures_of(record, config):
-    return tuple(to_png(open_image(Path(config.pools) / path)) for path in record["references"])
-
-
-def instruction_question(record, config):
-    prompt = INSTRUCTION_PROMPT.format(
-        count=len(record["references"]), task=record["task"], action=ACTIONS[record["task"]]
-    )
-    return Question(prompt, pictures_of(record, config))
-
-
-def plan_question(record, config):
-    """References and instruction, and nothing else: the plan must not know the target."""
-    shape = ", ".join(f'{{"relation_{i}": "..."}}' for i in range(1, len(record["references"]) + 1))
-    prompt = PLAN_PROMPT.format(
-        count=len(record["references"]),
-        instruction=record["instruction"],
-        task=record["task"],
-        shape=shape,
-    )
-    return Question(prompt, pictures_of(record, config))
-
-
-def target_question(record, config):
-    prompt = TARGET_PROMPT.format(
-        instruction=record["instruction"], caption=record["plan"]["out_caption"]
-    )
-    return Question(prompt, pictures_of(record, config), config.image_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the stages that ask
 
 
-def read_instruction(record, answer):
-    instruction = " ".join(answer.split()).strip('"')
-    if len(instruction) > 1000:
-        raise ValueError(f"an instruction of {len(instruction)} characters")
-    iccot.check_instruction(instruction, len(record["references"]))
-    return {"instruction": instruction}
+def pictures_of(record, config):
+    """PNG bytes of a record's references."""
+    return tuple(to_png(open_image(Path(config.pools) / path)) for path in record["references"])
 
 
-def read_plan(record, answer):
-    """Only plans that follow the grammar are kept; a JSON object may have words or a code fence around it."""
-    start, end = answer.find("{"), answer.rfind("}")
-    text = answer[start : end + 1] if start >= 0 else answer
-    plan = (
-        iccot.from_json(text, len(record["references"]))
-        if start >= 0
-        else iccot.parse(text, len(record["references"]))
-    )
-    return {"plan": json.loads(iccot.to_json(plan))}
-
-
-def keep_target(record, answer, config):
-    """Store the picture as PNG; ValueError if it is none."""
-    import io
-
+def keep_target(record, config, answer):
+    """{"target": where the picture is now, as PNG}; ValueError if the answer is none."""
     image = open_image(io.BytesIO(answer), "the picture that came")
     path = Path(config.out) / "targets" / f"{record['key']}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_suffix(".tmp")
-    hidden.write_bytes(to_png(image))
-    os.replace(hidden, path)
+    with files.published(path) as hidden:
+        hidden.write_bytes(to_png(image))
     return {"target": str(path.relative_to(config.out))}
 
 
 def aesthetic_head(path, clip):
-    """(weight (D,), bias) of a linear head on unit CLIP embeddings, or None."""
+    """(weight (E,), bias) of a linear head on unit CLIP embeddings; None where path is ""."""
     if not path:
         return None
     if not Path(path).is_file():
         raise UserError(
-            f"aesthetic head not found at {path}; give a .safetensors file with weight and bias, or leave it out"
+            f"aesthetic head not found at {path}; give a .safetensors file with weight and bias, "
+            "or leave it out"
         )
     head = load_file(path)
     wanted = clip.embed_captions(["a"]).shape[1]
     if set(head) != {"weight", "bias"} or head["weight"].numel() != wanted:
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
         raise UserError(
-            f"{path} holds {shapes}; expected weight (1, {wanted}) and bias (1,), for the embedding of this CLIP"
+            f"{path} holds {shapes}; expected weight (1, {wanted}) and bias (1,), "
+            "for the embedding of this CLIP"
         )
-    return head["weight"].flatten().float(), float(head["bias"])
+    return head["weight"].flatten().float(), float(head["bias"])  # (E,)
 
 
-def score(record, clip, head, judge, config):
-    """{"scores": ...}: CLIP cosine of caption and target, aesthetic score, PF and SC (None: no usable answer)."""
-    image = open_image(Path(config.out) / record["target"])
-    e, u = clip.embed_images([image]), clip.embed_captions([record["plan"]["out_caption"]])
-    scores = {"clip": round(float((e * u).sum()), 5)}
-    if head is not None:
-        scores["aesthetic"] = round(float(e[0] @ head[0] + head[1]), 4)
-    pictures = (*pictures_of(record, config), to_png(image))
-    for name in ("PF", "SC"):
-        try:
-            scores[name], scores[f"{name}_reason"] = ask_score(
-                judge, name, record["instruction"], pictures, "scene" in record["task"]
-            )
-        except Refused as error:
-            return {"dropped": f"refused by the judge: {error}"}
-    return {"scores": scores}
+class Crew:
+    """The models of the pipeline, and what each does with a record: fields, or {"dropped": why}."""
+
+    def __init__(self, config):
+        self.config = config
+        self.chat = self._endpoint(config.chat_url, config.chat_model)
+        self.painter = self._endpoint(config.image_url or config.chat_url, config.image_model)
+        self.judge = self._endpoint(config.chat_url, config.judge_model or config.chat_model)
+        self.stages = {
+            "instructions": self.instruct,
+            "plans": self.plan,
+            "targets": self.paint,
+            "scores": self.score,
+        }
+
+    def _endpoint(self, url, model):
+        config = self.config
+        limits = dict(per_minute=config.per_minute, timeout=config.timeout, tries=config.tries)
+        access = Access(url, model, config.key_variable, **limits)
+        return Endpoint(access, Path(config.out) / "replies")
+
+    def load_scorer(self):
+        """Make ready for `score`: the CLIP, and the aesthetic head on it."""
+        self.clip = metric_clip(self.config.clip_name, self.config.clip, TOY_CLIP_STEPS)
+        self.head = aesthetic_head(self.config.aesthetic, self.clip)
+
+    def instruct(self, record):
+        question = writer.instruction_question(record, pictures_of(record, self.config))
+        return writer.usable_answer(self.chat, question, partial(writer.read_instruction, record))
+
+    def plan(self, record):
+        question = writer.plan_question(record, pictures_of(record, self.config))
+        return writer.usable_answer(self.chat, question, partial(writer.read_plan, record))
+
+    def paint(self, record):
+        images, size = pictures_of(record, self.config), self.config.image_size
+        question = writer.target_question(record, images, size)
+        return writer.usable_answer(
+            self.painter, question, partial(keep_target, record, self.config)
+        )
+
+    def score(self, record):
+        """CLIP cosine of caption and target, aesthetic score, PF and SC (None: no usable answer).
+
+        After `load_scorer`.
+        """
+        image = open_image(Path(self.config.out) / record["target"])
+        e = self.clip.embed_images([image])  # (1, E)
+        u = self.clip.embed_captions([record["plan"]["out_caption"]])  # (1, E)
+        scores = {"clip": round(float((e * u).sum()), 5)}
+        if self.head is not None:
+            weight, bias = self.head
+            scores["aesthetic"] = round(float(e[0] @ weight + bias), 4)
+        how = dict(
+            pictures=(*pictures_of(record, self.config), to_png(image)),
+            scene="scene" in record["task"],
+        )
+        for name in ("PF", "SC"):
+            try:
+                answer = ask_score(self.judge, name, record["instruction"], **how)
+            except Refused as error:
+                return {"dropped": f"refused by the judge: {error}"}
+            scores[name], scores[f"{name}_reason"] = answer
+        return {"scores": scores}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # cuts and shards
+
+
+def floors(records, config):
+    """{"clip", "aesthetic": the least score} that records of one task must have."""
+    found = {"clip": -np.inf, "aesthetic": -np.inf}
+    for name, percent in (("clip", config.drop_clip), ("aesthetic", config.drop_aesthetic)):
+        if records and name in records[0]["scores"]:
+            found[name] = np.percentile([one["scores"][name] for one in records], percent)
+    if config.least_clip is not None:
+        found["clip"] = config.least_clip
+    return found
 
 
 def why_dropped(records, config):
@@ -395,14 +295,7 @@ def why_dropped(records, config):
     reasons = {}
     for task in TASKS:
         of_task = [record for record in records.values() if record["task"] == task]
-        floor = {
-            name: np.percentile([one["scores"][name] for one in of_task], percent)
-            if of_task and name in of_task[0]["scores"]
-            else -np.inf
-            for name, percent in (("clip", config.drop_clip), ("aesthetic", config.drop_aesthetic))
-        }
-        if config.least_clip is not None:
-            floor["clip"] = config.least_clip
+        floor = floors(of_task, config)
         for record in of_task:
             scores, reason = record["scores"], ""
             if scores["PF"] is None or scores["SC"] is None:
@@ -420,152 +313,127 @@ def why_dropped(records, config):
 
 
 def write_shards(records, config):
-    """Shards of what passes, a report, a sheet of examples. Shards are written anew; nothing is asked."""
+    """Shards of the scored records that pass, written anew; nothing is asked.
+
+    Returns `why_dropped` of them all.
+    """
     scored = {key: record for key, record in records.items() if "dropped" not in record}
-    reasons = why_dropped(scored, config)
-    folder = Path(config.out) / "shards"
-    for old in [*folder.glob("*.tar"), *folder.glob("*.partial")]:
-        old.unlink()
-    with ShardWriter(folder, config.shard_size) as writer:
-        for key, record in sorted(scored.items()):
-            if not reasons[key]:
-                kept = {
-                    name: record[name] for name in ("key", "task", "instruction", "plan", "scores")
-                }
-                kept["provenance"] = {
-                    "references": record["references"],
-                    "chat_model": config.chat_model,
-                    "image_model": config.image_model,
-                    "judge_model": config.judge_model or config.chat_model,
-                }
-                writer.write(
-                    kept,
-                    pictures_of(record, config),
-                    (Path(config.out) / record["target"]).read_bytes(),
-                )
+    reasons, out = why_dropped(scored, config), Path(config.out)
+    makers = {
+        "chat_model": config.chat_model,
+        "image_model": config.image_model,
+        "judge_model": config.judge_model or config.chat_model,
+    }
+    kept = ("key", "task", "instruction", "plan", "scores")
+    with files.published(out / "shards") as hidden:
+        with ShardWriter(hidden, config.shard_size) as shards:
+            for key, record in sorted(scored.items()):
+                if not reasons[key]:
+                    about = {name: record[name] for name in kept}
+                    about["provenance"] = {"references": record["references"], **makers}
+                    target = (out / record["target"]).read_bytes()
+                    shards.write(about, pictures_of(record, config), target)
     return reasons
 
 
 def report(all_records, reasons, config):
-    """report.md: what each stage dropped and why, and what is left of each task."""
+    """report.md: what each stage dropped and why, and what is left of each task; examples.png.
+
+    all_records: {stage: {key: record}}; reasons: of `why_dropped`.
+    """
     lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
     for stage in STAGES[1:-1]:
-        why = Counter(
-            record["dropped"].split(":")[0]
-            for record in all_records[stage].values()
-            if "dropped" in record
-        )
+        dropped = [one["dropped"] for one in all_records[stage].values() if "dropped" in one]
+        why = Counter(reason.split(":")[0] for reason in dropped)
         lines += [f"| {stage} | {reason} | {count} |" for reason, count in why.most_common()]
-    lines += [
-        f"| cuts | {reason} | {count} |"
-        for reason, count in Counter(r for r in reasons.values() if r).most_common()
-    ]
+    why = Counter(reason for reason in reasons.values() if reason)
+    lines += [f"| cuts | {reason} | {count} |" for reason, count in why.most_common()]
     lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
     begun = Counter(record["task"] for record in all_records["references"].values())
     kept = Counter(key.rsplit("-", 1)[0] for key, reason in reasons.items() if not reason)
     lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in TASKS]
     total, left = sum(begun.values()), sum(kept.values())
     lines += [f"| all | {total} | {left} ({100 * left / max(1, total):.0f} %) |"]
-    text = "\n".join(lines)
-    files.write_text(Path(config.out) / "report.md", text + "\n")
+    text, out = "\n".join(lines), Path(config.out)
+    files.write_text(out / "report.md", text + "\n")
     print(text)
     if left:
-        source = Source(Path(config.out) / "shards")
-        picture_sheet([source.sample(i) for i in range(min(12, len(source)))]).save(
-            Path(config.out) / "examples.png"
-        )
+        source = Source(out / "shards")
+        sheet = picture_sheet([source.sample(i) for i in range(min(12, len(source)))])
+        sheet.save(out / "examples.png")
         print(f"{left} samples in {config.out}/shards, examples in {config.out}/examples.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running it
 
 
 def estimate(records, config):
-    """What the models would be asked, at most one answer each: requests, pictures sent and made, tokens (about)."""
+    """Print what the models would be asked, at most one answer each.
+
+    Requests, pictures sent and made, tokens (about).
+    """
     count, references = len(records), sum(len(record["references"]) for record in records.values())
-    # characters a token
-    words = (len(INSTRUCTION_PROMPT) + len(PLAN_PROMPT) + len(TARGET_PROMPT) + 2 * 1200) // 4
+    words = (writer.PROMPT_LENGTH + 2 * 1200) // 4  # four characters a token
     picture = 1000  # tokens of a picture of about a megapixel, roughly; ask your provider
+    sent = 4 * references + 2 * count
+    tokens = count * (words + 250) + picture * sent
     print(f"{count} samples, {references} references; nothing was asked")
     print(
-        f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), {4 * references + 2 * count:8,d} pictures "
-        f"sent, about {count * (words + 250) + picture * (4 * references + 2 * count):,d} tokens"
+        f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), "
+        f"{sent:8,d} pictures sent, about {tokens:,d} tokens"
     )
     print(
-        f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made ({config.image_size})"
+        f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made "
+        f"({config.image_size})"
     )
 
 
-def open_clip_of(config):
-    if config.clip_name == "toy" and not (Path(config.clip) / "clip.json").is_file():
-        train_toy_clip(config.clip, seed=1, steps=300, patch_size=8, width=128)
-    return Clip(config.clip_name, config.clip)
+def settings_of(config):
+    """What the references depend on; UserError where `out` was begun with something else."""
+    settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
+    path = Path(config.out) / "settings.json"
+    before = files.read_json(path) if path.is_file() else settings
+    for key in settings:
+        if before.get(key) != settings[key]:
+            raise UserError(
+                f"{config.out} was begun with {key}={before.get(key)}, "
+                f"now {key}={settings[key]}; choose another --out"
+            )
+    return settings
+
+
+def begin(config):
+    """{key: record} of the references: those of before, or drawn and, but for a dry run, kept."""
+    settings, out = settings_of(config), Path(config.out)
+    if config.config == "toy" and not Path(config.pools).is_dir():
+        draw_pools(config.pools)
+    records = read_lines(out / "references.jsonl")
+    if len(records) < config.count:
+        pools = pools_of(config.pools)
+        records = draw_references(pools, config.count, config.max_references, seed=config.seed)
+        if not config.dry_run:
+            files.write_text(out / "settings.json", json.dumps(settings) + "\n")
+            lines = [json.dumps(record) + "\n" for record in records.values()]
+            files.write_text(out / "references.jsonl", "".join(lines))
+    return records
 
 
 def curate(config):
-    """All stages that are asked for."""
-    out = Path(config.out)
-    files.check_writable(out)
-    settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
-    if (out / "settings.json").is_file() and (
-        before := files.read_json(out / "settings.json")
-    ) != settings:
-        key = next(key for key in settings if before.get(key) != settings[key])
-        raise UserError(
-            f"{out} was begun with {key}={before.get(key)}, now {key}={settings[key]}; choose another --out"
-        )
-    if config.config == "toy" and not Path(config.pools).is_dir():
-        from toy.server import draw_pools
-
-        draw_pools(config.pools)
-    records = {"references": read_lines(out / "references.jsonl")}
-    if len(records["references"]) < config.count:
-        drawn = draw_references(pools_of(config), config)
-        if config.dry_run:
-            return estimate(drawn, config)
-        files.write_text(out / "settings.json", json.dumps(settings) + "\n")
-        files.write_text(
-            out / "references.jsonl",
-            "".join(json.dumps(record) + "\n" for record in drawn.values()),
-        )
-        records["references"] = drawn
+    """All stages that are asked for; the others are read as they are."""
+    files.check_writable(config.out)
+    records = {"references": begin(config)}
     if config.dry_run:
         return estimate(records["references"], config)
-    endpoint = partial(
-        Endpoint,
-        replies=out / "replies",
-        key_variable=config.key_variable,
-        per_minute=config.per_minute,
-        timeout=config.timeout,
-        tries=config.tries,
-    )
-    chat, painter = (
-        endpoint(config.chat_url, config.chat_model),
-        endpoint(config.image_url or config.chat_url, config.image_model),
-    )
-    judge = endpoint(config.chat_url, config.judge_model or config.chat_model)
-    scorer = lru_cache(
-        lambda: (clip := open_clip_of(config), aesthetic_head(config.aesthetic, clip))
-    )
-    stages = {
-        "instructions": lambda r: usable_answer(
-            chat, instruction_question(r, config), partial(read_instruction, r)
-        ),
-        "plans": lambda r: usable_answer(chat, plan_question(r, config), partial(read_plan, r)),
-        "targets": lambda r: usable_answer(
-            painter, target_question(r, config), lambda answer: keep_target(r, answer, config)
-        ),
-        "scores": lambda r: score(r, *scorer(), judge, config),
-    }
-    last = STAGES.index(config.stage) if config.stage != "all" else len(STAGES) - 1
-    for i, (name, function) in enumerate(stages.items(), 1):
-        if i < last and config.stage != "all" or i > last:
-            records[name] = read_lines(out / f"{name}.jsonl")
-            continue
-        if name == "scores":
-            scorer()  # before any question: a CLIP that is not there is found out now
-        records[name] = run_stage(name, records[STAGES[i - 1]], function, config)
+    crew, before = Crew(config), "references"
+    for name, function in crew.stages.items():
+        if config.stage in ("all", name):
+            if name == "scores":
+                crew.load_scorer()  # before any question: a missing CLIP is found out now
+            records[name] = run_stage(name, records[before], function, config=config)
+        else:
+            records[name] = read_lines(Path(config.out) / f"{name}.jsonl")
+        before = name
     if config.stage in ("all", "shards"):
         report(records, write_shards(records["scores"], config), config)
 
@@ -573,8 +441,6 @@ def curate(config):
 def main(config):
     with exit_on_user_error(ValueError):
         if config.serve_toy:
-            from toy.server import serve
-
             serve(config.port)
             return
         with torch.no_grad():

@@ -1,7 +1,34 @@
 """
-From references and an instruction to a plan and a picture.
+From references and an instruction to a plan and a picture, on one path for everybody.
+
+Sampling, evaluation, benchmarks, the strips of a training run, final tables and GRPO's rollouts all
+go through the same four steps (docs/BAGEL.md §11-12):
+
+    prompt    reference pictures and texts in one document; BAGEL's order is pictures, instruction
+    think     decode an IC-CoT after the prompt, a token at a time           (KV cache, branches)
+    paint     x ~ N(0, 1);  for t, t' in the time grid:  x <- x - v (t - t')     (rectified flow)
+              v = guided mix of the velocities of all guidance contexts             (flow.guide)
+    picture   latents -> codec -> PIL
+
+Members of a group share their prompt: its keys and values are computed once (`prefill`) and every
+member is a branch. The guidance contexts are branches and documents of the same pack, so one
+forward pass serves all of them (`lay_out`):
+
+    document 1    pictures | {noise: no_text} | instruction | branch a plan: plan {noise: full}
+    document 2    texts {noise: no_image}
+
+The contexts are those of the official inferencer: "no_text" lacks the last text and what follows
+it, "no_image" has all texts but the plan. GRPO's update packs its trees with the same function, so
+rollout and update compute the same thing.
+
+    engine = Engine(model, tokenizer)
+    result, = engine.generate([engine.request(sample, side=32)], sampler=Sampler(7, 10.0),
+                              thinking=Thinking(72), batch=50, seeds=[(0,)])
+
+Letters: sequence.py. Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,239 +37,178 @@ from tqdm import tqdm
 
 import flow
 import iccot
-from iccot import is_valid
-from model import Cache
-from runtime import processes
-from sequence import Sequence
-from toy import world
-from vision import to_pil, unpatchify
+from model import Cache, UnifiedModel
+from runtime.processes import generator
+from sequence import Layout, Packed, Sequence
+from vision import Reference, to_pil, unpatchify
+
+THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
+
+
+# --------------------------------------------------------------------------------------------------
+# what is asked for
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What stands before the plan: references (vision.Reference) and texts (lists of token ids) in order."""
+class Request:
+    """One picture to make. references: PIL RGB; grid: (h, w) latent tokens of the picture.
 
-    items: tuple
-    vae: bool = True  # false: pictures go through the eye alone (docs/BAGEL.md §12)
+    system: a text in front of everything (iccot.GENERATION_SYSTEM_PROMPT).
+    """
 
-    def write(self, sequence):
-        for item in self.items:
-            sequence.text(item) if isinstance(item, (list, tuple)) else sequence.image(
-                item, vae=self.vae
-            )
+    references: tuple[Image.Image, ...]
+    instruction: str
+    grid: tuple[int, int]
+    system: str = ""
 
-    def __len__(self):
-        """Tokens in a packed sequence."""
-        return sum(len(item) + 2 * isinstance(item, (list, tuple)) for item in self.items)
 
-    @property
-    def texts(self):
-        return [item for item in self.items if isinstance(item, (list, tuple))]
+@dataclass(frozen=True)
+class Result:
+    """One picture made. Painted without a plan, `text` is "" and `plan` None."""
+
+    text: str  # what the model wrote
+    plan: iccot.ICCoT | None  # what could be read from it
+    problems: list[str]  # what could not
+    valid: bool  # whether it parses strictly
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How plans are decoded. temperature 0 is greedy; top_p 1 draws from all tokens."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to paint. `num_timesteps` grid points give one model evaluation less (BAGEL)."""
+    """How pictures are painted. A grid of `num_timesteps` points is one evaluation less (BAGEL)."""
 
     num_timesteps: int
     timestep_shift: float
     text_guidance: float = 1.0  # 1: off
     image_guidance: float = 1.0  # acts only when text_guidance does
-    guidance_interval: tuple = (0.4, 1.0)
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
     renorm_min: float = 0.0
 
     @property
-    def contexts(self):
+    def contexts(self) -> tuple[str, ...]:
         """What the velocity is asked with: everything; without text; without pictures."""
         if self.text_guidance <= 1:
             return ("full",)
         return ("full", "no_text", "no_image") if self.image_guidance > 1 else ("full", "no_text")
 
-
-@torch.no_grad()
-def prefill(model, layout, prompts):
-    """Keys and values of the prompts alone: a Cache for `think` and `paint` to take over."""
-    sequence = Sequence(layout)
-    for prompt in prompts:
-        with sequence.document():
-            prompt.write(sequence)
-    packed = sequence.pack().to(model.embed_tokens.weight.device)
-    cache = Cache(model, len(packed))
-    if len(packed):
-        model(packed, cache)
-    return cache
+    @property
+    def guidance(self) -> flow.Guidance:
+        return flow.Guidance(self.text_guidance, self.image_guidance, self.renorm, self.renorm_min)
 
 
-@torch.no_grad()
-def think(
-    model,
-    layout,
-    prompts,
-    group_size,
-    max_tokens,
-    temperature=0.0,
-    generators=None,
-    top_p=1.0,
-    prefix=None,
-):
-    """Decode `group_size` plans for each prompt, all together. prefix: what `prefill` gave for these prompts.
-
-    Returns one list of token ids a member, prompts x group_size of them, and whether each ended with eos in time.
-    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut off at `top_p`, with a
-    generator for each member, so that what a member gets does not depend on its company.
-    """
-    prefix = prefill(model, layout, prompts) if prefix is None else prefix
-    sequence = Sequence(layout)
-    for prompt in prompts:
-        with sequence.document():
-            prompt.write(sequence)
-            for _ in range(group_size):
-                with sequence.branch():
-                    sequence.reserve(max_tokens)
-    device = model.embed_tokens.weight.device
-    packed = sequence.pack().to(device)
-    cache = Cache(model, len(packed))
-    cache.take_over(packed.rows_of("given"), prefix)
-    slots = torch.tensor(sequence.reserved, device=device)  # (G,)
-    fed = torch.full_like(slots, layout.bos)
-    ended = torch.zeros_like(slots, dtype=torch.bool)
-    tokens = []
-    for step in range(max_tokens):
-        hidden, _ = model(packed.decoding(slots + step, fed), cache)  # (G, W)
-        logits = model.lm_head(hidden).float()  # (G, vocabulary)
-        fed = choose(logits, temperature, top_p, generators)
-        tokens.append(fed)
-        ended |= fed == layout.eos
-        if bool(ended.all()):
-            break
-    rows = torch.stack(tokens, 1).tolist()  # (G, steps)
-    plans = [row[: row.index(layout.eos)] if layout.eos in row else row for row in rows]
-    return plans, ended.tolist()
+# --------------------------------------------------------------------------------------------------
+# the tree of a prompt
 
 
-def choose(logits, temperature, top_p, generators):
-    """The next token of each row, (G, vocabulary) -> (G,). Drawn on the CPU: a seed means the same everywhere."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, index = probabilities.sort(-1, descending=True)
-        behind = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones make up top_p already
-        probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    rows = probabilities.cpu()
-    drawn = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(rows, generators, strict=True)
-    ]
-    return torch.cat(drawn).to(logits.device)
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the plan: references (vision.Reference) and texts (token ids) in order."""
+
+    items: tuple[Reference | list, ...]
+    vae: bool = True  # false: pictures go through the eye alone (docs/BAGEL.md §12)
+
+    def write(self, sequence: Sequence) -> None:
+        for item in self.items:
+            sequence.text(item) if is_text(item) else sequence.image(item, vae=self.vae)
+
+    def __len__(self) -> int:
+        """Tokens in a packed sequence."""
+        return sum(len(item) + 2 * is_text(item) for item in self.items)
+
+    @property
+    def texts(self) -> tuple[list, ...]:
+        return tuple(item for item in self.items if is_text(item))
 
 
-def draw_noise(lengths, channels, generators):
-    """Standard normal (sum of lengths, C) on the CPU, a picture from each generator."""
-    pairs = zip(lengths, generators, strict=True)
-    return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in pairs])
+def is_text(item) -> bool:
+    """Whether an item of a prompt is a text."""
+    return isinstance(item, list | tuple)
 
 
-@torch.no_grad()
-def paint(
-    model, layout, prompts, plans, grids, sampler, generators=None, step=None, x=None, prefix=None
-):
-    """Paint a picture for each plan: x (all tokens, C), the final latent tokens of all pictures in order.
+@dataclass(frozen=True)
+class Noised:
+    """A noised picture x (T, C) at a flow time."""
 
-    plans: for each prompt a list with the token ids of each plan, or None to paint without a plan.
-    grids: for each prompt the (h, w) token grid of its pictures. `step(k, x, v, t, t_next) -> x` replaces the Euler
-    step (GRPO's SDE window). x: the initial noise; if it is not given it is drawn, with a generator for each picture.
-    prefix: what `prefill` gave for these prompts.
-    """
-    model_device, channels = model.embed_tokens.weight.device, model.config.token_channels
-    noised = [
-        [[(torch.zeros(h * w, channels), (h, w), 1.0)] for _ in group]
-        for (h, w), group in zip(grids, plans)
-    ]
-    packed, rows = lay_out(layout, prompts, plans, noised, sampler.contexts)
-    packed, rows = (
-        packed.to(model_device),
-        {name: index.to(model_device) for name, index in rows.items()},
-    )
-    # tokens of each picture
-    lengths = [len(image) for group in noised for images in group for image, *_ in images]
-    image_of_token = torch.repeat_interleave(torch.tensor(lengths, device=model_device))
-    cache = fill(model, layout, prompts, packed, prefix)
-    canvas = packed.select(packed.rows_of("noised"))
-    token = torch.empty_like(canvas.noised)  # of x, behind each noised token
-    for index in rows.values():
-        token[index] = torch.arange(len(index), device=model_device)
-    x = (draw_noise(lengths, channels, generators) if x is None else x).to(model_device)
-    grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
-    for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        canvas.latents = x[token]
-        canvas.timesteps = torch.full_like(canvas.timesteps, t)
-        v = guided(
-            model.velocity(canvas, model(canvas, cache)[1]),
-            rows,
-            t,
-            sampler,
-            image_of_token,
-            len(lengths),
-        )
-        x = flow.euler_step(x, v, t, t_next) if step is None else step(k, x, v, t, t_next)
-    return x
+    x: torch.Tensor
+    timestep: float
 
 
-def fill(model, layout, prompts, packed, prefix=None):
-    """A KV cache with everything that is given: the prompts from `prefix` if there is one, the rest computed."""
-    cache, given = Cache(model, len(packed)), packed.rows_of("given")
-    if prefix is not None:
-        mine = packed.rows_of("given", packed.shared & ~packed.extra)
-        cache.take_over(mine, prefix)
-        given = packed.rows_of("given", ~packed.shared | packed.extra)
-    if len(given):
-        model(packed.select(given), cache)
-    return cache
+@dataclass(frozen=True)
+class Branch:
+    """A plan (token ids; None: paint without one) and the noised pictures that stand behind it."""
+
+    plan: list | None
+    noised: tuple[Noised, ...]
 
 
-def lay_out(layout, prompts, plans, noised, contexts, loss=False):
-    """One pack for all guidance contexts of some groups.
+@dataclass(frozen=True)
+class Group:
+    """One prompt, the (h, w) token grid of all its pictures, and its branches."""
 
-    plans: for each prompt its plans, token ids or None; noised: for each prompt and each of its plans the noised images
-    (x_t (n, C), grid, t). loss: the plans predict their tokens.
-    Returns the pack, and for each context the rows of its noised tokens among all noised tokens, image by image in the
-    order of `noised`.
+    prompt: Prompt
+    grid: tuple[int, int]
+    branches: tuple[Branch, ...]
+
+
+def lay_out(
+    layout: Layout, groups: list[Group], contexts: tuple[str, ...], *, loss: bool = False
+) -> tuple[Packed, dict[str, torch.Tensor]]:
+    """One pack for all guidance contexts of some groups. loss: the plans predict their tokens.
+
+    Returns the pack, and for each context the rows of its noised tokens among all noised tokens,
+    picture by picture in the order of the branches.
     """
     sequence, rows = Sequence(layout), {name: [] for name in contexts}
 
-    def leaves(name, images):
-        for x_t, grid, t in images if name in rows else ():
-            rows[name].append(torch.arange(len(sequence.noised), len(sequence.noised) + len(x_t)))
-            sequence.noise(x_t, grid, t)
+    def leaves(name, group, branches):
+        for noised in (one for branch in branches for one in branch.noised) if name in rows else ():
+            begin = len(sequence.noised)
+            rows[name].append(torch.arange(begin, begin + len(noised.x)))
+            sequence.noise(noised.x, group.grid, noised.timestep)
 
-    for prompt, group, images in zip(prompts, plans, noised):
-        every = [image for own in images for image in own]
-        last_is_text = isinstance(prompt.items[-1], (list, tuple))
-        cut = len(prompt.items) - last_is_text
+    for group in groups:
+        prompt = group.prompt
+        cut = len(prompt.items) - is_text(prompt.items[-1])
         with sequence.document():
             Prompt(prompt.items[:cut], prompt.vae).write(sequence)
-            leaves("no_text", every)
+            leaves("no_text", group, group.branches)
             Prompt(prompt.items[cut:]).write(sequence)
-            for plan, own in zip(group, images):
+            for branch in group.branches:
                 with sequence.branch():
-                    if plan is not None:
-                        sequence.text(plan, loss)
-                    leaves("full", own)
+                    if branch.plan is not None:
+                        sequence.text(branch.plan, loss)
+                    leaves("full", group, [branch])
         if "no_image" in rows:
             with sequence.document(extra=True):
-                Prompt(tuple(prompt.texts)).write(sequence)
-                leaves("no_image", every)
+                Prompt(prompt.texts).write(sequence)
+                leaves("no_image", group, group.branches)
     return sequence.pack(), {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def guided(v, rows, t, sampler, image_of_token, images):
-    """The velocity (tokens of x, C) that the sampler follows, from those of all contexts v (M, C).
+def guided(
+    v: torch.Tensor,
+    rows: dict[str, torch.Tensor],
+    t: torch.Tensor,
+    *,
+    sampler: Sampler,
+    image_of_token: torch.Tensor,
+    images: int,
+) -> torch.Tensor:
+    """The velocity (I * T, C) that the sampler follows, from those of all contexts v (M, C).
 
-    t: one time, or one a token (tokens,); outside the guidance interval the conditional velocity counts.
+    t: one time, or one a token; outside the guidance interval the conditional velocity counts.
     """
-    v = {name: v[index] for name, index in rows.items()}
+    v = {name: v[index] for name, index in rows.items()}  # (I * T, C) of each context
     active = flow.guidance_active(t, sampler.guidance_interval)
     if "no_text" not in v or not bool(active.any()):
         return v["full"]
@@ -250,105 +216,241 @@ def guided(v, rows, t, sampler, image_of_token, images):
         v["full"],
         v["no_text"],
         v.get("no_image"),
-        sampler.text_guidance,
-        sampler.image_guidance,
-        sampler.renorm,
-        sampler.renorm_min,
-        image_of_token,
-        images,
+        guidance=sampler.guidance,
+        image_of_token=image_of_token,
+        images=images,
     )
     return mixed if active.ndim == 0 else torch.where(active[:, None], mixed, v["full"])
 
 
-def make_prompt(model, tokenizer, references, instruction, system=""):
-    """Pictures (PIL), then the instruction: BAGEL's order. "<image>" in the instruction puts a picture in its place.
+# --------------------------------------------------------------------------------------------------
+# randomness
 
-    system: a text of its own in front (iccot.GENERATION_SYSTEM_PROMPT). Pictures are resized as in BAGEL's inferencer.
+
+def draw_noise(lengths: list[int], channels: int, generators: list) -> torch.Tensor:
+    """Standard normal (sum of lengths, C) on the CPU, a picture from each generator."""
+    pairs = zip(lengths, generators, strict=True)
+    return torch.cat([torch.randn(n, channels, generator=one) for n, one in pairs])
+
+
+def choose(logits: torch.Tensor, thinking: Thinking, generators: list | None) -> torch.Tensor:
+    """The next token of each row, (B, vocabulary) -> (B,).
+
+    Drawn on the CPU: a seed means the same everywhere.
     """
-    items, pieces = [*references, instruction], instruction.split("<image>")
-    if len(pieces) > 1:
-        if len(pieces) - 1 != len(references):
-            raise ValueError(
-                f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} references are given; "
-                f"name each once, or none"
+    if thinking.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / thinking.temperature).softmax(-1)
+    if thinking.top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        behind = ordered.cumsum(-1) - ordered >= thinking.top_p  # likelier ones make up top_p
+        probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
+    pairs = zip(probabilities.cpu(), generators, strict=True)
+    drawn = [torch.multinomial(row, 1, generator=one) for row, one in pairs]
+    return torch.cat(drawn).to(logits.device)  # (B,)
+
+
+# --------------------------------------------------------------------------------------------------
+# the engine
+
+
+class Engine:
+    """A model and its tokenizer, ready to think and paint. It changes neither."""
+
+    def __init__(self, model: UnifiedModel, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.layout = model.config.layout(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def request(self, sample, side: int) -> Request:
+        """A request for a sample (anything with references and an instruction).
+
+        side: pixels of the square picture, before the codec's resize rule.
+        """
+        grid = self.model.config.picture_grid(side, side)
+        return Request(tuple(sample.references), sample.instruction, grid)
+
+    def prompt(self, references, instruction: str, system: str = "") -> Prompt:
+        """Pictures (PIL), then the instruction: BAGEL's order.
+
+        "<image>" in the instruction puts a picture in its place; ValueError unless each is named
+        once. Pictures are resized as in BAGEL's inferencer.
+        """
+        items, pieces = [*references, instruction], instruction.split("<image>")
+        if len(pieces) > 1:
+            if len(pieces) - 1 != len(references):
+                raise ValueError(
+                    f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} "
+                    f"references are given; name each once, or none"
+                )
+            items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
+            items = [item.strip() if isinstance(item, str) else item for item in items]
+            items = [item for item in items if item != ""]
+        items = [system] * bool(system) + items
+        return Prompt(
+            tuple(
+                self.tokenizer.encode(item)
+                if isinstance(item, str)
+                else self.model.read(item, as_inferencer=True)
+                for item in items
             )
-        items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
-        items = [item for item in items if not isinstance(item, str) or item.strip()]
-    items = [system] * bool(system) + items
-    return Prompt(
-        tuple(
-            tokenizer.encode(item.strip() if len(pieces) > 1 else item)
-            if isinstance(item, str)
-            else model.read(item, as_inferencer=True)
-            for item in items
         )
-    )
 
+    @torch.no_grad()
+    def prefill(self, prompts: list[Prompt]) -> Cache:
+        """Keys and values of the prompts alone: a Cache for `think` and `paint` to take over."""
+        sequence = Sequence(self.layout)
+        for prompt in prompts:
+            with sequence.document():
+                prompt.write(sequence)
+        packed = sequence.pack().to(self.device)
+        cache = Cache(self.model, len(packed))
+        if len(packed):
+            self.model(packed, cache)
+        return cache
 
-def picture(model, tokens, grid):
-    """Latent tokens (h * w, C) of one picture -> PIL RGB."""
-    return to_pil(model.codec.decode(unpatchify(tokens, grid, model.config.latent_patch)))
+    @torch.no_grad()
+    def think(
+        self,
+        prompts: list[Prompt],
+        thinking: Thinking,
+        *,
+        count: int = 1,
+        generators: list | None = None,
+        prefix: Cache | None = None,
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Decode `count` plans for each prompt, all together.
 
+        Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time.
+        generators: one a plan, so that what a plan becomes does not depend on its company; not
+        needed where decoding is greedy. prefix: what `prefill` gave for these prompts.
+        """
+        prefix = self.prefill(prompts) if prefix is None else prefix
+        sequence = Sequence(self.layout)
+        for prompt in prompts:
+            with sequence.document():
+                prompt.write(sequence)
+                for _ in range(count):
+                    with sequence.branch():
+                        sequence.reserve(thinking.max_tokens)
+        packed = sequence.pack().to(self.device)
+        cache = Cache(self.model, len(packed))
+        cache.take_over(packed.rows_of("given"), prefix)
+        slots = torch.tensor(sequence.reserved, device=self.device)  # (B,) B = prompts * count
+        fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
+        ended = torch.zeros_like(slots, dtype=torch.bool)
+        tokens = []
+        for step in range(thinking.max_tokens):
+            hidden, _ = self.model(packed.decoding(slots + step, fed), cache)  # (B, W)
+            logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
+            fed = choose(logits, thinking, generators)
+            tokens.append(fed)
+            ended |= fed == eos
+            if bool(ended.all()):
+                break
+        rows = torch.stack(tokens, 1).tolist()  # (B, steps)
+        return [row[: row.index(eos)] if eos in row else row for row in rows], ended.tolist()
 
-MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
+    @torch.no_grad()
+    def paint(
+        self,
+        groups: list[Group],
+        sampler: Sampler,
+        *,
+        step: Callable | None = None,
+        prefix: Cache | None = None,
+    ) -> torch.Tensor:
+        """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
 
+        groups: each branch holds one `Noised`, the noise that its picture starts from.
+        `step(k, x, v, t, t_next) -> x` replaces the Euler step (GRPO's window of SDE steps).
+        prefix: what `prefill` gave for the prompts of these groups.
+        """
+        packed, rows = lay_out(self.layout, groups, sampler.contexts)
+        packed = packed.to(self.device)
+        rows = {name: index.to(self.device) for name, index in rows.items()}
+        noise = [one.x for group in groups for branch in group.branches for one in branch.noised]
+        lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
+        image_of_token = torch.repeat_interleave(lengths)  # (I * T,)
+        cache = self._fill(packed, prefix)
+        canvas = packed.select(packed.rows_of("noised"))
+        token = torch.empty_like(canvas.noised)  # (M,) of x, behind each noised token
+        for index in rows.values():
+            token[index] = torch.arange(len(index), device=self.device)
+        x = torch.cat(noise).to(self.device)  # (I * T, C)
+        grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
+        for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+            canvas.latents = x[token]  # (M, C)
+            canvas.timesteps = torch.full_like(canvas.timesteps, t)
+            v = self.model.velocity(canvas, self.model(canvas, cache)[1])  # (M, C)
+            v = guided(
+                v, rows, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
+            )  # (I * T, C)
+            x = step(k, x, v, t, t_next) if step else flow.euler_step(x, v, t, t_next=t_next)
+        return x
 
-@dataclass(frozen=True)
-class Result:
-    """One painted prompt."""
+    def _fill(self, packed: Packed, prefix: Cache | None) -> Cache:
+        """A cache of all that is given: prompts from `prefix` if it is there, the rest computed."""
+        cache, given = Cache(self.model, len(packed)), packed.rows_of("given")
+        if prefix is not None:
+            cache.take_over(packed.rows_of("given", packed.shared & ~packed.extra), prefix)
+            given = packed.rows_of("given", ~packed.shared | packed.extra)
+        if len(given):
+            self.model(packed.select(given), cache)
+        return cache
 
-    text: str  # what the model wrote
-    plan: iccot.ICCoT | None  # what could be read from it
-    valid: bool  # whether it parses strictly
-    image: Image.Image
+    def picture(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+        """Latent tokens (T, C) of one picture -> PIL RGB."""
+        latents = unpatchify(tokens, grid, self.model.config.latent_patch)
+        return to_pil(self.model.codec.decode(latents))
 
+    def generate(
+        self,
+        requests: list[Request],
+        *,
+        sampler: Sampler,
+        thinking: Thinking | None,
+        batch: int,
+        seeds: list[tuple[int, ...]],
+    ) -> list[Result]:
+        """Plans and pictures for all requests: the one road from prompts to pictures.
 
-def generate(
-    model,
-    layout,
-    tokenizer,
-    samples,
-    seed=0,
-    shift=10.0,
-    num_timesteps=7,
-    text_guidance=1.0,
-    use_plan=True,
-    temperature=0.0,
-    batch=50,
-    side=world.SIZE,
-):
-    """Plan and paint `samples` (anything with references and an instruction). Returns a Result for each.
+        thinking: None paints straight from the prompts. batch: requests at a time, bounds the
+        memory. seeds: for each request the numbers that its plan and its noise depend on, whatever
+        its company and whoever asks.
+        """
+        results = []
+        for begin in tqdm(range(0, len(requests), batch), disable=None, desc="paint", leave=False):
+            part = requests[begin : begin + batch]
+            prompts = [self.prompt(one.references, one.instruction, one.system) for one in part]
+            draw = {
+                purpose: [generator(*seed, purpose) for seed in seeds[begin : begin + batch]]
+                for purpose in (THINKING, PAINTING)
+            }
+            plans = [None] * len(part)
+            if thinking is not None:
+                plans, _ = self.think(prompts, thinking, generators=draw[THINKING])
+            groups = [
+                Group(prompt, one.grid, (Branch(plan, (self.start(one.grid, noise),)),))
+                for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])
+            ]
+            x = self.paint(groups, sampler)
+            pictures = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
+            results += map(self._result, part, plans, pictures)
+        return results
 
-    side: pixels of the square pictures, before the codec's resize rule.
-    """
-    sampler = Sampler(
-        num_timesteps, shift, text_guidance=text_guidance, guidance_interval=(0.0, 1.0)
-    )
-    grid = model.config.picture_grid(side, side)
-    results = []
-    for first in tqdm(range(0, len(samples), batch), disable=None, desc="evaluate", leave=False):
-        part = samples[first : first + batch]
-        prompts = [make_prompt(model, tokenizer, one.references, one.instruction) for one in part]
-        generators = lambda purpose: [
-            processes.generator(seed, first + i, purpose) for i in range(len(part))
-        ]
-        plans = [None] * len(part)
-        if use_plan:
-            plans, _ = think(model, layout, prompts, 1, MAX_PLAN_TOKENS, temperature, generators(1))
-        x = paint(
-            model,
-            layout,
-            prompts,
-            [[plan] for plan in plans],
-            [grid] * len(part),
-            sampler,
-            generators(2),
-        )
-        for one, plan, tokens in zip(part, plans, x.split(grid[0] * grid[1])):
-            text = "" if plan is None else tokenizer.decode(plan)
-            read, problems = (
-                iccot.salvage(text, len(one.references)) if plan is not None else (None, [])
-            )
-            valid = plan is not None and is_valid(text, len(one.references))
-            results.append(Result(text, read, valid, picture(model, tokens, grid)))
-    return results
+    def start(self, grid: tuple[int, int], generator: torch.Generator) -> Noised:
+        """The noise that a picture of this grid starts from."""
+        channels = self.model.config.token_channels
+        return Noised(draw_noise([grid[0] * grid[1]], channels, [generator]), 1.0)
+
+    def _result(self, request: Request, plan: list | None, tokens: torch.Tensor) -> Result:
+        image, references = self.picture(tokens, request.grid), len(request.references)
+        if plan is None:
+            return Result("", None, [], False, image)
+        text = self.tokenizer.decode(plan)
+        read, problems = iccot.salvage(text, references)
+        return Result(text, read, problems, iccot.is_valid(text, references), image)

@@ -1,26 +1,16 @@
 """
-What a checkpoint can do: held-out prompts of the toy world, planned, painted and judged (paper section 7).
-
-    PF, SC      prompt following and subject consistency, 0-10, from pixels by the exact judge of data.py
-    Overall     sqrt(PF * SC) per sample, then the mean (OmniContext)
-    CLIP_out    100 * cosine of CLIP embeddings of the picture and the *ground truth* caption, by a CLIP that is not the
-                reward's;   CLIP_plan   the same with the caption that the model wrote, which is what stage 2 rewards
-    format_ok   share of plans that parse;   caption_ok   share of captions that are exactly right
-
-Plans are greedy, pictures start from noise that depends on `seed` alone, so two checkpoints are compared on the same
-prompts and the same noise.
-
-The ablation of the paper (its rows are ROWS) trains what is missing, measures every row over several seeds and prints
-mean and standard deviation beside the paper's numbers, which are of another world and another judge: compare the order.
-There is no BAGEL at toy size, so "base" is a model that saw neither IC-CoT nor in-context pairs: prompts with several
-references became text to image with the caption as the instruction; those with one reference it saw as they are.
-
-The benchmarks of the paper, OmniContext and DreamOmni2Bench, need pictures of 1024 x 1024 and an MLLM as the judge: see
-benchmarks.py.
+What a checkpoint can do: held-out prompts planned, painted and measured (studies/metrics.py).
 
     python evaluate.py --config toy --checkpoint out/toy-grpo --json
-    python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --checkpoint out/full-grpo
-    python evaluate.py --config toy --ablation --seeds 3           9 x stage 1, 6 x stage 2; finished runs are picked up
+
+prints one row (PF, SC, Overall, CLIP_out, CLIP_plan, format_ok, caption_ok) and PF, SC and Overall
+of each task. Two studies of the paper start here too, since they end in the same tables:
+
+    python evaluate.py --config toy --ablation --seeds 3           studies/ablation.py
+    python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --generate_only
+
+the second being OmniContext or DreamOmni2Bench with an MLLM as the judge (studies/benchmarks.py).
+Left out: judging real pictures without an MLLM.
 """
 
 import json
@@ -33,13 +23,13 @@ from typing import Literal
 
 import torch
 
-from engine import MAX_PLAN_TOKENS, generate
+from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
 from runtime.pretrained import load_model
 from studies.ablation import ablation
-from studies.benchmarks import bench
-from studies.metrics import by_task, measure, print_table, save_grid, test_samples
+from studies.benchmarks import run_benchmark
+from studies.metrics import HeldOut, by_task, measure, print_table, save_grid
 from toy import world
 from toy.prepare import metric_clip
 
@@ -79,7 +69,7 @@ class Config:
     image_guidance: float = 1.0
     guidance_low: float = 0.0  # guidance acts at times above this
     renorm: Literal["global", "channel", "text_channel"] = "text_channel"
-    max_plan_tokens: int = MAX_PLAN_TOKENS
+    max_plan_tokens: int = 72  # of a plan, at most
     device: str = "cpu"  # or cuda
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
     # ablation
@@ -94,92 +84,98 @@ class Config:
             )
         if self.num_timesteps < 2:
             raise ValueError(
-                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture"
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
+                f"picture"
             )
         if bool(self.bench) != bool(self.bench_path):
             raise ValueError(
                 "--bench needs the name of a benchmark and its data: --bench omnicontext PATH"
             )
 
+    @property
+    def sampler(self):
+        guidance, interval = (self.text_guidance, self.image_guidance), (self.guidance_low, 1.0)
+        return Sampler(self.num_timesteps, self.timestep_shift, *guidance, interval, self.renorm)
 
+    @property
+    def thinking(self):
+        return Thinking(self.max_plan_tokens) if self.use_plan else None
+
+    @property
+    def held_out(self):
+        return HeldOut(
+            self.data,
+            self.num_samples,
+            self.max_references,
+            self.scale,
+            self.side,
+            self.sampler,
+            self.thinking,
+            seed=self.seed,
+            data_seed=self.data_seed,
+        )
+
+
+# fmt: off
 PRESETS = {
     "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
     "smoke": dict(
-        checkpoint="out/smoke-grpo",
-        num_samples=16,
-        metric_name="toy",
-        metric="out/smoke-clip-metric",
-        clip_steps=20,
+        checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
+        metric="out/smoke-clip-metric", clip_steps=20,
     ),
     "full": dict(
-        checkpoint="out/full-grpo",
-        side=1024,
-        num_timesteps=50,
-        timestep_shift=3.0,
-        text_guidance=4.0,
-        image_guidance=2.0,
-        max_plan_tokens=1000,
-        device="cuda",
+        checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0,
+        text_guidance=4.0, image_guidance=2.0, max_plan_tokens=1000, device="cuda",
         dtype="bfloat16",
     ),
 }
+# fmt: on
 
 
-def arguments(argv):
-    """`--bench NAME PATH` in the parser's words."""
-    return with_path(argv, ("--bench",), 1, "--bench_path")
-
-
-def main(config):
-    if config.ablation:
-        with exit_on_user_error(ValueError):
-            files.check_writable(config.runs)
-            processes.choose_threads(config.threads)
-            ablation(config)
-        return
-    if config.bench:
-        with exit_on_user_error(ValueError):
-            processes.choose_threads(config.threads)
-            bench(
-                config,
-                partial(load_model, config.checkpoint, config.device, getattr(torch, config.dtype)),
-                partial(metric_clip, config.metric_name, config.metric, config.clip_steps),
-            )
-        return
-    with exit_on_user_error(ValueError):
-        model, tokenizer = load_model(
-            config.checkpoint, config.device, getattr(torch, config.dtype)
-        )
-        clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-        samples = test_samples(
-            config.data, config.num_samples, config.max_references, config.data_seed, config.scale
-        )
-    processes.choose_threads(config.threads)
-    results = generate(
-        model,
-        model.config.layout(tokenizer),
-        tokenizer,
-        samples,
-        config.seed,
-        config.timestep_shift,
-        config.num_timesteps,
-        config.text_guidance,
-        config.use_plan,
-        side=config.side,
-    )
+def evaluate(config, engine, clip, samples):
+    """Paint and measure; prints the tables and returns the row."""
+    results = config.held_out.paint(engine, samples)
     row = measure(samples, results, clip)
     print_table({Path(config.checkpoint).name: row})
-    for task, (pf, sc, overall, n) in by_task(samples, results).items():
-        print(f"  {task:22s} PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}  n {n}")
+    table, counts = by_task(samples, results)
+    for task, (pf, sc, overall) in table.items():
+        scores = f"PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}"
+        print(f"  {task:22s} {scores}  n {counts[task]}")
     if config.grid:
         save_grid(config.grid, samples[:8], results[:8])
         print(f"pictures in {config.grid}")
     if config.json:
-        print(
-            json.dumps(
-                {key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}
-            )
-        )
+        known = {key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}
+        print(json.dumps(known))
+    return row
+
+
+def arguments(argv):
+    """`--bench NAME PATH` in the parser's words."""
+    return with_path(argv, ("--bench",), 1, option="--bench_path")
+
+
+def main(config):
+    """One checkpoint, or the ablation, or a benchmark."""
+    dtype = getattr(torch, config.dtype)
+    metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
+
+    def load_engine():
+        return Engine(*load_model(config.checkpoint, config.device, dtype))
+
+    with exit_on_user_error(ValueError):
+        if config.ablation:
+            files.check_writable(config.runs)
+            processes.choose_threads(config.threads)
+            ablation(config)
+            return
+        if config.bench:
+            processes.choose_threads(config.threads)
+            run_benchmark(config, load_engine, metric)
+            return
+        engine, clip, samples = load_engine(), metric(), config.held_out.samples()
+    processes.choose_threads(config.threads)
+    evaluate(config, engine, clip, samples)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,85 @@
 """
-Rectified flow: turn noise into image latents along straight lines, and give every step a probability.
+Rectified flow: noise becomes latents along straight lines, and every step has a probability.
 
 Time runs as in BAGEL, everywhere in this repository:
-    t = 0 is the clean latent x0,  t = 1 is Gaussian noise e,  sampling goes t -> t' < t with D = t - t'
+    t = 0 is the clean latent x0, t = 1 is Gaussian noise e, sampling goes t -> t' < t; D = t - t'
     path         x_t = (1 - t) x0 + t e
-    velocity     v   = e - x0                                        what the network predicts
-    estimates    x0^ = x - t v,   e^ = x + (1 - t) v                 what x and v say about both ends
-    ODE step     x'  = x - v D                                       (Euler)
-    SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise e^, put in as much that is new
-      flow         mean = x - v D - s^2 D / (2 t) e^,    std = s sqrt(D),   s = a sqrt(t / (1 - t))      Flow-GRPO
-      cps          mean = x - v D - t' (1 - cos b) e^,   std = t' sin b,    b = a pi / 2                 Flow-CPS
-    With a = 0 both are the Euler step, bit for bit. `flow` keeps the marginals of the ODE as the steps get smaller;
-    `cps` keeps the path's coefficients instead: mean = (1 - t') x0^ + t' cos(b) e^.
-    log-prob     mean over all numbers of an image of log Normal(x'; mean, std)   (a sum would overflow the ratio)
+    velocity     v   = e - x0                                    what the network predicts
+    estimates    x0^ = x - t v,   e^ = x + (1 - t) v             what x and v say about both ends
+    ODE step     x'  = x - v D                                   (Euler)
+    SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise e^, put in as much new
+      flow         mean = x - v D - s^2 D / (2 t) e^,    std = s sqrt(D),   s = a sqrt(t / (1 - t))
+      cps          mean = x - v D - t' (1 - cos b) e^,   std = t' sin b,    b = a pi / 2
+    `flow` is Flow-GRPO's, `cps` Flow-CPS's. With a = 0 both are the Euler step, bit for bit.
+    `flow` keeps the marginals of the ODE as the steps get smaller; `cps` keeps the path's
+    coefficients instead: mean = (1 - t') x0^ + t' cos(b) e^.
+    log-prob     mean over all numbers of an image of log Normal(x'; mean, std)
+                 (a sum would overflow the ratio)
 
-Latents are packed, without padding: N tokens of I images, C channels each; image_of_token (N,) says whose each is.
-A time (t, t_next) is a number, a 0-dim tensor, or one value a token, (N,) or (N, 1). All arithmetic is in float32
-whatever comes in (bfloat16 is too coarse for log-probs), or in float64 if the latents are float64.
-Left out: higher-order solvers, distillation, other noise schedules (DanceGRPO's constant, R3's clamp).
+Latents are packed, without padding: N tokens of I images, C values each; image_of_token (N,) says
+whose each is. A time (t, t_next) is a number, a 0-dim tensor, or one value a token, (N,) or (N, 1).
+All arithmetic is in float32 whatever comes in (bfloat16 is too coarse for log-probs), or in float64
+if the latents are float64. Letters: sequence.py.
+Left out: higher-order solvers, distillation, other noise schedules (DanceGRPO's constant, R3's
+clamp).
 Run: python -m pytest tests/test_flow.py
 """
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 RENORMS = ("global", "channel", "text_channel")
+
+Time = float | Tensor
+
+
+@dataclass(frozen=True)
+class Sde:
+    """The noise of an SDE step: its kind and noise_level, the a of the equations above.
+
+    Usual are 0.7 for "flow", and 0.8 for "cps", which ends at 1.
+    """
+
+    kind: str = "flow"
+    noise_level: float = 0.7
+
+    def __post_init__(self):
+        if self.kind not in ("flow", "cps"):
+            raise ValueError(f"SDE kind {self.kind!r} is unknown; use 'flow' or 'cps'")
+        if not 0 <= self.noise_level <= (1 if self.kind == "cps" else math.inf):
+            raise ValueError(
+                f"noise level {self.noise_level} does not fit SDE kind {self.kind!r}: "
+                "use 0 or more (cps: at most 1)"
+            )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far `guide` moves a velocity away from those of the poorer contexts. A scale of 1 is off.
+
+    renorm       how the guided velocity is shrunk to the length of the unguided one:
+      "global"       one length for the whole tensor, or one an image where `guide` knows the images
+                     (the official code always does the former, so a batch of images couples)
+      "channel"      one a token
+      "text_channel" one a token, and before the image term
+    renorm_min   the most it may shrink; 1 turns it off
+    """
+
+    text_scale: float = 1.0
+    image_scale: float = 1.0  # as in the official code, does nothing where text_scale is off
+    renorm: str = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self):
+        if self.renorm not in RENORMS:
+            raise ValueError(
+                f"guidance renormalisation {self.renorm!r} is unknown; "
+                f"use one of {', '.join(RENORMS)}"
+            )
 
 
 def _float(*tensors):
@@ -36,69 +89,77 @@ def _float(*tensors):
 
 
 def _time(t, like):
-    """A time as a tensor that broadcasts over (N, C): () or (N, 1), in the dtype and on the device of `like`.
+    """A time as a tensor that broadcasts over (N, C): () or (N, 1), of the dtype of `like`.
 
-    A number becomes a tensor *before* any arithmetic, so that a rollout (one t for all) and an update (one t a token)
-    round in the same way and the likelihood ratio before the first update is exactly 1.
+    A number becomes a tensor *before* any arithmetic, so that a rollout (one t for all) and an
+    update (one t a token) round in the same way and the likelihood ratio before the first update is
+    exactly 1.
     """
     t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
     return t[:, None] if t.dim() == 1 else t  # (N,) -> (N, 1)
 
 
-# ---------------------------------------------------------------- training: path and target
+# --------------------------------------------------------------------------------------------------
+# training: path and target
 
 
-def interpolate(data, noise, t):
-    """The point x_t on the straight line from data (t = 0) to noise (t = 1). data, noise (N, C) -> (N, C)."""
+def interpolate(data: Tensor, noise: Tensor, t: Time) -> Tensor:
+    """The point x_t on the straight line from data (t = 0) to noise (t = 1). All (N, C)."""
     data, noise = _float(data, noise)
     t = _time(t, data)
     return (1 - t) * data + t * noise
 
 
-def velocity(data, noise):
-    """The regression target dx_t/dt = noise - data, the same at every t. (N, C) -> (N, C)."""
+def velocity(data: Tensor, noise: Tensor) -> Tensor:
+    """The regression target dx_t/dt = noise - data, the same at every t. All (N, C)."""
     data, noise = _float(data, noise)
     return noise - data
 
 
-def estimates(x, v, t):
+def estimates(x: Tensor, v: Tensor, t: Time) -> tuple[Tensor, Tensor]:
     """What x_t and v say about both ends of the line: (data, noise), (N, C) each. Exact if v is.
 
-    The data estimate of the last step is what a reward should look at: it carries no fresh SDE noise.
+    The data estimate of the last step is what a reward should look at: no fresh SDE noise is in it.
     """
     x, v = _float(x, v)
     t = _time(t, x)
     return x - t * v, x + (1 - t) * v
 
 
-def velocity_mse(v, target, image_of_token=None, images=None):
-    """Mean squared error: the flow loss, and the KL in velocity form (against the reference model's velocity).
+def velocity_mse(
+    v: Tensor, target: Tensor, image_of_token: Tensor | None = None, *, images: int | None = None
+) -> Tensor:
+    """Mean squared error: the flow loss, and the KL in velocity form (target: the reference's v).
 
-    (N, C), (N, C) -> one number for all tokens alike, or (I,) one an image if image_of_token is given.
+    (N, C), (N, C) -> one number for all tokens alike, or (I,) one an image with image_of_token.
     """
     v, target = _float(v, target)
     error = (v - target).square()
     return error.mean() if image_of_token is None else image_mean(error, image_of_token, images)
 
 
-# ---------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------------
+# time
 
 
-def shift_time(t, shift):
-    """Move times towards the noise: s t / (1 + (s - 1) t). shift 1 changes nothing; 0 and 1 stay where they are."""
+def shift_time(t: Time, shift: float) -> Time:
+    """Move times towards the noise: s t / (1 + (s - 1) t). 0 and 1 stay; shift 1 moves nothing."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_timesteps(count, shift=1.0, generator=None):
-    """Training times, one an image: sigmoid of a standard normal, then shifted (BAGEL). (count,) float32."""
+def sample_timesteps(
+    count: int, shift: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Training times, one an image: sigmoid of a standard normal, shifted (BAGEL). (count,)."""
     device = "cpu" if generator is None else generator.device
     return shift_time(torch.sigmoid(torch.randn(count, generator=generator, device=device)), shift)
 
 
-def time_grid(num_timesteps, shift):
-    """The times of a sampler, from 1 down to 0, exactly as in BAGEL. (num_timesteps,) float32 on the CPU.
+def time_grid(num_timesteps: int, shift: float) -> Tensor:
+    """The times of a sampler, from 1 down to 0, exactly as in BAGEL. (num_timesteps,) on the CPU.
 
-    `num_timesteps` counts grid points: a grid of 50 means 49 evaluations of the model, the last from grid[-2] to 0.
+    `num_timesteps` counts grid points: a grid of 50 means 49 evaluations of the model, the last
+    from grid[-2] to 0. ValueError: fewer than 2 points, or a shift of 0 or less.
     """
     if num_timesteps < 2:
         raise ValueError(
@@ -112,73 +173,69 @@ def time_grid(num_timesteps, shift):
     return grid
 
 
-# ---------------------------------------------------------------- one step of a sampler
+# --------------------------------------------------------------------------------------------------
+# one step of a sampler
 
 
-def euler_step(x, v, t, t_next):
-    """One ODE step from t to t_next < t. x, v (N, C) -> (N, C)."""
+def euler_step(x: Tensor, v: Tensor, t: Time, *, t_next: Time) -> Tensor:
+    """One ODE step from t to t_next < t. All (N, C)."""
     x, v = _float(x, v)
     return x - v * (_time(t, x) - _time(t_next, x))
 
 
-def sigma(t, t_next, noise_level):
-    """Flow-GRPO's diffusion coefficient a sqrt(t / (1 - t)), for tensors t and t_next of one shape.
+def sigma(t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
+    """Flow-GRPO's diffusion coefficient a sqrt(t / (1 - t)), for t and t_next of one shape.
 
-    At t = 1 it is infinite; there the (1 - t) is taken at the next grid point (Flow-GRPO's rule), which makes the
-    standard deviation of the first step exactly a, however many steps there are.
+    At t = 1 it is infinite; there the (1 - t) is taken at the next grid point (Flow-GRPO's rule),
+    which makes the std of the first step exactly a, however many steps there are.
     """
     return noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
 
 
-def transition(x, v, t, t_next, noise_level, kind="flow"):
+def transition(x: Tensor, v: Tensor, t: Time, *, t_next: Time, sde: Sde) -> tuple[Tensor, Tensor]:
     """The distribution of the next latents: mean (N, C) and std, () or (N, 1) like t.
 
-    noise_level is the a of the equations above: 0.7 is usual for "flow", 0.8 for "cps", which ends at 1. Needs
-    1 >= t > t_next >= 0. Source: Flow-GRPO's sd3_sde_with_logprob.py, both kinds, written as Euler plus a correction.
+    Needs 1 >= t > t_next >= 0. Source: Flow-GRPO's sd3_sde_with_logprob.py, both kinds, written as
+    Euler plus a correction.
     """
-    if kind not in ("flow", "cps"):
-        raise ValueError(f"SDE kind {kind!r} is unknown; use 'flow' or 'cps'")
-    if not 0 <= noise_level <= (1 if kind == "cps" else math.inf):
-        raise ValueError(
-            f"noise level {noise_level} does not fit SDE kind {kind!r}: use 0 or more (cps: at most 1)"
-        )
     x, v = _float(x, v)
     t, t_next = _time(t, x), _time(t_next, x)
-    euler, noise_estimate = euler_step(x, v, t, t_next), estimates(x, v, t)[1]
-    if kind == "cps":
-        angle = noise_level * math.pi / 2
+    euler, noise_estimate = euler_step(x, v, t, t_next=t_next), estimates(x, v, t)[1]
+    if sde.kind == "cps":
+        angle = sde.noise_level * math.pi / 2
         return euler - t_next * (1 - math.cos(angle)) * noise_estimate, t_next * math.sin(angle)
-    step, s = t - t_next, sigma(t, t_next, noise_level)
+    step, s = t - t_next, sigma(t, t_next, sde.noise_level)
     return euler - s.square() * step / (2 * t) * noise_estimate, s * step.sqrt()
 
 
-def sde_step(x, v, t, t_next, noise_level, noise=None, generator=None, kind="flow"):
-    """One SDE step. Returns the next latents (N, C), and the mean and std they were drawn with.
+def sde_step(
+    x: Tensor, v: Tensor, t: Time, *, t_next: Time, sde: Sde, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One SDE step with standard normal noise (N, C): (x_next, mean, std), see `transition`.
 
-    The noise is drawn from the generator unless given. If the latents are stored in another dtype, round them first and
-    take the log-prob of what is stored: rounding afterwards can put more noise into the ratio than the clip range.
+    If the latents are stored in another dtype, round them first and take the log-prob of what is
+    stored: rounding afterwards can put more noise into the ratio than the clip range.
     """
-    mean, std = transition(x, v, t, t_next, noise_level, kind)
-    if noise is None:
-        device = mean.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
+    mean, std = transition(x, v, t, t_next=t_next, sde=sde)
     return mean + std * noise.to(mean), mean, std
 
 
-# ---------------------------------------------------------------- per image: log-probability and divergence
+# --------------------------------------------------------------------------------------------------
+# per image: log-prob and KL
 
 
-def image_sum(values, image_of_token, images):
+def image_sum(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:
     """Sum one value a token over the tokens of each image. (N,) -> (I,), in the dtype of values.
 
-    Added up in float64: a GPU adds in any order, and in float32 the same numbers would not always give the same sum.
+    Added up in float64: a GPU adds in any order, and in float32 the same numbers would not always
+    give the same sum.
     """
-    total = torch.zeros(images, dtype=torch.float64, device=values.device)
-    return total.index_add(0, image_of_token, values.double()).to(values.dtype)
+    total = torch.zeros(images, dtype=torch.float64, device=values.device)  # (I,)
+    return total.index_add(0, image_of_token, values.double()).to(values.dtype)  # (I,)
 
 
-def image_mean(values, image_of_token, images):
-    """Mean over all tokens and channels of each image. (N, C) -> (I,). Every image must own at least one token."""
+def image_mean(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:
+    """Mean over all numbers of each image. (N, C) -> (I,). Every image must own a token."""
     count = torch.bincount(image_of_token, minlength=images)  # (I,) tokens
     return image_sum(values.mean(-1), image_of_token, images) / count
 
@@ -186,81 +243,69 @@ def image_mean(values, image_of_token, images):
 def _check_std(std, what):
     if not bool((std > 0).all()):
         raise ValueError(
-            f"{what} needs a standard deviation above 0, but a step has none (noise level 0, or the last "
-            "step of 'cps'); keep such steps out of the SDE window"
+            f"{what} needs a standard deviation above 0, but a step has none (noise level 0, "
+            "or the last step of 'cps'); keep such steps out of the SDE window"
         )
 
 
-def log_prob(x_next, mean, std, image_of_token, images):
+def log_prob(
+    x_next: Tensor, mean: Tensor, std: Tensor, *, image_of_token: Tensor, images: int
+) -> Tensor:
     """Log density of the step that was taken, mean over the numbers of each image. (N, C) -> (I,).
 
-    The true Gaussian density for both kinds. (Flow-GRPO's code takes -(x' - mean)^2 alone for cps, that is, it weights
-    each step by 2 std^2; a clip range from there does not carry over.)
+    The true Gaussian density for both kinds. (Flow-GRPO's code takes -(x' - mean)^2 alone for cps,
+    that is, it weights each step by 2 std^2; a clip range from there does not carry over.)
+    ValueError: a step without noise.
     """
     x_next, mean, std = _float(x_next, mean, torch.as_tensor(std))
     _check_std(std, "a log-probability")
-    # (N, C)
-    density = (
-        -(x_next - mean).square() / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
-    )
+    exponent = -(x_next - mean).square() / (2 * std.square())  # (N, C)
+    density = exponent - std.log() - 0.5 * math.log(2 * math.pi)
     return image_mean(density, image_of_token, images)
 
 
-def kl_divergence(mean, mean_reference, std, image_of_token, images):
-    """KL between two steps of the same std, mean over the numbers of each image. (N, C), (N, C) -> (I,).
+def kl_divergence(
+    mean: Tensor, mean_reference: Tensor, std: Tensor, *, image_of_token: Tensor, images: int
+) -> Tensor:
+    """KL between two steps of one std, mean over the numbers of each image. (N, C) -> (I,).
 
-    ||mean - mean_reference||^2 / (2 std^2) with the full transition variance std^2 = s^2 D. Flow-GRPO's code divides by
-    2 s^2 and so drops the step D: its kl_beta of 0.04 is about 0.004 here.
+    ||mean - mean_reference||^2 / (2 std^2) with the full transition variance std^2 = s^2 D.
+    Flow-GRPO's code divides by 2 s^2 and so drops the step D: its kl_beta of 0.04 is about 0.004
+    here. ValueError: a step without noise.
     """
     mean, mean_reference, std = _float(mean, mean_reference, torch.as_tensor(std))
     _check_std(std, "a KL divergence")
     return image_mean((mean - mean_reference).square() / (2 * std.square()), image_of_token, images)
 
 
-# ---------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------
+# guidance
 
 
-def guidance_active(t, interval):
-    """Whether guidance is on at time t (a number or a whole grid): low < t <= high, in float32 as in BAGEL. Bool."""
+def guidance_active(t: Time, interval: tuple[float, float]) -> Tensor:
+    """Whether guidance is on at time t (one or a grid): low < t <= high, in float32 as in BAGEL."""
     t = torch.as_tensor(t, dtype=torch.float32)
     return (t > interval[0]) & (t <= interval[1])
 
 
-def _length(x, renorm, image_of_token, images):
-    """Euclidean length: of each token (N, 1), of the whole tensor (), or of each image, at its tokens (N, 1)."""
-    if renorm != "global":
-        return x.norm(dim=-1, keepdim=True)
-    if image_of_token is None:
-        return x.norm()
-    squares = image_sum(x.square().sum(-1), image_of_token, images)  # (I,)
-    # the floor only keeps the gradient of the square root finite for a model that still predicts zero
-    return squares.clamp_min(1e-30).sqrt()[image_of_token, None]  # (I,) -> (N, 1)
-
-
 def guide(
-    v,
-    v_text,
-    v_image,
-    text_scale,
-    image_scale,
-    renorm="global",
-    renorm_min=0.0,
-    image_of_token=None,
-    images=None,
-):
-    """Classifier-free guidance with three contexts, text first and image around it (BAGEL). All (N, C) -> (N, C).
+    v: Tensor,
+    v_text: Tensor | None,
+    v_image: Tensor | None,
+    *,
+    guidance: Guidance,
+    image_of_token: Tensor | None = None,
+    images: int | None = None,
+) -> Tensor:
+    """Classifier-free guidance with three contexts, text first and image around it (BAGEL).
 
-    v          velocity in the full context; v_text with the text left out; v_image with the images left out
-               (None where the scale is 1 or less, since it is not needed)
-    renorm     "global" one length for the whole tensor, or for each image if image_of_token and images are given
-               (the official code always does the former, so a batch of images couples); "channel" one a token;
-               "text_channel" one a token and before the image term. renorm_min 1 turns it off.
-    As in the official code, text_scale <= 1 returns v: image guidance alone does nothing.
+    v (N, C)       velocity in the full context; v_text with the text left out; v_image with the
+                   images left out (None where its scale is 1 or less, since it is not needed)
+    image_of_token (N,) and images: with them "global" renormalisation is one length an image
+    Returns the guided velocity (N, C). As in the official code, text_scale <= 1 returns v: image
+    guidance alone does nothing. ValueError: a velocity that a scale needs is None.
     """
-    if renorm not in RENORMS:
-        raise ValueError(
-            f"guidance renormalisation {renorm!r} is unknown; use one of {', '.join(RENORMS)}"
-        )
+    text_scale, image_scale = guidance.text_scale, guidance.image_scale
     if text_scale <= 1:
         return _float(v)[0]
     if v_text is None or (v_image is None and image_scale > 1):
@@ -271,14 +316,24 @@ def guide(
     v, v_text, v_image = _float(v, v_text, v if v_image is None else v_image)
 
     def shrink(guided):  # scale down, never up, towards the length of the unguided velocity
-        length = _length(guided, renorm, image_of_token, images)
-        return guided * (_length(v, renorm, image_of_token, images) / (length + 1e-8)).clamp(
-            renorm_min, 1
-        )
+        wanted = _length(v, guidance.renorm, image_of_token, images=images)
+        length = _length(guided, guidance.renorm, image_of_token, images=images)
+        return guided * (wanted / (length + 1e-8)).clamp(guidance.renorm_min, 1)
 
     guided = v_text + text_scale * (v - v_text)
-    if renorm == "text_channel":
+    if guidance.renorm == "text_channel":
         guided = shrink(guided)
     if image_scale > 1:
         guided = v_image + image_scale * (guided - v_image)
-    return guided if renorm == "text_channel" else shrink(guided)
+    return guided if guidance.renorm == "text_channel" else shrink(guided)
+
+
+def _length(x, renorm, image_of_token, *, images):
+    """Euclidean length: of each token (N, 1), of the whole tensor (), or of its image (N, 1)."""
+    if renorm != "global":
+        return x.norm(dim=-1, keepdim=True)  # (N, 1)
+    if image_of_token is None:
+        return x.norm()
+    squares = image_sum(x.square().sum(-1), image_of_token, images)  # (I,)
+    # the floor only keeps the gradient of the square root finite for a model that predicts zero
+    return squares.clamp_min(1e-30).sqrt()[image_of_token, None]  # (I,) -> (N, 1)

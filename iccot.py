@@ -1,17 +1,25 @@
 """
-IC-CoT, the in-context chain of thought of Re-Align (arXiv 2601.05124): what the model writes before it paints.
+IC-CoT, the in-context chain of thought of Re-Align (arXiv 2601.05124): the plan of a picture.
+
+In-context image generation and editing (ICGE): a prompt of several reference images and an
+instruction that speaks about them ("the man of image 1 holds the toy of image 3") asks for one
+picture. A unified model often understands such a prompt and then paints something else. Re-Align
+lets it first write a plan, the IC-CoT, in two parts:
+
+    semantic guidance        a caption of the picture to be: most of ICGE becomes text to image, and
+                             the reward can compare picture and caption
+    reference association    for each reference image, in order, what it gives to the picture
 
     plan      = "<think>" fields "</think>"  |  fields
-    fields    = "<out_caption>" text "</out_caption>"  { " <relation_" i ">" text "</relation_" i ">" }    i = 1, 2, ...
-    text      = one short sentence without tags
+    fields    = "<out_caption>" text "</out_caption>"
+                { " <relation_" i ">" text "</relation_" i ">" }          i = 1, 2, ...
+    text      = one short sentence without tags: "The ball is from image_1."
 
-The caption says what the picture will show (semantic guidance; the reward reads it). Relation i says what reference
-image i gives to the picture (reference association): "The ball is from image_1." There are exactly as many relations
-as references, in order. Images are counted from 1.
-
-`parse` is strict: it takes the grammar above with any white space between and around the fields, and says what is wrong
-and where. `salvage` keeps what it can from a truncated or sloppy answer and lists every repair. Both read decoded text,
-never token ids: a tokenizer may fuse a tag with its neighbours. The JSON form is that of the paper's figure 1.
+There are exactly as many relations as references. Images are counted from 1. `parse` is strict: it
+takes this grammar with any white space between and around the fields, and says what is wrong and
+where. `salvage` keeps what it can from a truncated or sloppy answer and lists every repair. Both
+read decoded text, never token ids: a tokenizer may fuse a tag with its neighbours. The JSON form is
+that of the paper's first figure.
 Left out: checking that a relation is true, and escaping (no field may hold a tag).
 
     iccot.parse(iccot.render(plan), references=2) == plan
@@ -20,54 +28,44 @@ Left out: checking that a relation is true, and escaping (no field may hold a ta
 import json
 import re
 from dataclasses import dataclass
+from typing import NoReturn
 
 from PIL import Image
 
-from toy.world import Truth
+# the seven tasks of ICGE and their share of the paper's samples, per cent: editing, then generation
+# fmt: off
+TASKS = {"add": 15.1, "replace": 13.8, "attribute": 14.8, "scene": 13.8,
+         "subject": 14.4, "subject_composition": 15.9, "scene_composition": 12.2}
+# fmt: on
 
-# BAGEL's system prompt for thinking before painting (inferencer.py of the reference implementation; Apache-2.0).
-# The space before the newline belongs to it: the released weights were trained with exactly these characters.
+# BAGEL's system prompt for thinking before painting (inferencer.py of the reference implementation;
+# Apache-2.0). The space before the newline belongs to it: the released weights were trained with
+# exactly these characters.
 GENERATION_SYSTEM_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, "
     "i.e. <think> planning process here </think> image here"
 )
 
-
 TAG = re.compile(r"</?[A-Za-z]\w*>")
-
 
 LOOSE_TAG = re.compile(
     r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE
 )
 
-
 JSON_FIELD = re.compile(
     r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL
 )
 
+ORDINALS = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 
-ORDINALS = (
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-)
-
-
-# "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or "image 90 degrees"
+# "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or
+# "image 90 degrees"
 IMAGE_NUMBER = re.compile(
-    r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)(\d{1,2})(?!\w|\.\d)"
-    r"(?!\s*(?:%|percent|px|pixels?|times|degrees))",
+    r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)"
+    r"(\d{1,2})(?!\w|\.\d)(?!\s*(?:%|percent|px|pixels?|times|degrees))",
     re.IGNORECASE,
 )
-
 
 IMAGE_ORDINAL = re.compile(
     r"\b(" + "|".join(ORDINALS) + r"|\d{1,2}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -](?:reference )?"
@@ -82,20 +80,35 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class ICCoT:
-    """One plan. `relations[i]` belongs to reference image i + 1; "" marks one that `salvage` could not find."""
+    """One plan. relations[i] belongs to reference image i + 1; "" is one that `salvage` missed."""
 
     caption: str
     relations: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """One example of ICGE: a prompt, the plan for it, and the picture it asks for."""
+
+    key: str  # its name in its source
+    task: str  # one of TASKS, or what the source calls it
+    references: tuple[Image.Image, ...]  # RGB, of any sizes
+    instruction: str
+    plan: ICCoT
+    target: Image.Image  # RGB
+    # what the toy world knows of a target it drew, for its judge; None for samples from elsewhere
+    truth: object | None = None
+
+
+# --------------------------------------------------------------------------------------------------
 # writing
 
 
 def render(plan: ICCoT, think: bool = True) -> str:
-    """The plan as text, in `<think>` tags unless think=False. PlanError if a field is empty or holds a tag.
+    """The plan as text, in `<think>` tags unless think=False.
 
     A relation "" (lost, see `salvage`) is left out; the others keep their numbers.
+    PlanError: a field is empty or holds a tag.
     """
     fields = [("out_caption", plan.caption)]
     fields += [(f"relation_{i}", text) for i, text in enumerate(plan.relations, 1) if text]
@@ -109,19 +122,20 @@ def render(plan: ICCoT, think: bool = True) -> str:
 
 
 def to_json(plan: ICCoT) -> str:
-    """The JSON form of the paper's figure 1: {"out_caption": ..., "relations": [{"relation_1": ...}, ...]}."""
+    """The JSON form: {"out_caption": ..., "relations": [{"relation_1": ...}, ...]}."""
     relations = [{f"relation_{i}": text} for i, text in enumerate(plan.relations, 1)]
     return json.dumps({"out_caption": plan.caption, "relations": relations}, ensure_ascii=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading, strictly
 
 
 def parse(text: str, references: int | None = None) -> ICCoT:
-    """Read `render`'s form, with or without think tags; PlanError says what is wrong and at which character.
+    """Read `render`'s form, with or without think tags.
 
     With `references`, the plan must have that many relations, and they may name no image beyond it.
+    PlanError says what is wrong and at which character.
     """
     position = _skip_space(text, 0)
     wrapped = text.startswith("<think>", position)
@@ -133,28 +147,33 @@ def parse(text: str, references: int | None = None) -> ICCoT:
         start = position
         relation, position = _field(text, position, f"relation_{len(relations) + 1}")
         if references is not None:
-            _check_images(text, start, position, references)
+            for number, offset in _absent(text[start:position], references):
+                message = f"a relation names image {number}, but {_there_are(references)}"
+                _fail(text, start + offset, message)
         relations.append(relation)
-    if references is not None and len(relations) < references and not _stray(text, position):
-        _fail(
-            text,
-            position,
-            f"<relation_{len(relations) + 1}> is missing: {_there_are(references)}, each needs a "
-            f"relation, found {len(relations)}",
-        )
+    read = len(relations)
+    if references is not None and read < references and not _stray(text, position):
+        missing = f"<relation_{read + 1}> is missing: {_there_are(references)}"
+        _fail(text, position, f"{missing}, each needs a relation, found {read}")
     if wrapped:
         if not text.startswith("</think>", position):
-            _fail(text, position, _unexpected(text, position, "</think>", len(relations)))
+            _fail(text, position, _unexpected(text, position, "</think>", relations=read))
         position = _skip_space(text, position + len("</think>"))
     if position < len(text):
-        _fail(text, position, _unexpected(text, position, "the end", len(relations)))
-    if references is not None and len(relations) > references:
-        _fail(
-            text,
-            text.index(f"<relation_{references + 1}>"),
-            f"{len(relations)} relations for {references} reference images",
-        )
+        _fail(text, position, _unexpected(text, position, "the end", relations=read))
+    if references is not None and read > references:
+        first = text.index(f"<relation_{references + 1}>")
+        _fail(text, first, f"{read} relations for {references} reference images")
     return ICCoT(caption, tuple(relations))
+
+
+def is_valid(text: str, references: int) -> bool:
+    """Whether `parse` takes the text."""
+    try:
+        parse(text, references)
+    except PlanError:
+        return False
+    return True
 
 
 def from_json(text: str, references: int | None = None) -> ICCoT:
@@ -176,9 +195,9 @@ def from_json(text: str, references: int | None = None) -> ICCoT:
                 f'item {i} of "relations" must be {{"relation_{i}": ...}}, found {json.dumps(item)}'
             )
         relations.append(item[f"relation_{i}"])
-    for name, field in [("out_caption", value["out_caption"])] + [
-        (f"relation_{i}", relation) for i, relation in enumerate(relations, 1)
-    ]:
+    fields = [("out_caption", value["out_caption"])]
+    fields += [(f"relation_{i}", relation) for i, relation in enumerate(relations, 1)]
+    for name, field in fields:
         if not isinstance(field, str) or not field.strip():
             raise PlanError(f'"{name}" must be a sentence, found {json.dumps(field)}')
     plan = ICCoT(value["out_caption"].strip(), tuple(relation.strip() for relation in relations))
@@ -192,10 +211,10 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _field(text: str, position: int, name: str) -> tuple[str, int]:
-    """Read `<name>text</name>` at `position`; returns the stripped text and the position of what follows."""
+    """Read `<name>text</name>` at `position`: the stripped text, and where what follows begins."""
     opening, closing = f"<{name}>", f"</{name}>"
     if not text.startswith(opening, position):
-        _fail(text, position, _unexpected(text, position, opening, -1))
+        _fail(text, position, _unexpected(text, position, opening, relations=-1))
     start = position + len(opening)
     tag = TAG.search(text, start)
     if tag is None or (tag.group() != closing and closing not in text[start:]):
@@ -209,58 +228,49 @@ def _field(text: str, position: int, name: str) -> tuple[str, int]:
 
 
 def _stray(text: str, position: int) -> bool:
-    """True when something other than `</think>` or the end follows: a clearer complaint than a missing relation."""
+    """Whether something other than `</think>` or the end follows: the clearer complaint."""
     return position < len(text) and not text.startswith("</think>", position)
 
 
-def _unexpected(text: str, position: int, wanted: str, relations: int) -> str:
-    """Say what stands at `position` where `wanted` should; `relations` is how many were read (-1: none could be)."""
+def _unexpected(text: str, position: int, wanted: str, *, relations: int) -> str:
+    """Say what stands at `position` where `wanted` should.
+
+    relations: how many were read; -1: none could be.
+    """
     if position >= len(text):
         return f"{wanted} is missing: the text ends here"
     tag = TAG.match(text, position)
     if tag is None:
         return f"there is text outside the tags where {wanted} should be"
     number = re.fullmatch(r"<relation_(\d+)>", tag.group())
-    if relations >= 0 and (
-        tag.group() == "<out_caption>" or number and int(number[1]) <= relations
-    ):
-        return f"{tag.group()} occurs twice"
-    if relations >= 0 and number:
-        return f"{tag.group()} is out of order: <relation_{relations + 1}> should come first"
     if relations < 0 and number:
-        return (
-            f"{tag.group()} is out of order: {wanted} should come first"
-            if wanted in text
-            else f"{wanted} is missing"
-        )
+        if wanted not in text:
+            return f"{wanted} is missing"
+        return f"{tag.group()} is out of order: {wanted} should come first"
+    if relations >= 0:
+        if tag.group() == "<out_caption>" or number and int(number[1]) <= relations:
+            return f"{tag.group()} occurs twice"
+        if number:
+            return f"{tag.group()} is out of order: <relation_{relations + 1}> should come first"
     return f"{tag.group()} stands where {wanted} should be"
 
 
-def _check_images(text: str, start: int, end: int, references: int) -> None:
-    """PlanError if text[start:end], one relation, names an image that is not there."""
-    for number, offset in image_numbers(text[start:end]):
-        if not 1 <= number <= references:
-            _fail(
-                text,
-                start + offset,
-                f"a relation names image {number}, but {_there_are(references)}",
-            )
-
-
-def _fail(text: str, position: int, message: str) -> None:
+def _fail(text: str, position: int, message: str) -> NoReturn:
+    """Raise PlanError with the message and the place it speaks of."""
     snippet = text[position : position + 40]
     raise PlanError(f"{message} (at character {position}: {snippet!r})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading, leniently
 
 
 def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, list[str]]:
     """What can be saved from any text, and a list of what was missing or repaired. Never raises.
 
-    Returns (plan, []) for a text that `parse` takes, and (None, notes) when there is no caption. Relations that are
-    missing between others, or up to `references`, are "" in the plan; those beyond `references` are dropped.
+    Returns (plan, []) for a text that `parse` takes, and (None, notes) when there is no caption.
+    Relations that are missing between others, or up to `references`, are "" in the plan; those
+    beyond `references` are dropped.
     """
     try:
         return parse(text, references), []
@@ -280,15 +290,13 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
     for i, relation in enumerate(relations, 1):
         if not relation:
             notes.append(f"relation_{i} is missing")
-        elif references is not None and any(
-            not 1 <= n <= references for n, _ in image_numbers(relation)
-        ):
+        elif references is not None and _absent(relation, references):
             notes.append(f"relation_{i} names an image that is not there")
     return ICCoT(caption, relations), notes
 
 
 def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
-    """Fields between tags of any case, with missing closing or opening tags; the first of duplicates counts."""
+    """Fields between tags of any case, closed and opened or not; the first of duplicates counts."""
     fields: dict[str, str] = {}
     tags = list(LOOSE_TAG.finditer(text))
     ends = [tag.start() for tag in tags[1:]] + [len(text)]
@@ -299,22 +307,24 @@ def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
         name = re.sub(r"relation_?0*(\d)", r"relation_\1", name)
         if name != "think":
             if not tag[1]:  # <name>: its text runs to the next tag, whichever that is
-                _keep(fields, name, text[tag.end() : end], notes)
+                _keep(fields, name, text[tag.end() : end], notes=notes)
                 closed = LOOSE_TAG.match(text, end)
                 if not (closed and closed[1]):
                     notes.append(f"<{name}> was not closed")
-            elif (
-                previous is None and name not in fields
-            ):  # </name> alone: its text runs back to the last tag
+            # </name> alone: its text runs back to the last tag
+            elif previous is None and name not in fields:
                 notes.append(f"</{name}> was not opened")
-                _keep(fields, name, before, notes)
+                _keep(fields, name, before, notes=notes)
         previous = name if not tag[1] and name != "think" else None
         before = text[tag.end() : end]
     return fields
 
 
 def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str, str]:
-    """Fields of a JSON plan that may be cut off anywhere; `found` holds (name, raw text, closing quote)."""
+    """Fields of a JSON plan that may be cut off anywhere.
+
+    found: (name, raw text, closing quote) of each.
+    """
     notes.append("read as JSON")
     fields: dict[str, str] = {}
     for name, raw, quote in found:
@@ -325,11 +335,11 @@ def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str
             content = json.loads(f'"{raw}"', strict=False)
         except json.JSONDecodeError:  # an escape that JSON does not know: keep the raw characters
             content = raw
-        _keep(fields, name, content, notes)
+        _keep(fields, name, content, notes=notes)
     return fields
 
 
-def _keep(fields: dict[str, str], name: str, content: str, notes: list[str]) -> None:
+def _keep(fields: dict[str, str], name: str, content: str, *, notes: list[str]) -> None:
     """Store a cleaned field unless it is empty or a duplicate."""
     content = re.sub(r"</?[\w ]*$", "", content)  # a closing tag cut off by the end of the text
     content = " ".join(TAG.sub(" ", content).split())
@@ -339,12 +349,12 @@ def _keep(fields: dict[str, str], name: str, content: str, notes: list[str]) -> 
         fields[name] = content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # references named in a sentence
 
 
 def image_numbers(text: str) -> list[tuple[int, int]]:
-    """(number, character offset) of every reference image that a sentence names: "image 2", "the second image", ..."""
+    """(number, offset) of each image that a sentence names, as in "image 2", "the second image"."""
     found = []
     for match in IMAGE_NUMBER.finditer(text):  # "images 1, 2 and 3" is one match with three numbers
         found += [(int(number[0]), match.start()) for number in re.finditer(r"\d+", match[0])]
@@ -356,44 +366,21 @@ def image_numbers(text: str) -> list[tuple[int, int]]:
 
 def check_instruction(instruction: str, references: int) -> None:
     """ValueError when the instruction names a reference image that was not given."""
-    for number, offset in image_numbers(instruction):
-        if not 1 <= number <= references:
-            raise ValueError(
-                f"the instruction names image {number} (at character {offset}: "
-                f"{instruction[offset : offset + 20]!r}), but {_there_are(references)}; "
-                "give the missing reference or change the instruction"
-            )
+    for number, offset in _absent(instruction, references):
+        raise ValueError(
+            f"the instruction names image {number} (at character {offset}: "
+            f"{instruction[offset : offset + 20]!r}), but {_there_are(references)}; "
+            "give the missing reference or change the instruction"
+        )
+
+
+def _absent(text: str, references: int) -> list[tuple[int, int]]:
+    """Those of `image_numbers` that are not among the references."""
+    return [(n, offset) for n, offset in image_numbers(text) if not 1 <= n <= references]
 
 
 def _there_are(references: int) -> str:
-    return (
-        "there is 1 reference image"
-        if references == 1
-        else f"there are {references or 'no'} reference images"
-    )
-
-
-# fmt: off
-TASKS = {"add": 15.1, "replace": 13.8, "attribute": 14.8, "scene": 13.8,                       # editing, per cent
-         "subject": 14.4, "subject_composition": 15.9, "scene_composition": 12.2}              # generation
-
-
-@dataclass(frozen=True)
-class Sample:
-    """RGB pictures. references: 16 x 16 for a subject, 32 x 32 for a scene or a picture to edit; target: 32 x 32."""
-
-    key: str
-    task: str
-    references: tuple[Image.Image, ...]
-    instruction: str
-    plan: ICCoT
-    target: Image.Image
-    truth: Truth | None = None  # known only of what the toy world drew
-
-
-def is_valid(text, references):
-    try:
-        parse(text, references)
-    except PlanError:
-        return False
-    return True
+    """The number of reference images in words."""
+    if references == 1:
+        return "there is 1 reference image"
+    return f"there are {references or 'no'} reference images"

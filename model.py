@@ -1,12 +1,15 @@
 """
-The unified transformer: one decoder that reads pictures and text, writes text, and predicts flow velocities.
+The unified transformer: one decoder that reads pictures and text, writes text, and predicts flow
+velocities.
 
-BAGEL's Mixture of Transformers (arXiv 2505.14683; docs/BAGEL.md §1-6). Every weight of a layer exists twice: the
-understanding expert works on text and ViT tokens, the generation expert on latent tokens, clean or noised. A token's
-kind chooses its expert; attention is joint over all tokens of the packed sequence. For a token x with expert e:
+BAGEL's Mixture of Transformers (arXiv 2505.14683; docs/BAGEL.md §1-6). Every weight of a layer
+exists twice: the understanding expert works on text and ViT tokens, the generation expert on latent
+tokens, clean or noised. A token's kind chooses its expert; attention is joint over all tokens of
+the packed sequence. For a token x with expert e:
 
     n = RMSNorm_e(x);  q, k, v = W_e n;  q, k = RoPE(RMSNorm_e(q)), RoPE(RMSNorm_e(k))
-    x = x + O_e attention(q, k, v);      x = x + down_e(silu(gate_e(m)) * up_e(m)),  m = RMSNorm_e(x)
+    x = x + O_e attention(q, k, v)
+    x = x + down_e(silu(gate_e(m)) * up_e(m)),  m = RMSNorm_e(x)
 
 In:   text     embedding table
       ViT      connector(eye(patches)) + sin-cos position
@@ -14,13 +17,15 @@ In:   text     embedding table
 Out:  und     lm_head(RMSNorm(x)) -> logits of the next token
       gen     W_out(RMSNorm(x))   -> velocity of each noised latent token
 
-The residual stream is kept sorted by expert, [text | ViT | latents], so that each expert works on one slice; q, k and v
-are brought into sequence order for attention only. With a Cache, a pack of some rows of a sequence writes their keys
-and values into their slots and attends to the whole cache (prefill, decoding, denoising).
+The residual stream is kept sorted by expert, [text | ViT | latents], so that each expert works on
+one slice; q, k and v are brought into sequence order for attention only. With a Cache, a pack of
+some rows of a sequence writes their keys and values into their slots and attends to the whole cache
+(prefill, decoding, denoising). Letters: sequence.py.
 
-Left out: dropout, biases other than q, k, v, and the official code's separate training and inference paths.
+Left out: dropout, biases other than q, k, v, and the official code's separate training and
+inference paths.
 
-    python model.py --config full --count          the parameter table of BAGEL-7B-MoT, computed without memory
+    python model.py --config full --count          the parameter table of BAGEL-7B-MoT, on no memory
     python model.py --config full --memory         bytes that sampling and training need
 """
 
@@ -31,22 +36,35 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from runtime.config import parse
-from sequence import Layout
-from vision import Eye, FluxCodec, Reference, ResizeRule, SpaceToDepth, patchify, resize, transform
-
-# N tokens    U understanding tokens (text, ViT)    L latent tokens    M noised ones    W width (hidden_size)
-# H query heads    G key/value heads    D width of a head    C values of one latent token
+from sequence import Layout, Packed
+from vision import (
+    CodecConfig,
+    Eye,
+    EyeConfig,
+    FluxCodec,
+    Reference,
+    ResizeRule,
+    SpaceToDepth,
+    patchify,
+    resize,
+    transform,
+)
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model. The defaults are BAGEL-7B-MoT (docs/BAGEL.md §1.1); it travels with the checkpoint."""
+    """Shape of the model; it travels with the checkpoint. The defaults are BAGEL-7B-MoT's.
+
+    docs/BAGEL.md §1.1.
+    """
 
     hidden_size: int = 3584
     intermediate_size: int = 18944  # width of the MLP
@@ -82,18 +100,17 @@ class ModelConfig:
     def __post_init__(self):
         if self.codec not in ("flux", "space_to_depth"):
             raise ValueError(f"codec={self.codec!r}: expected flux or space_to_depth")
-        if self.codec == "flux" and self.codec_factor != 2 ** (len(self.vae_multipliers) - 1):
+        levels = len(self.vae_multipliers)
+        if self.codec == "flux" and self.codec_factor != 2 ** (levels - 1):
             raise ValueError(
-                f"codec_factor={self.codec_factor}, but {len(self.vae_multipliers)} vae_multipliers make "
-                f"{2 ** (len(self.vae_multipliers) - 1)} pixels a latent"
+                f"codec_factor={self.codec_factor}, but {levels} vae_multipliers make "
+                f"{2 ** (levels - 1)} pixels a latent"
             )
-        if (
-            self.hidden_size % self.num_attention_heads
-            or self.num_attention_heads % self.num_key_value_heads
-        ):
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % kv_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
-                f"num_key_value_heads {self.num_key_value_heads}: each must be a multiple of the next"
+                f"hidden_size {self.hidden_size}, num_attention_heads {heads} and "
+                f"num_key_value_heads {kv_heads}: each must be a multiple of the next"
             )
         if self.hidden_size % 4:
             raise ValueError(
@@ -101,42 +118,71 @@ class ModelConfig:
             )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
+        """Width of a head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def token_channels(self):
+    def token_channels(self) -> int:
         """Values of one latent token, C."""
         return self.latent_patch**2 * self.latent_channels
 
     @property
-    def token_pixels(self):
+    def token_pixels(self) -> int:
         """Side of the square of pixels behind one latent token."""
         return self.codec_factor * self.latent_patch
 
     @property
-    def image_rule(self):
+    def image_rule(self) -> ResizeRule:
         """Resize rule of the codec (docs/BAGEL.md §9)."""
         longest = self.image_longest or self.latent_side * self.token_pixels
         return ResizeRule(longest, self.image_shortest, self.token_pixels)
 
     @property
-    def vit_rule(self):
+    def vit_rule(self) -> ResizeRule:
         """Resize rule of the eye."""
-        return ResizeRule(
-            self.vit_longest or self.vit_side * self.vit_patch, self.vit_shortest, self.vit_patch
+        longest = self.vit_longest or self.vit_side * self.vit_patch
+        return ResizeRule(longest, self.vit_shortest, self.vit_patch)
+
+    @property
+    def eye_config(self) -> EyeConfig:
+        """Shape of the eye."""
+        return EyeConfig(
+            hidden_size=self.vit_hidden_size,
+            intermediate_size=self.vit_intermediate_size,
+            num_layers=self.vit_num_layers,
+            num_heads=self.vit_num_heads,
+            patch=self.vit_patch,
+            side=self.vit_side,
         )
 
-    def picture_grid(self, width, height):
+    @property
+    def codec_config(self) -> CodecConfig:
+        """Shape of the FLUX autoencoder, where it is the codec."""
+        return CodecConfig(
+            channels=self.vae_channels,
+            multipliers=self.vae_multipliers,
+            blocks=self.vae_blocks,
+            latent_channels=self.latent_channels,
+            scale=self.vae_scale,
+            shift=self.vae_shift,
+        )
+
+    def picture_grid(self, width: int, height: int) -> tuple[int, int]:
         """(h, w) tokens of a picture of this size in pixels, after the codec's resize."""
         width, height = self.image_rule.size(width, height)
         return height // self.token_pixels, width // self.token_pixels
 
-    def position_table(self, side):
-        return sincos_table(side, self.hidden_size, self.position_scale, self.position_theta)
+    def position_table(self, side: int) -> Tensor:
+        """The sin-cos table (side * side, W) of this model, see `sincos_table`."""
+        scale, theta = self.position_scale, self.position_theta
+        return sincos_table(side, self.hidden_size, scale, theta=theta)
 
-    def layout(self, tokenizer):
-        """Special token ids and table sides for the sequence builder."""
+    def layout(self, tokenizer) -> Layout:
+        """Special token ids and table sides for the sequence builder.
+
+        ValueError: the tokenizer lacks one of BAGEL's four, or has it beyond the embeddings.
+        """
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
         for name, token in zip(names, ids):
@@ -149,27 +195,26 @@ class ModelConfig:
 
 # fmt: off
 TOY = dict(
-    hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=640, rope_theta=1e4, vit_hidden_size=192, vit_intermediate_size=576, vit_num_layers=2, vit_num_heads=4,
-    vit_patch=16, vit_side=2, vit_shortest=16, codec="space_to_depth", codec_factor=2, latent_channels=12,
-    latent_patch=2, latent_side=8, image_shortest=16, position_scale=math.pi, position_theta=16.0,
+    hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=640, rope_theta=1e4,
+    vit_hidden_size=192, vit_intermediate_size=576, vit_num_layers=2, vit_num_heads=4,
+    vit_patch=16, vit_side=2, vit_shortest=16,
+    codec="space_to_depth", codec_factor=2, latent_channels=12, latent_patch=2, latent_side=8,
+    image_shortest=16, position_scale=math.pi, position_theta=16.0,
 )
-
 
 SMOKE = TOY | dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1, vit_hidden_size=64,
-    vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=1,
+    vit_hidden_size=64, vit_intermediate_size=192, vit_num_layers=1, vit_num_heads=2,
 )
-
 
 SMALL = TOY | dict(  # 98M parameters, pictures of 64 x 64
-    hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10, vit_hidden_size=256,
-    vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
+    hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10,
+    vit_hidden_size=256, vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
 )
-
+# fmt: on
 
 MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
-# fmt: on
 
 
 class RMSNorm(nn.Module):
@@ -190,27 +235,26 @@ class Expert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-        groups = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(width, size) for size in (heads, groups, groups)
-        )
-        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
-        self.o_proj = nn.Linear(heads, width, bias=False)
-        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+        width, eps, self.head_dim = config.hidden_size, config.rms_norm_eps, config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.input_layernorm = RMSNorm(width, eps)
+        self.q_proj = nn.Linear(width, q_size)
+        self.k_proj = nn.Linear(width, kv_size)
+        self.v_proj = nn.Linear(width, kv_size)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps) for _ in range(2))
+        self.o_proj = nn.Linear(q_size, width, bias=False)
+        self.post_attention_layernorm = RMSNorm(width, eps)
         self.gate_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
     def heads(self, x, cos, sin):
-        """Queries, keys and values of x (n, W): (n, H, D), (n, G, D), (n, G, D)."""
+        """Queries, keys and values of x (n, W): (n, H, D), (n, K, D), (n, K, D)."""
         x = self.input_layernorm(x)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        # (n, H, D), (n, K, D), (n, K, D)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x, attended):
@@ -227,17 +271,18 @@ class Block(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(config), Expert(config)
 
-    def forward(self, und, gen, packed, cos, sin, cache=None, context=None):
-        """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values (N, G, D) of these rows.
+    def forward(self, und, gen, packed, turn, cache=None, prefix=None):
+        """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values.
 
-        cache, context: (keys, values) of this layer, (slots, G, D) and (rows outside this pack, G, D); see `forward`.
+        turn: cos and sin (N, 1, D / 2), sorted by expert, see `rope`. cache, prefix: (keys, values)
+        of this layer, (slots, K, D) and (rows before this pack, K, D), see `UnifiedModel.forward`.
+        The keys and values that are returned are those of these rows, (N, K, D), in sequence order.
         """
-        cut = len(und)
-        parts = [
-            p for p in ((self.und, und, slice(cut)), (self.gen, gen, slice(cut, None))) if len(p[1])
-        ]
+        cos, sin = turn
+        both = (self.und, und, slice(len(und))), (self.gen, gen, slice(len(und), None))
+        parts = [part for part in both if len(part[1])]
         heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
-        # (N, H, D), (N, G, D), in sequence order
+        # (N, H, D), (N, K, D), (N, K, D), in sequence order
         q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))
         own = k, v
         if cache is not None:
@@ -245,9 +290,9 @@ class Block(nn.Module):
             slots = slice(None) if packed.slots is None else packed.slots
             keys[slots], values[slots] = k, v
             k, v = keys, values
-        elif context is not None:
-            # (keys, G, D)
-            k, v = (take(torch.cat(both), packed.key_order) for both in zip(context, own))
+        elif prefix is not None:
+            # (Nk, K, D)
+            k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
         # (N, H * D), sorted by expert
         attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)
         for expert, x, rows in parts:
@@ -259,15 +304,18 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of a packed sequence, one slot a token: (layers, slots, G, D). Unwritten slots are zero."""
+    """Keys and values of a packed sequence, one slot a token: (layers, slots, K, D).
 
-    def __init__(self, model, slots):
+    Unwritten slots are zero.
+    """
+
+    def __init__(self, model: "UnifiedModel", slots: int):
         config, weight = model.config, model.embed_tokens.weight
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
 
-    def take_over(self, slots, other):
+    def take_over(self, slots: Tensor, other: "Cache") -> None:
         """Put all of another cache into these slots (a prompt that two sequences share)."""
         self.keys[:, slots], self.values[:, slots] = other.keys, other.values
 
@@ -282,12 +330,11 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t):
         half = self.features // 2
-        frequencies = torch.exp(
-            -torch.arange(half, device=t.device) * (torch.log(torch.tensor(1e4)) / half)
-        )
-        angles = t.float()[:, None] * frequencies  # (images, 128)
-        features = torch.cat([angles.cos(), angles.sin()], -1).to(self.fc1.weight.dtype)
-        return self.fc2(F.silu(self.fc1(features)))
+        step = torch.log(torch.tensor(1e4)) / half
+        frequencies = torch.exp(-torch.arange(half, device=t.device) * step)  # (features / 2,)
+        angles = t.float()[:, None] * frequencies  # (n, features / 2)
+        features = torch.cat([angles.cos(), angles.sin()], -1)  # (n, features)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
 
 
 class Connector(nn.Module):
@@ -304,7 +351,7 @@ class Connector(nn.Module):
 class UnifiedModel(nn.Module):
     """See the module docstring. Parameter names are ours; `official_name` gives BAGEL's."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -314,42 +361,29 @@ class UnifiedModel(nn.Module):
         self.time_embedder = TimeEmbedder(c.hidden_size)
         self.latent_in = nn.Linear(c.token_channels, c.hidden_size)
         self.latent_out = nn.Linear(c.hidden_size, c.token_channels)
-        self.eye = Eye(
-            c.vit_hidden_size,
-            c.vit_intermediate_size,
-            c.vit_num_layers,
-            c.vit_num_heads,
-            c.vit_patch,
-            c.vit_side,
-        )
+        self.eye = Eye(c.eye_config)
         self.connector = Connector(c.vit_hidden_size, c.hidden_size)
         self.register_buffer("latent_positions", c.position_table(c.latent_side), persistent=False)
         self.register_buffer("vit_positions", c.position_table(c.vit_side), persistent=False)
-        self.codec = SpaceToDepth(c.codec_factor)
-        if c.codec == "flux":
-            self.codec = FluxCodec(
-                c.vae_channels,
-                c.vae_multipliers,
-                c.vae_blocks,
-                c.latent_channels,
-                c.vae_scale,
-                c.vae_shift,
-            )
+        flux = c.codec == "flux"
+        self.codec = FluxCodec(c.codec_config) if flux else SpaceToDepth(c.codec_factor)
         # recompute each block and each layer of the eye in the backward pass
         self.checkpointing = False
         self.tokens = 0  # that went through the blocks, for the logs
 
-    def initialise(self, seed):
-        """Fresh weights: fan-in scaled normal, embeddings of one, residual outputs smaller with depth, no velocity.
+    def initialise(self, seed: int) -> "UnifiedModel":
+        """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, no velocity.
 
-        Word embeddings are as large as what the blocks add to them; at the usual 0.02 they are drowned for a long time.
-
-        QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain starts where the bound is 16, so that a head can
-        single out one token among hundreds from the start.
+        Word embeddings are of one, as large as what the blocks add to them; at the usual 0.02 they
+        are drowned for a long time. QK-norm bounds a logit by gain^2 sqrt(head_dim); the gain
+        starts where the bound is 16, so that a head can single out one token among hundreds from
+        the start.
         """
         generator = torch.Generator().manual_seed(seed)
         gain = (16 / self.config.head_dim**0.5) ** 0.5
         depth = (2 * self.config.num_hidden_layers) ** -0.5
+        residual = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")
+        embeddings = {"embed_tokens.weight": 1.0, "eye.position_embedding.weight": 0.02}
         for name, parameter in self.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 nn.init.constant_(parameter, gain)
@@ -359,106 +393,106 @@ class UnifiedModel(nn.Module):
                 nn.init.zeros_(parameter)
             if parameter.ndim < 2 or name.startswith("latent_out"):
                 continue
-            embeddings = {"embed_tokens.weight": 1.0, "eye.position_embedding.weight": 0.02}
             std = embeddings.get(name, parameter.shape[1] ** -0.5)
-            if name.endswith(
-                ("o_proj.weight", "down_proj.weight", "out_proj.weight", "eye.fc2.weight")
-            ):
+            if name.endswith(residual):
                 std *= depth
             nn.init.normal_(parameter, std=std, generator=generator)
         return self
 
-    def embed(self, packed):
+    def embed(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W)."""
-        und = self.embed_tokens(packed.text_ids)  # (T, W)
+        und = self.embed_tokens(packed.text_ids)  # (X, W)
         if len(packed.vit_index):
-            patches = packed.vit_patches.to(und.dtype)
-            features = self.eye(
-                patches, packed.vit_position_ids, packed.vit_lengths, self.checkpointing
-            )
-            # (V, W)
-            seen = self.connector(features) + self.vit_positions[packed.vit_position_ids].to(
-                und.dtype
-            )
-            und = torch.cat([und, seen])
+            patches, ids = packed.vit_patches.to(und.dtype), packed.vit_position_ids
+            features = self.eye(patches, ids, packed.vit_lengths, self.checkpointing)
+            seen = self.connector(features) + self.vit_positions[ids].to(und.dtype)  # (V, W)
+            und = torch.cat([und, seen])  # (U, W)
         if not len(packed.latent_index):
             return und, und[:0]
         time = take(self.time_embedder(packed.timesteps), packed.image_of_latent)  # (L, W)
-        place = self.latent_positions[packed.latent_position_ids].to(und.dtype)
+        place = self.latent_positions[packed.latent_position_ids].to(und.dtype)  # (L, W)
         return und, self.latent_in(packed.latents.to(und.dtype)) + time + place
 
-    def forward(self, packed, cache=None, context=None):
+    def forward(
+        self, packed: Packed, cache: Cache | None = None, prefix: list | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states: understanding tokens (U, W), text first, and latent tokens (L, W).
 
-        Rows of a larger sequence (packed.slots) need the keys and values of the others: from a `cache`, which they also
-        write, or, where gradients shall flow, from a `context`, what `keys_and_values` gave for the rows before.
+        Rows of a larger sequence (packed.slots) need the keys and values of the others: from a
+        `cache`, which they also write, or, where gradients shall flow, from a `prefix`, what
+        `keys_and_values` gave for the rows before.
         """
-        return self._run(packed, cache, context)[:2]
+        return self._run(packed, cache, prefix)[:2]
 
-    def keys_and_values(self, packed):
-        """For each layer the keys and values (N, G, D) of a pack, as the `context` of a forward pass on other rows."""
+    def keys_and_values(self, packed: Packed) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the keys and values (N, K, D) of a pack, as a `prefix` of other rows."""
         return self._run(packed)[2]
 
-    def _run(self, packed, cache=None, context=None):
+    def _run(self, packed, cache=None, prefix=None):
         self.tokens += len(packed)
         und, gen = self.embed(packed)
-        cos, sin = rope(
-            packed.positions[packed.order], self.config.head_dim, self.config.rope_theta, und.dtype
-        )
+        c, places = self.config, packed.positions[packed.order]  # (N,)
+        turn = rope(places, c.head_dim, c.rope_theta, dtype=und.dtype)
         kept = []
         for layer, block in enumerate(self.blocks):
-            before = None if context is None else context[layer]
+            before = None if prefix is None else prefix[layer]
             if self.checkpointing and torch.is_grad_enabled():
-                und, gen, own = checkpoint(
-                    block, und, gen, packed, cos, sin, None, before, use_reentrant=False
-                )
+                inputs = und, gen, packed, turn, None, before
+                und, gen, own = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 slots = None if cache is None else (cache.keys[layer], cache.values[layer])
-                und, gen, own = block(und, gen, packed, cos, sin, slots, before)
+                und, gen, own = block(und, gen, packed, turn, slots, before)
             kept.append(own)
         return self.norm_und(und), self.norm_gen(gen), kept
 
-    def velocity(self, packed, gen):
-        """Velocity (M, C) of the noised tokens from the hidden states of all latent tokens (L, W)."""
+    def velocity(self, packed: Packed, gen: Tensor) -> Tensor:
+        """Velocity (M, C) of the noised tokens from the hidden states of all latents (L, W)."""
         return self.latent_out(take(gen, packed.noised))
 
-    def cross_entropy(self, und, packed):
+    def cross_entropy(self, und: Tensor, packed: Packed) -> Tensor:
         """Cross entropy (labels,) of the text that carries a loss, from hidden states und (U, W).
 
-        In chunks of MAX_LOGITS, recomputed in the backward pass: never are the logits of a whole pack held (at 152,064
-        classes and 32,768 tokens they would be 20 GB in float32, and as much again for their gradient).
+        In chunks of MAX_LOGITS, recomputed in the backward pass: never are the logits of a whole
+        pack held (at 152,064 classes and 32,768 tokens they would be 20 GB in float32, and as much
+        again for their gradient).
         """
-        rows, labels, chunk = (
-            packed.label_rows,
-            packed.labels,
-            max(1, MAX_LOGITS // self.config.vocab_size),
-        )
+        rows, labels = packed.label_rows, packed.labels
+        chunk = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(rows) <= chunk:
             return self._cross_entropy(und, rows, labels)
-        parts = zip(rows.split(chunk), labels.split(chunk))
-        return torch.cat(
-            [checkpoint(self._cross_entropy, und, *part, use_reentrant=False) for part in parts]
-        )
+        losses = [
+            checkpoint(self._cross_entropy, und, *part, use_reentrant=False)
+            for part in zip(rows.split(chunk), labels.split(chunk))
+        ]
+        return torch.cat(losses)  # (labels,)
 
     def _cross_entropy(self, und, rows, labels):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
-    def read(self, image, name=None, as_inferencer=False):
-        """PIL RGB -> Reference. In training each encoder resizes the picture by its own rule (docs/BAGEL.md §9).
+    def read(
+        self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
+    ) -> Reference:
+        """PIL RGB -> Reference. Each encoder resizes the picture by its own rule in training.
 
-        BAGEL's inferencer resizes for the codec first and shows the eye the result, so small pictures get more ViT
-        tokens than in training (§16.7); `as_inferencer` does the same.
+        BAGEL's inferencer resizes for the codec first and shows the eye the result, so small
+        pictures get more ViT tokens than in training (docs/BAGEL.md §9, §16.7); `as_inferencer`
+        does the same.
         """
         if as_inferencer:
             image = resize(image, self.config.image_rule)
-        pixels = transform(image, self.config.vit_rule)
-        latents, grid = self.encode(transform(image, self.config.image_rule))
+        pixels = transform(image, self.config.vit_rule)  # (3, h, w)
+        latents, grid = self.to_latents(transform(image, self.config.image_rule))
         patch = self.config.vit_patch
         patch_grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
         return Reference(latents, grid, patchify(pixels, patch), patch_grid, name)
 
-    def encode(self, image, generator=None):
-        """(3, H, W) in [-1, 1] -> latent tokens (n, C) and their grid: the mean, or with a generator a sample."""
+    def to_latents(
+        self, image: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """(3, h, w) in [-1, 1] -> latent tokens (n, C) and their grid.
+
+        They are the mean of what the codec says, or with a generator a sample.
+        """
         patch, factor = self.config.latent_patch, self.config.codec_factor
         noise = None
         if generator is not None:
@@ -468,47 +502,53 @@ class UnifiedModel(nn.Module):
         return patchify(latents, patch), (latents.shape[1] // patch, latents.shape[2] // patch)
 
 
-def take(x, index):
-    """x[index] along rows: as an embedding look-up, whose gradient on a CPU is much faster than that of indexing."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along rows: as an embedding look-up, whose gradient is much faster on a CPU."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])  # (n, ...)
 
 
-def rope(positions, head_dim, theta, dtype):
-    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32 (docs/BAGEL.md §4)."""
-    frequencies = 1 / theta ** (
-        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    )
+def rope(positions: Tensor, head_dim: int, theta: float, *, dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32.
+
+    docs/BAGEL.md §4.
+    """
+    steps = torch.arange(0, head_dim, 2, device=positions.device).float()  # (D / 2,)
+    frequencies = 1 / theta ** (steps / head_dim)
     angles = positions.float()[:, None] * frequencies  # (N, D / 2)
     return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head, the Qwen / Llama form. x (n, H, D)."""
-    first, second = x.chunk(2, -1)
+    first, second = x.chunk(2, -1)  # (n, H, D / 2) each
+    # (n, H, D)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def sincos_table(side, width, scale=1.0, theta=1e4):
-    """(side * side, width): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)] (docs/BAGEL.md §6.3).
+def sincos_table(side: int, width: int, scale: float = 1.0, *, theta: float = 1e4) -> Tensor:
+    """(side^2, W): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)].
 
-    w_j = scale * theta^(-4 j / width). BAGEL's waves of 6 to 60 thousand tokens suit a grid of 64; on the toys' grid of
-    8 neighbours would look alike, so their waves are 2 to 32 tokens long.
+    w_j = scale * theta^(-4 j / width) (docs/BAGEL.md §6.3). BAGEL's waves of 6 to 60 thousand
+    tokens suit a grid of 64; on the toys' grid of 8 neighbours would look alike, so their waves are
+    2 to 32 tokens long.
     """
     frequencies = scale * theta ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, width / 4)
-    wave = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
-    # columns, then rows
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, W / 4)
+    wave = torch.cat([angles.sin(), angles.cos()], 1)  # (side, W / 2)
+    # (side^2, W): columns, then rows
     return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1).float()
 
 
 @dataclass(frozen=True)
 class TableConfig(ModelConfig):
+    """What `python model.py` prints, and of which model."""
+
     count: bool = False  # print the number of parameters of each part
     memory: bool = False  # print the bytes that each way of using the model needs
 
 
-def parameter_table(model):
-    """{part: values}, docs/BAGEL.md §2; the two frozen position tables count, the codec does not."""
+def parameter_table(model: UnifiedModel) -> dict[str, int]:
+    """{part: values}, docs/BAGEL.md §2; both frozen position tables count, the codec does not."""
     parts = {
         "embeddings and head": ("embed_tokens", "lm_head"),
         "understanding experts": (".und.", "norm_und"),
@@ -522,26 +562,26 @@ def parameter_table(model):
         "ViT position table": ("vit_positions",),
     }
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sizes = {name: tensor.numel() for name, tensor in named.items()}
     table = {
-        part: sum(
-            tensor.numel() for name, tensor in named.items() if any(key in name for key in keys)
-        )
+        part: sum(size for name, size in sizes.items() if any(key in name for key in keys))
         for part, keys in parts.items()
     }
-    if sum(table.values()) != sum(tensor.numel() for tensor in named.values()):
+    if sum(table.values()) != sum(sizes.values()):
         raise KeyError("a parameter belongs to no part of the table, or to two; mend `parts`")
     return table
 
 
-def memory_table(model):
-    """{use: bytes}: weights, their gradients and AdamW's moments; activations come on top and depend on the pack."""
+def memory_table(model: UnifiedModel) -> dict[str, int]:
+    """{use: bytes}: weights, their gradients and AdamW's moments.
+
+    Activations come on top; they depend on the pack.
+    """
     c, values = model.config, sum(parameter_table(model).values())
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    codec = (
-        sum(tensor.numel() for tensor in model.codec.weights.parameters())
-        if c.codec == "flux"
-        else 0
-    )
+    codec = 0
+    if c.codec == "flux":
+        codec = sum(tensor.numel() for tensor in model.codec.weights.parameters())
     gen = sum(p.numel() for name, p in model.named_parameters() if ".gen." in name)
     return {
         "weights, bfloat16": 2 * values,
@@ -554,8 +594,8 @@ def memory_table(model):
     }
 
 
-def print_tables(config):
-    """Build the model on the meta device, which has shapes and no memory, and print what was asked for."""
+def print_tables(config: TableConfig) -> None:
+    """Print what was asked for, of a model on the meta device, which has shapes and no memory."""
     with torch.device("meta"):
         model = UnifiedModel(config)
     if config.count:
@@ -566,10 +606,8 @@ def print_tables(config):
         for use, size in memory_table(model).items():
             print(f"{use:58s}{size / 1e9:10.3f} GB")
     if not config.count and not config.memory:
-        print(
-            "nothing to do; --count prints the parameter table, --memory what it needs",
-            file=sys.stderr,
-        )
+        told = "nothing to do; --count prints the parameter table, --memory what it needs"
+        print(told, file=sys.stderr)
         sys.exit(2)
 
 

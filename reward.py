@@ -1,20 +1,24 @@
 """
-CLIP-L2, the surrogate reward of Re-Align (arXiv 2601.05124): does the picture show what its own plan said?
+CLIP-L2, the surrogate reward of Re-Align (arXiv 2601.05124): does the picture show what its own
+plan said?
 
     e = E(x) / |E(x)|      CLIP's embedding of the picture x
-    u = T(c) / |T(c)|      CLIP's embedding of c, the text of <out_caption> that the sample itself wrote
+    u = T(c) / |T(c)|      CLIP's embedding of c, the text of <out_caption> that the sample wrote
     clip_cos   s = e . u
     clip_l2    r = -|e - u| = -sqrt(2 - 2 s)      the same ranking; no task reward model, no labels
-    CLIP_out   100 s, with the true caption       the metric of the paper's ablation, from another CLIP
+    CLIP_out   100 s, with the true caption       the metric of the paper's ablation, another CLIP
 
-Any open_clip model can be the judge. For the toy world there is `train_toy_clip`: a small open_clip CLIP, trained on
-pairs of the toy world with the usual contrastive loss and with captions that have exactly one wrong fact, because a
-picture that is nearly right is what the reward must tell from one that is right.
-A reward never invents a number: what cannot be loaded or scored raises. Captions longer than the CLIP can read are
-counted in `truncated`. Left out: gradients through the reward, other reward models.
+Any open_clip model can be the judge, with published weights or as a CLIP of one's own: a folder of
 
-    clip = Clip("ViT-L-14", "openai");   clip.score(pictures, captions)                                    # (N,)
-    train_toy_clip("out/toy-clip", seed=0, steps=400);   Clip("toy", "out/toy-clip")
+    clip.json           {"model": the arguments of open_clip.CLIP, "preprocess": its size, mean, std
+                        and resize_mode}
+    clip.safetensors    the weights
+
+A reward never invents a number: what cannot be loaded or scored raises. Captions longer than the
+CLIP can read are counted in `truncated`. Letters: sequence.py. Left out: gradients through the
+reward, other reward models.
+
+    clip = Clip("ViT-L-14", "openai");   clip.score(pictures, captions)                     # (B,)
 """
 
 import json
@@ -28,25 +32,33 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 # pictures or captions that go through the CLIP at once; bounds the memory, not the result
 BATCH = 64
 
 
 class Clip:
-    """A frozen CLIP. Embeddings are unit vectors in float32, without gradients; `truncated` counts captions cut."""
+    """A frozen CLIP. Embeddings are unit vectors in float32, without gradients.
+
+    truncated: how many captions were cut so far.
+    """
 
     def __init__(
-        self, name: str, pretrained: str, device: str = "cpu", cache_dir: str | None = None
+        self, name: str, pretrained: str, device: str = "cpu", *, cache_dir: str | None = None
     ):
-        """name: an open_clip architecture, e.g. "ViT-B-32"; pretrained: a tag of it ("openai", ...), or a local
-        .safetensors file in open_clip's layout (for OpenAI's weights write name="ViT-B-32-quickgelu"), or a folder
-        written by `train_toy_clip` (the name is then free). cache_dir: where downloads go.
+        """Load it.
 
-        ValueError / FileNotFoundError: unknown name or tag, missing or unsuitable file; OSError: download failed.
+        name         an open_clip architecture, e.g. "ViT-B-32"
+        pretrained   a tag of it ("openai", ...), or a local .safetensors file in open_clip's layout
+                     (for OpenAI's weights write name="ViT-B-32-quickgelu"), or the folder of a CLIP
+                     of one's own (the name is then free)
+        cache_dir    where downloads go
+        ValueError, FileNotFoundError: unknown name or tag, missing or unsuitable file; OSError: a
+        download failed.
         """
         if Path(pretrained).is_dir():
-            self.model, preprocess = _load_toy(Path(pretrained))
+            self.model, preprocess = _load_folder(Path(pretrained))
             self.tokenizer = open_clip.SimpleTokenizer()
         else:
             self.model = _load_open_clip(name, pretrained, cache_dir)
@@ -56,8 +68,8 @@ class Clip:
         self.device, self.preprocess, self.truncated = device, preprocess, 0
 
     @torch.no_grad()
-    def embed_images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """PIL pictures of any size and mode, or floats (N, 3, H, W) in [-1, 1] -> unit vectors (N, D)."""
+    def embed_images(self, images: list[Image.Image] | Tensor) -> Tensor:
+        """PIL pictures of any size and mode, or floats (B, 3, h, w) in [-1, 1] -> (B, E)."""
         features = []
         for start in range(0, len(images), BATCH):
             batch = _pixels(images[start : start + BATCH], self.preprocess, self.device)
@@ -65,8 +77,8 @@ class Clip:
         return _unit(features, "picture")
 
     @torch.no_grad()
-    def embed_captions(self, captions: list[str]) -> torch.Tensor:
-        """N captions -> unit vectors (N, D). Those over the CLIP's context length are cut and counted."""
+    def embed_captions(self, captions: list[str]) -> Tensor:
+        """Captions -> (B, E). Those that are longer than the CLIP can read are cut and counted."""
         for index, caption in enumerate(captions):
             if not caption.strip():
                 raise ValueError(
@@ -74,18 +86,16 @@ class Clip:
                 )
         length, features = self.model.context_length, []
         for start in range(0, len(captions), BATCH):
-            # (N, length)
-            tokens = self.tokenizer(captions[start : start + BATCH], context_length=length)
-            longer = self.tokenizer(captions[start : start + BATCH], context_length=length + 1)[
-                :, :length
-            ]
+            batch = captions[start : start + BATCH]
+            tokens = self.tokenizer(batch, context_length=length)  # (n, length)
+            longer = self.tokenizer(batch, context_length=length + 1)[:, :length]  # (n, length)
             # cutting moves the end token, else both agree
             self.truncated += int((tokens != longer).any(1).sum())
             features.append(self.model.encode_text(tokens.to(self.device)))
         return _unit(features, "caption")
 
-    def score(self, images, captions: list[str], kind: str = "clip_l2") -> torch.Tensor:
-        """The reward of picture i under its own caption i, (N,).
+    def score(self, images, captions: list[str], kind: str = "clip_l2") -> Tensor:
+        """The reward of each picture under its own caption, (B,).
 
         images: as in `embed_images`; kind: "clip_l2" (from -2 to 0) or "clip_cos" (from -1 to 1).
         """
@@ -95,68 +105,108 @@ class Clip:
             )
         return compare(self.embed_images(images), self.embed_captions(captions), kind)
 
-    def clip_out(self, images, captions: list[str]) -> torch.Tensor:
-        """100 * cosine, (N,): the paper's CLIP_out when the captions are the true ones."""
+    def clip_out(self, images, captions: list[str]) -> Tensor:
+        """100 * cosine, (B,): the paper's CLIP_out when the captions are the true ones."""
         return 100 * self.score(images, captions, "clip_cos")
 
 
-def compare(e: torch.Tensor, u: torch.Tensor, kind: str) -> torch.Tensor:
-    """The reward of unit vectors e of pictures and u of captions, (..., D) and (..., D) -> (...), broadcast."""
+def compare(e: Tensor, u: Tensor, kind: str) -> Tensor:
+    """The reward of unit vectors e of pictures and u of captions: (..., E), broadcast -> (...)."""
     if kind not in ("clip_l2", "clip_cos"):
         raise ValueError(f"unknown reward {kind!r}: expected clip_l2 or clip_cos")
     return -(e - u).norm(dim=-1) if kind == "clip_l2" else (e * u).sum(-1)
 
 
-def _unit(features: list[torch.Tensor], what: str) -> torch.Tensor:
+def group_rewards(
+    clip: Clip,
+    images: list[Image.Image],
+    captions: list[str],
+    *,
+    groups: int,
+    kind: str = "clip_l2",
+    cross_score: bool = False,
+) -> Tensor:
+    """The rewards of all groups of a step, (P, G) on the CPU.
+
+    With an unparsable plan it is the lowest reward of the group.
+    images: P * G pictures; captions: of P * J plans, "" where one did not parse; plan j of a group
+    has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
+    group in place of its own, and the mean counts. A group without any caption has rewards of 0.
+    """
+    each, members = len(captions) // groups, len(images) // groups  # J, G
+    valid = torch.tensor([bool(caption) for caption in captions]).view(groups, each)  # (P, J)
+    if not valid.any():
+        return torch.zeros(groups, members)
+    known = clip.embed_captions([caption for caption in captions if caption])  # (valid, E)
+    valid = valid.to(known.device)
+    member_valid = valid.repeat_interleave(members // each, 1)  # (P, G)
+    place = valid.flatten().nonzero().squeeze(1)  # (valid,)
+    u = known.new_zeros(len(captions), known.shape[1]).index_put((place,), known)  # (P * J, E)
+    u = u.view(groups, each, -1)  # (P, J, E)
+    e = clip.embed_images(images).view(groups, members, -1)  # (P, G, E)
+    if cross_score:
+        all_pairs = compare(e[:, :, None], u[:, None], kind)  # (P, G, J)
+        scores = all_pairs.masked_fill(~valid[:, None], 0).sum(2)  # (P, G)
+        scores = scores / valid.sum(1, keepdim=True).clamp_min(1)
+    else:
+        scores = compare(e, u.repeat_interleave(members // each, 1), kind)  # (P, G)
+    lowest = scores.masked_fill(~member_valid, float("inf")).amin(1, keepdim=True)  # (P, 1)
+    lowest = lowest.masked_fill(lowest.isinf(), 0)  # a group without any plan: all equal
+    return torch.where(member_valid, scores, lowest).cpu()
+
+
+def _unit(features: list[Tensor], what: str) -> Tensor:
+    """Batches of embeddings (n, E) -> all as unit vectors (B, E); ValueError if not finite."""
     if not features:
         raise ValueError(f"there is no {what} to embed")
-    features = torch.cat(features).float()
+    features = torch.cat(features).float()  # (B, E)
     bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"the CLIP embedding of {what} {bad[0]} is not finite: its pixels or the weights are broken"
+            f"the CLIP embedding of {what} {bad[0]} is not finite: "
+            "its pixels or the weights are broken"
         )
     return F.normalize(features, dim=-1)
 
 
-def _pixels(images, preprocess: dict, device: str) -> torch.Tensor:
-    """Resize, crop the middle and normalise as the CLIP was trained: (N, 3, size, size)."""
-    if isinstance(images, torch.Tensor):
+def _pixels(images, preprocess: dict, device: str) -> Tensor:
+    """Resize, crop the middle and normalise as the CLIP was trained: (B, 3, size, size)."""
+    if isinstance(images, Tensor):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"pictures must be floats (N, 3, H, W) in [-1, 1], found shape {tuple(images.shape)}"
+                "pictures must be floats (N, 3, H, W) in [-1, 1], "
+                f"found shape {tuple(images.shape)}"
             )
+        # (1, 3, h, w) each
         images = [image[None].to(device).float().clamp(-1, 1) / 2 + 0.5 for image in images]
     else:
-        images = [
-            torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None] / 255
-            for image in images
-        ]
-    size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    resized = []
-    for image in images:
-        scale = max(height / image.shape[2], width / image.shape[3])
-        target = (
-            (height, width)
-            if preprocess["resize_mode"] == "squash"
-            else (
-                max(height, int(image.shape[2] * scale + 1e-6)),
-                max(width, int(image.shape[3] * scale + 1e-6)),
-            )
-        )
-        if target != tuple(image.shape[2:]):
-            image = F.interpolate(
-                image, target, mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
-        top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
-        resized.append(image[:, :, top : top + height, left : left + width])
+        arrays = [np.array(image.convert("RGB")) for image in images]
+        # (1, 3, h, w) each
+        images = [torch.from_numpy(x).to(device).permute(2, 0, 1)[None] / 255 for x in arrays]
+    size, squash = preprocess["size"], preprocess["resize_mode"] == "squash"
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    fitted = torch.cat([_fit(image, size, squash) for image in images])  # (B, 3, size, size)
     mean = torch.tensor(preprocess["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(preprocess["std"], device=device).view(3, 1, 1)
-    return (torch.cat(resized) - mean) / std
+    return (fitted - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
+    """A picture (1, 3, h, w) at (1, 3, *size): squashed, or scaled to cover it and cropped."""
+    (height, width), shape = size, image.shape[2:]
+    target = size
+    if not squash:
+        scale = max(height / shape[0], width / shape[1])
+        covering = (int(side * scale + 1e-6) for side in shape)
+        target = tuple(map(max, size, covering))
+    if target != tuple(shape):
+        smooth = dict(mode="bicubic", antialias=True, align_corners=False)
+        image = F.interpolate(image, target, **smooth).clamp(0, 1)
+    top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
+    return image[:, :, top : top + height, left : left + width]  # (1, 3, *size)
+
+
+# --------------------------------------------------------------------------------------------------
 # loading
 
 
@@ -177,7 +227,8 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
         )
     logging.disable(logging.CRITICAL)  # open_clip also logs what it raises; one message is enough
     try:
-        # OpenAI's, DFN's and MetaCLIP's weights need QuickGELU; with the plain GELU of "ViT-B-32" the scores are wrong
+        # OpenAI's, DFN's and MetaCLIP's weights need QuickGELU; with the plain GELU of "ViT-B-32"
+        # the scores are wrong
         return open_clip.create_model(
             name,
             pretrained,
@@ -196,12 +247,13 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
         logging.disable(logging.NOTSET)
 
 
-def _load_toy(folder: Path) -> tuple[torch.nn.Module, dict]:
-    """(model, preprocess) of a folder that `train_toy_clip` wrote."""
+def _load_folder(folder: Path) -> tuple[torch.nn.Module, dict]:
+    """(model, preprocess) of a CLIP of one's own."""
     for name in ("clip.json", "clip.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} is not a toy CLIP: {name} is missing; train one with train_toy_clip"
+                f"{folder} is not a CLIP of one's own: {name} is missing; "
+                "expected clip.json and clip.safetensors"
             )
     try:
         written = json.loads((folder / "clip.json").read_text())
@@ -210,6 +262,6 @@ def _load_toy(folder: Path) -> tuple[torch.nn.Module, dict]:
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the toy CLIP in {folder} is damaged; delete the folder to train again: {reason}"
+            f"the CLIP in {folder} is damaged; delete the folder to train again: {reason}"
         ) from error
     return model, written["preprocess"]

@@ -1,43 +1,29 @@
 """
-From references and an instruction to a plan and a picture (paper section 2; docs/BAGEL.md §11-12).
+From the command line: references and an instruction to a plan and a picture (engine.py).
 
-    prompt    reference pictures and texts in any order, in one document; BAGEL's order is pictures, then instruction
-    think     decode an IC-CoT after the prompt, one token at a time                        (KV cache, branches)
-    paint     x ~ N(0, 1);  for t, t' in the time grid:  x <- x - v (t - t')                (rectified flow, Euler)
-              v = guided mix of the velocities given everything, without text, without pictures (flow.guide)
+Each picture gets its plan beside it as JSON. Several seeds, or prompts from a file, go into a
+folder, one after the other; pictures that are there already are not painted again. A picture is as
+large as the last reference after its resize, as in BAGEL's inferencer, or square.
 
-Members of a group share their prompt: its keys and values are computed once and every member is a branch. The guidance
-contexts are branches and documents of the same pack, so one forward pass serves all of them:
-
-    document 1    pictures | {noise: no text} | instruction | branch a member: plan {noise: everything}
-    document 2    instruction {noise: no pictures}
-
-The contexts are those of the official inferencer: "no text" lacks the last text and what follows it, "no pictures" has
-all texts but the plan. A picture is as large as the last reference after its resize, as in the inferencer, or square.
-
-Each picture gets its plan beside it as JSON. Several seeds, or prompts from a file, go into a folder, one after the
-other; pictures that are there already are not painted again.
-
-Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).
-
-    python sample.py --checkpoint out/toy-grpo --ref a.png --ref b.png --prompt "Put them together." --out picture.png
+    python sample.py --checkpoint out/toy-grpo --ref a.png --ref b.png --prompt "Put them together."
     python sample.py --checkpoint out/toy-grpo --prompts prompts.jsonl --seeds 4 --out pictures
 
-A line of prompts.jsonl: {"prompt": "Put them together.", "ref": ["a.png", "b.png"], "key": "meeting"}
+A line of prompts.jsonl: {"prompt": "Put them together.", "ref": ["a.png", "b.png"], "key": "here"}
+Left out: pages to click on, top-k, beam search.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import iccot
-from engine import Sampler, make_prompt, paint, picture, think
+from engine import Engine, Request, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.pretrained import load_model
@@ -80,7 +66,8 @@ class Config:
     def __post_init__(self):
         if self.num_timesteps < 2:
             raise ValueError(
-                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and picture"
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
+                f"picture"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a probability above 0 and up to 1")
@@ -91,18 +78,32 @@ class Config:
                 "--prompts brings prompts and references from a file; leave --prompt and --ref out"
             )
 
+    @property
+    def sampler(self):
+        return Sampler(
+            self.num_timesteps,
+            self.timestep_shift,
+            self.text_guidance,
+            self.image_guidance,
+            (self.guidance_low, self.guidance_high),
+            self.renorm,
+            self.renorm_min,
+        )
 
+    @property
+    def thinking(self):
+        if not self.plan:
+            return None
+        return Thinking(self.max_plan_tokens, self.temperature, self.top_p)
+
+
+# fmt: off
 TOY = dict(
-    max_plan_tokens=72,
-    num_timesteps=7,
-    timestep_shift=10.0,
-    text_guidance=1.0,
-    image_guidance=1.0,
+    max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0,
     square=True,
 )
-
-
 PRESETS = {"toy": TOY, "smoke": TOY | dict(checkpoint="out/smoke-grpo"), "full": dict()}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def jobs(config):
     folder, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
     if folder.suffix.lower() in PICTURES:
         raise UserError(
-            f"--out {config.out}: several pictures go into a folder; give a name without {folder.suffix}"
+            f"--out {config.out}: several pictures go into a folder; give a name without "
+            f"{folder.suffix}"
         )
     return [
         Job(prompt, tuple(refs), seed, folder / f"{key or 'picture'}-{seed}.png")
@@ -142,14 +144,13 @@ def read_prompts(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             one = json.loads(line)
-            key, refs = (
-                str(one.get("key", f"{number:04d}")),
-                [str(path.parent / ref) for ref in one.get("ref", [])],
-            )
+            key = str(one.get("key", f"{number:04d}"))
+            refs = [str(path.parent / ref) for ref in one.get("ref", [])]
             found.append((key, str(one["prompt"]), refs))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{path}, line {number}: {error!r}; expected {{"prompt": "...", "ref": ["a.png"], "key": "..."}}'
+                f"{path}, line {number}: {error!r}; expected "
+                f'{{"prompt": "...", "ref": ["a.png"], "key": "..."}}'
             ) from None
     names = [key for key, *_ in found]
     if len(set(names)) < len(names) or any("/" in name for name in names):
@@ -157,8 +158,8 @@ def read_prompts(path):
     return found
 
 
-def check(config, model, job):
-    """The references and the token grid of the picture, after everything a person can get wrong was checked."""
+def request_of(config, model, job):
+    """The engine.Request of a job, after everything a person can get wrong was checked."""
     if not job.prompt.strip():
         raise UserError("--prompt is empty; say what to draw")
     if len(job.references) > config.max_references:
@@ -170,12 +171,11 @@ def check(config, model, job):
     if job.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
     references = [open_image(path) for path in job.references]
-    largest, unit = model.config.latent_side * model.config.token_pixels, model.config.token_pixels
-    width, height = (
-        (largest, largest)
-        if config.square or not references
-        else model.config.image_rule.size(*references[-1].size)
-    )
+    shape, unit = model.config, model.config.token_pixels
+    largest = shape.latent_side * unit
+    width, height = largest, largest
+    if references and not config.square:
+        width, height = shape.image_rule.size(*references[-1].size)
     height, width = config.height or height, config.width or width
     for name, side in (("height", height), ("width", width)):
         if not 0 < side <= largest or side % unit:
@@ -183,80 +183,55 @@ def check(config, model, job):
                 f"--{name}={side}: expected a multiple of {unit} up to {largest} pixels"
             )
     files.check_writable(job.out.parent)
-    return references, (height // unit, width // unit)
-
-
-def paint_job(config, model, tokenizer, layout, job, references, grid):
-    """Write the plan (if there shall be one) and the picture."""
     system = iccot.GENERATION_SYSTEM_PROMPT if config.plan and config.system_prompt else ""
-    prompts, plan, about = [make_prompt(model, tokenizer, references, job.prompt, system)], None, {}
-    if config.plan:
-        plans, _ = think(
-            model,
-            layout,
-            prompts,
-            1,
-            config.max_plan_tokens,
-            config.temperature,
-            [processes.generator(job.seed, 1)],
-            config.top_p,
-        )
-        plan = plans[0]
-        about = print_plan(tokenizer.decode(plan), len(references))
-    sampler = Sampler(
-        config.num_timesteps,
-        config.timestep_shift,
-        config.text_guidance,
-        config.image_guidance,
-        (config.guidance_low, config.guidance_high),
-        config.renorm,
-        config.renorm_min,
-    )
-    x = paint(model, layout, prompts, [[plan]], [grid], sampler, [processes.generator(job.seed, 2)])
+    return Request(tuple(references), job.prompt, (height // unit, width // unit), system)
+
+
+def paint(engine, job, config):
+    """Make one picture; its plan (if there shall be one) is printed and kept beside it."""
+    request = request_of(config, engine.model, job)
+    how = dict(sampler=config.sampler, thinking=config.thinking, batch=1, seeds=[(job.seed,)])
+    (result,) = engine.generate([request], **how)
+    about = print_plan(result) if config.plan else {}
     about |= {"prompt": job.prompt, "references": list(job.references), "seed": job.seed}
-    files.write_text(
-        job.out.with_suffix(".json"), json.dumps(about, ensure_ascii=False, indent=1) + "\n"
-    )
-    hidden = job.out.with_name(f".{job.out.name}")
-    picture(model, x, grid).save(hidden)
-    os.replace(hidden, job.out)
+    text = json.dumps(about, ensure_ascii=False, indent=1)
+    files.write_text(job.out.with_suffix(".json"), text + "\n")
+    with files.published(job.out) as hidden:
+        result.image.save(hidden, Image.registered_extensions()[job.out.suffix.lower()])
     print(f"picture    {job.out}")
 
 
-def main(config):
-    with exit_on_user_error(ValueError):
-        wanted = jobs(config)
-        model, tokenizer = load_model(
-            config.init or config.checkpoint, config.device, getattr(torch, config.dtype)
-        )
-        layout = model.config.layout(tokenizer)
-        for job in wanted:
-            check(config, model, job)
-    processes.choose_threads(config.threads)
-    several = len(wanted) > 1 or Path(config.out) != wanted[0].out
-    for job in tqdm(wanted, disable=None if several else True, desc="sample"):
-        if several and job.out.is_file():
-            continue
-        paint_job(config, model, tokenizer, layout, job, *check(config, model, job))
-
-
-def print_plan(text, references):
-    """The IC-CoT as a person reads it, or the raw text with what is wrong with it. Returns it for the JSON file."""
-    read, problems = iccot.salvage(text, references)
+def print_plan(result):
+    """The IC-CoT as a person reads it, or the raw text. Returns what the JSON file says of it."""
+    read = result.plan
     about = {
-        "text": text,
+        "text": result.text,
         "plan": json.loads(iccot.to_json(read)) if read else None,
-        "problems": problems,
+        "problems": result.problems,
     }
     if read is None:
-        print(f"plan       unreadable: {text}")
+        print(f"plan       unreadable: {result.text}")
         return about
     print(f"caption    {read.caption}")
     for i, relation in enumerate(read.relations, 1):
         print(f"relation {i} {relation}")
-    for problem in problems:
+    for problem in result.problems:
         print(f"problem    {problem}")
     return about
+
+
+def main(config):
+    """All pictures that are asked for; every mistake is found before the first is painted."""
+    with exit_on_user_error(ValueError):
+        wanted, dtype = jobs(config), getattr(torch, config.dtype)
+        engine = Engine(*load_model(config.init or config.checkpoint, config.device, dtype))
+        for job in wanted:
+            request_of(config, engine.model, job)
+    processes.choose_threads(config.threads)
+    several = len(wanted) > 1 or Path(config.out) != wanted[0].out
+    for job in tqdm(wanted, disable=None if several else True, desc="sample"):
+        if not several or not job.out.is_file():
+            paint(engine, job, config)
 
 
 if __name__ == "__main__":

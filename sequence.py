@@ -1,16 +1,18 @@
 """
-The packed interleaved sequence: text, ViT and latent tokens of many documents in one row of N tokens, without padding.
+The packed interleaved sequence: text, ViT and latent tokens of many documents in one row of N
+tokens, without padding.
 
-A document is a tree laid out depth first. Its runs of tokens are causal (text) or bidirectional (an image); a token
-sees the runs of its ancestors and its own run. A noised image is a leaf that nobody else sees. Two integers a token
-say all of this (the proof is in kernels/attention.py):
+A document is a tree laid out depth first. Its runs of tokens are causal (text) or bidirectional (an
+image); a token sees the runs of its ancestors and its own run. A noised image is a leaf that nobody
+else sees. Two integers a token say all of this (the proof is in kernels/attention.py):
 
     visible(i, j)  <=>  j < q_hi[i]  and  i < k_hi[j]
     q_hi[i] = i + 1 in a causal run, the end of the run in a bidirectional one
     k_hi[j] = the end of the branch, or of the document, that token j belongs to
 
-RoPE positions are BAGEL's (modeling/bagel, data/data_utils): text takes one position a token; a clean image takes one
-position altogether, markers included; a noised image stands at the current position and does not advance it.
+RoPE positions are BAGEL's (modeling/bagel, data/data_utils): text takes one position a token; a
+clean image takes one position altogether, markers included; a noised image stands at the current
+position and does not advance it.
 
     layout = Layout(bos=0, eos=1, image_start=2, image_end=3, latent_side=16, vit_side=8)
     sequence = Sequence(layout)
@@ -23,28 +25,38 @@ position altogether, markers included; a noised image stands at the current posi
                 sequence.noise(x_t, grid, t)        # always a leaf of its own
     packed = sequence.pack()
 
-Left out: what two vectors cannot say, namely siblings that later text sees together. What they cannot say about one
-image, a clean copy laid out before its noised copy, is refused when both are given the same `name`.
+Letters, here and in the whole project:
+
+    N tokens (rows) of a packed sequence      Nq, Nk queries and keys of attention
+    X text tokens       V ViT tokens          U understanding tokens, X + V
+    L latent tokens     M noised ones         C values of one latent token
+    R values of one ViT patch                 W width of the residual stream
+    H query heads       K key/value heads     D width of a head (head_dim)
+    P prompts (groups) of a step              J plans of a group       G members of a group
+    S steps of the SDE window                 T tokens of one picture  I pictures of a pack
+    B members or items in one pass            E size of a CLIP embedding
+    lower case n, h, w, t: counts, grids and times of the moment
+
+Left out: what two vectors cannot say, namely siblings that later text sees together. What they
+cannot say about one image, a clean copy laid out before its noised copy, is refused when both are
+given the same `name`.
 """
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from kernels.mask import Mask
 
-# what a row holds: known content, a noised image with its markers, a free slot
+# what a row holds: known content, a noised image with its markers, a slot for decoded text
 KINDS = ("given", "noised", "reserved")
-
-
-# N tokens of the packed sequence    T text tokens    V ViT tokens    L latent tokens    M noised ones among them
-# C channels of one latent token     P values of one ViT patch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Special token ids, and the grid sides of the two position tables (BAGEL: 64 latents, 70 ViT patches a side)."""
+    """Special token ids, and the sides of both position tables (BAGEL: 64 tokens, 70 patches)."""
 
     bos: int
     eos: int
@@ -58,62 +70,64 @@ class Layout:
 class Packed:
     """One packed sequence, or a subset of its rows (then `slots` holds their places in the whole).
 
-    Every `*_index` is a row of this pack. The model keeps text rows first, then ViT, then latent rows (`order`), so
-    that each expert works on one slice.
+    Every `*_index` is a row of this pack. The model keeps text rows first, then ViT, then latent
+    rows (`order`), so that each expert works on one slice.
     """
 
-    text_ids: torch.Tensor  # (T,)
-    text_index: torch.Tensor  # (T,)
-    vit_patches: torch.Tensor  # (V, P) float
-    vit_index: torch.Tensor  # (V,)
-    vit_position_ids: torch.Tensor  # (V,) row * side + column
-    vit_lengths: tuple  # tokens of each ViT image; they sum to V
-    latents: torch.Tensor  # (L, C) float, clean or noised
-    latent_index: torch.Tensor  # (L,)
-    latent_position_ids: torch.Tensor  # (L,)
-    image_of_latent: torch.Tensor  # (L,) which latent image a token belongs to
-    timesteps: torch.Tensor  # (latent images,) float flow time, 0 for clean ones
-    noised: torch.Tensor  # (M,) which of the L latent tokens are noised
-    noised_lengths: tuple  # tokens of each noised image; they sum to M
-    positions: torch.Tensor  # (N,) RoPE position of each row
+    text_ids: Tensor  # (X,)
+    text_index: Tensor  # (X,)
+    vit_patches: Tensor  # (V, R) float
+    vit_index: Tensor  # (V,)
+    vit_position_ids: Tensor  # (V,) row * side + column
+    vit_lengths: tuple[int, ...]  # tokens of each ViT image; they sum to V
+    latents: Tensor  # (L, C) float, clean or noised
+    latent_index: Tensor  # (L,)
+    latent_position_ids: Tensor  # (L,)
+    image_of_latent: Tensor  # (L,) which latent image a token belongs to
+    timesteps: Tensor  # (latent images,) float flow time, 0 for clean ones
+    noised: Tensor  # (M,) which of the L latent tokens are noised
+    noised_lengths: tuple[int, ...]  # tokens of each noised image; they sum to M
+    positions: Tensor  # (N,) RoPE position of each row
     mask: Mask
-    slots: torch.Tensor | None = None  # (N,) places in the whole sequence, None: row i is slot i
-    # after `cut`: sorts the keys of the context and of these rows by slot
-    key_order: torch.Tensor | None = None
-    label_rows: torch.Tensor | None = None  # which of the T text tokens predict
-    labels: torch.Tensor | None = None  # what they shall predict
-    kinds: torch.Tensor | None = None  # (N,) index into KINDS
+    slots: Tensor | None = None  # (N,) places in the whole sequence, None: row i is slot i
+    # after `cut`: (Nk,) sorts the keys of the prefix and of these rows by slot
+    key_order: Tensor | None = None
+    label_rows: Tensor | None = None  # (labels,) which of the X text tokens predict
+    labels: Tensor | None = None  # (labels,) what they shall predict
+    kinds: Tensor | None = None  # (N,) index into KINDS
     # (N,) bool: outside all branches and noised images of its document
-    shared: torch.Tensor | None = None
-    extra: torch.Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
-    # (N,) row of this pack for each row of the model's residual stream
-    order: torch.Tensor = field(init=False)
-    inverse: torch.Tensor = field(init=False)  # (N,) the other way round
+    shared: Tensor | None = None
+    extra: Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
+    # (N,) row of this pack for each row of the model's residual stream, and the other way round
+    order: Tensor = field(init=False)
+    inverse: Tensor = field(init=False)
 
     def __post_init__(self):
+        # (N,)
         self.order = torch.cat([self.text_index, self.vit_index, self.latent_index])
         self.inverse = torch.argsort(self.order)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.positions)
 
-    def image_of_token(self):
+    def image_of_token(self) -> Tensor:
         """(M,) number of the noised image that each noised token belongs to."""
         lengths = torch.tensor(self.noised_lengths, device=self.noised.device)
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
-    def to(self, device):
+    def to(self, device) -> "Packed":
         """The same pack on another device; itself where it is already there."""
         if self.positions.device == torch.device(device):
             return self
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         moved = {k: v for k, v in moved.items() if k not in ("order", "inverse")}
         return replace(self, **moved, mask=self.mask.to(device))
 
-    def select(self, rows):
-        """The pack of only these rows (sorted), which look at the keys of the whole sequence, say in a KV cache."""
+    def select(self, rows: Tensor) -> "Packed":
+        """The pack of only these rows (n,), sorted; it sees all keys, say those of a KV cache."""
         local = torch.full((len(self),), -1, dtype=torch.long, device=rows.device)
         local[rows] = torch.arange(len(rows), device=rows.device)
+        # (X,), (V,), (L,) bool: is it selected?
         text, vit, latent = (
             local[index] >= 0 for index in (self.text_index, self.vit_index, self.latent_index)
         )
@@ -146,30 +160,33 @@ class Packed:
             labels=labels,
         )
 
-    def cut(self):
+    def cut(self) -> tuple["Packed", "Packed"]:
         """(shared, rest): two packs that together compute what this one does.
 
-        shared: what stands outside all branches and noised images, the context of everything else; it sees only itself.
-        rest: all other rows. They need the keys and values of the shared ones, laid before their own (`key_order`).
+        shared: what stands outside all branches and noised images, the prefix of everything else;
+        it sees only itself. rest: all other rows. They need the keys and values of the shared ones,
+        laid before their own (`key_order`).
         """
         shared, rest = (torch.nonzero(flags).squeeze(1) for flags in (self.shared, ~self.shared))
+
+        def before(bound):  # rows of `shared` before a place in the whole
+            return torch.searchsorted(shared, bound.long())
+
         first, second = self.select(shared), self.select(rest)
-        # rows of `shared` before a place in the whole
-        before = lambda bound: torch.searchsorted(shared, bound.long())
         first.mask = Mask(before(self.mask.q_hi[shared]), before(self.mask.k_hi[shared]))
-        second.key_order = torch.argsort(torch.cat([shared, rest]))
+        second.key_order = torch.argsort(torch.cat([shared, rest]))  # (N,)
         return first, second
 
-    def rows_of(self, kind, among=None):
-        """Rows that are "noised" latents with their image markers, "reserved" text, or neither ("given").
+    def rows_of(self, kind: str, among: Tensor | None = None) -> Tensor:
+        """Rows (n,) that are of one of KINDS, markers of an image included.
 
         among: only those of these rows, (N,) bool.
         """
         found = self.kinds == KINDS.index(kind)
         return torch.nonzero(found if among is None else found & among).squeeze(1)
 
-    def decoding(self, slots, ids):
-        """The pack of one decoding step: a text token `ids[g]` at slot `slots[g]` for each member g, shapes (G,)."""
+    def decoding(self, slots: Tensor, ids: Tensor) -> "Packed":
+        """The pack of one decoding step: for each of B members a text token at its slot, (B,)."""
         none = slots.new_empty(0)
         return Packed(
             text_ids=ids,
@@ -194,28 +211,23 @@ class Packed:
 class Sequence:
     """Builder of a packed sequence; see the module docstring. Nothing is computed before `pack`."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout):
         self.layout = layout
         self.length = 0
         self.position = 0
         self.frames = []  # open document and branches: [rows that close with it]
         self.names = []  # clean images on the path from the root, for the order check
         self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
-        self.vit, self.latents, self.image_of_latent, self.timesteps = [], [], [], []
+        self.vit, self.latents = [], []  # of each image: first row, tokens, position ids
+        self.image_of_latent, self.timesteps = [], []
         self.noised, self.noised_lengths = [], []
-        self.q_hi, self.k_hi, self.positions, self.kinds, self.shared, self.extra = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        self.q_hi, self.k_hi, self.positions = [], [], []
+        self.kinds, self.shared, self.extra = [], [], []
         self.reserved = []  # first slot of each reserved run, in order
 
     @contextmanager
-    def document(self, extra=False):
-        """A root: its tokens and those of other documents do not see each other; positions start at 0.
+    def document(self, extra: bool = False):
+        """A root at position 0: its tokens and those of other documents do not see each other.
 
         extra: marks the rows of a document that repeats parts of another (a guidance context).
         """
@@ -227,7 +239,7 @@ class Sequence:
 
     @contextmanager
     def branch(self):
-        """A subtree: it sees what stands before it on its path, and nothing after it sees the branch."""
+        """A subtree: it sees what stands before it on its path; nothing after it sees it."""
         if not self.frames:
             raise ValueError("a branch must stand inside a document")
         position = self.position
@@ -261,8 +273,11 @@ class Sequence:
         self.length = end
         return start
 
-    def text(self, ids, loss=False):
-        """A text segment bos + ids + eos. With `loss`, bos and ids predict ids and eos (docs/BAGEL.md §13.1)."""
+    def text(self, ids, loss: bool = False) -> None:
+        """A text segment bos + ids + eos.
+
+        With `loss`, bos and ids predict ids and eos (docs/BAGEL.md §13.1).
+        """
         tokens = [self.layout.bos, *map(int, ids), self.layout.eos]
         start = self._run(len(tokens), "given", causal=True)
         if loss:
@@ -272,8 +287,8 @@ class Sequence:
         self.text_index += range(start, start + len(tokens))
         self.position += len(tokens)
 
-    def reserve(self, length):
-        """Room for `length` text tokens that will be decoded into the KV cache. Returns the first slot."""
+    def reserve(self, length: int) -> int:
+        """Room for text tokens that will be decoded into the KV cache; returns the first slot."""
         start = self._run(length, "reserved", causal=True)
         self.text_ids += [self.layout.bos] * length
         self.text_index += range(start, start + length)
@@ -281,108 +296,119 @@ class Sequence:
         self.reserved.append(start)
         return start
 
-    def image(self, reference, vae=True, vit=True):
-        """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block at one position.
+    def image(self, reference, vae: bool = True, vit: bool = True) -> None:
+        """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block.
 
-        reference: vision.Reference (latents (n, C) with grid, patches (n, P) with grid, name). A half that is None was
-        dropped as a condition in training: it leaves its position behind (a dropped text does not, docs/BAGEL.md §4).
+        reference: vision.Reference (latents (n, C) with grid, patches (n, R) with grid, name). A
+        half that is None was dropped as a condition in training: it leaves its position behind (a
+        dropped text does not, docs/BAGEL.md §4).
         """
         if vae:
             if reference.latents is not None:
-                self._latents(reference.latents, reference.latent_grid, 0.0, "given")
+                self._latents(reference.latents, reference.latent_grid, 0.0, kind="given")
                 self.names += [reference.name] if reference.name is not None else []
             self.position += 1
         if vit:
             if reference.patches is not None:
-                height, width = self._check(
-                    reference.patch_grid, self.layout.vit_side, len(reference.patches), "ViT"
-                )
-                start = self._image_run(height * width, "given")
-                self.vit.append(
-                    (
-                        start + 1,
-                        reference.patches,
-                        _position_ids(height, width, self.layout.vit_side),
-                    )
-                )
+                self._patches(reference.patches, reference.patch_grid)
             self.position += 1
 
-    def noise(self, x_t, grid, timestep, name=None):
-        """A noised image (n, C) at flow time `timestep`: a leaf that sees its path and that nobody sees."""
+    def noise(self, x_t: Tensor, grid, timestep, *, name: str | None = None) -> None:
+        """A noised image (n, C) at flow time `timestep`: a leaf that sees its path, seen by nobody.
+
+        grid: (h, w) with h w = n. ValueError: a clean copy of this `name` stands before it.
+        """
         if name is not None and name in self.names:
             raise ValueError(
-                f"image {name!r}: its noised copy must come before its clean copy, which it would see"
+                f"image {name!r}: its noised copy must come before its clean copy, "
+                "which it would see"
             )
         with self._frame():
-            self._latents(x_t, grid, timestep, "noised")
+            self._latents(x_t, grid, timestep, kind="noised")
 
-    def _latents(self, tokens, grid, timestep, kind):
-        height, width = self._check(grid, self.layout.latent_side, len(tokens), "latent")
+    def _latents(self, tokens, grid, timestep, *, kind):
+        self._check(grid, self.layout.latent_side, tokens, kind="latent")
         start = self._image_run(len(tokens), kind)
         first = len(self.image_of_latent)
         if kind == "noised":
             self.noised += range(first, first + len(tokens))
             self.noised_lengths.append(len(tokens))
-        self.latents.append(
-            (start + 1, tokens, _position_ids(height, width, self.layout.latent_side))
-        )
+        self.latents.append((start + 1, tokens, position_ids(*grid, self.layout.latent_side)))
         self.image_of_latent += [len(self.timesteps)] * len(tokens)
         self.timesteps.append(float(timestep))
 
+    def _patches(self, patches, grid):
+        self._check(grid, self.layout.vit_side, patches, kind="ViT")
+        start = self._image_run(len(patches), "given")
+        self.vit.append((start + 1, patches, position_ids(*grid, self.layout.vit_side)))
+
     def _image_run(self, tokens, kind):
-        """image_start + tokens + image_end in one bidirectional run; the markers are text (docs/BAGEL.md §6.2)."""
+        """image_start + tokens + image_end in one bidirectional run; returns the first row.
+
+        The markers are text (docs/BAGEL.md §6.2).
+        """
         start = self._run(tokens + 2, kind, causal=False)
         self.text_ids += [self.layout.image_start, self.layout.image_end]
         self.text_index += [start, start + tokens + 1]
         return start
 
-    def _check(self, grid, side, tokens, kind):
+    def _check(self, grid, side, tokens, *, kind):
         height, width = grid
-        if height * width != tokens:
-            raise ValueError(f"{tokens} {kind} tokens do not fill a grid of {height} x {width}")
+        if height * width != len(tokens):
+            raise ValueError(
+                f"{len(tokens)} {kind} tokens do not fill a grid of {height} x {width}"
+            )
         if max(height, width) > side:
             raise ValueError(
                 f"a {kind} grid of {height} x {width} exceeds the position table of {side} x {side}"
             )
-        return height, width
 
-    def pack(self):
+    def pack(self) -> Packed:
         """Close the builder into tensors."""
         if self.frames:
             raise ValueError("pack() was called inside a document or branch")
-        long = lambda values: torch.tensor(values, dtype=torch.long)
-        spans = lambda parts: _cat(
-            [torch.arange(start, start + len(x)) for start, x, _ in parts], torch.long
-        )
         return Packed(
-            text_ids=long(self.text_ids),
-            text_index=long(self.text_index),
+            text_ids=_long(self.text_ids),
+            text_index=_long(self.text_index),
             vit_patches=_cat([x for _, x, _ in self.vit], torch.float32),
-            vit_index=spans(self.vit),
+            vit_index=_spans(self.vit),
             vit_position_ids=_cat([ids for *_, ids in self.vit], torch.long),
             vit_lengths=tuple(len(x) for _, x, _ in self.vit),
             latents=_cat([x for _, x, _ in self.latents], torch.float32),
-            latent_index=spans(self.latents),
+            latent_index=_spans(self.latents),
             latent_position_ids=_cat([ids for *_, ids in self.latents], torch.long),
-            image_of_latent=long(self.image_of_latent),
+            image_of_latent=_long(self.image_of_latent),
             timesteps=torch.tensor(self.timesteps, dtype=torch.float32),
-            noised=long(self.noised),
+            noised=_long(self.noised),
             noised_lengths=tuple(self.noised_lengths),
-            positions=long(self.positions),
-            mask=Mask(long(self.q_hi), long(self.k_hi)),
-            label_rows=long(self.label_rows),
-            labels=long(self.labels),
-            kinds=long(self.kinds),
+            positions=_long(self.positions),
+            mask=Mask(_long(self.q_hi), _long(self.k_hi)),
+            label_rows=_long(self.label_rows),
+            labels=_long(self.labels),
+            kinds=_long(self.kinds),
             shared=torch.tensor(self.shared, dtype=torch.bool),
             extra=torch.tensor(self.extra, dtype=torch.bool),
         )
 
 
-def _position_ids(height, width, side):
-    """Table rows of a grid in its top left corner: row * side + column (docs/BAGEL.md §6.3, extrapolate)."""
+def position_ids(height: int, width: int, side: int) -> Tensor:
+    """Rows of a position table that a grid in its top left corner takes: row * side + column.
+
+    (height * width,) in raster order (docs/BAGEL.md §6.3, extrapolate).
+    """
     # (height * width,)
     return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()
 
 
+def _long(values):
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _spans(parts):
+    """Rows of the tokens of all (first row, tokens, ...)."""
+    return _cat([torch.arange(start, start + len(x)) for start, x, _ in parts], torch.long)
+
+
 def _cat(parts, dtype):
+    """The parts in one tensor, or an empty one where there are none."""
     return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)

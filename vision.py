@@ -1,20 +1,24 @@
 """
 Pixels in and pixels out: how a picture becomes tokens, and how latents become a picture.
 
-A reference picture is shown to the model twice (docs/BAGEL.md §3, §9): as clean latents, so that it can be copied,
-and through an eye, so that it can be understood. Each encoder has its own resize rule:
+A reference picture is shown to the model twice (docs/BAGEL.md §3, §9): as clean latents, so that it
+can be copied, and through an eye, so that it can be understood. Each encoder has its own resize
+rule:
 
-    s = min(longest / max(w, h), 1);  s = max(s, shortest / min(w, h));  sides snap to the stride, the whole picture
-    shrinks once more if it has too many pixels (linearly, as the official code does) or a side is still too long
+    s = min(longest / max(w, h), 1);  s = max(s, shortest / min(w, h));  sides snap to the stride,
+    the whole picture shrinks once more if it has too many pixels (linearly, as the official code
+    does) or a side is still too long
 
-    eye    SigLIP with NaViT packing: patches (row, column, channel) -> linear + learned position -> pre-LN transformer
-           that attends within each picture -> LayerNorm. No class token, no pooling.
-    hand   a codec with encode(image) -> latents and decode(latents) -> image, frozen, no part of the trained model.
-           FluxCodec is BAGEL's, the FLUX.1 autoencoder: 16 channels, 8 x 8 pixels a latent. SpaceToDepth is the toys'
-           one: lossless, f x f pixels become one latent of 3 f f channels, in [-1, 1].
+    eye    SigLIP with NaViT packing: patches (row, column, channel) -> linear + learned position
+           -> pre-LN transformer that attends within each picture -> LayerNorm. No class token, no
+           pooling.
+    hand   a codec with encode(image) -> latents and decode(latents) -> image, frozen, no part of
+           the trained model. FluxCodec is BAGEL's, the FLUX.1 autoencoder: 16 channels, 8 x 8
+           pixels a latent. SpaceToDepth is the toys' one: lossless, f x f pixels become one latent
+           of 3 f f channels, in [-1, 1].
 
-Latents (C, h, w) enter the transformer as p x p patches in raster order, each laid out (patch row, patch column,
-channel). Images are float (3, H, W) in [-1, 1].
+Images are float (3, h, w) in [-1, 1]. Latents (c, h, w) enter the transformer as p x p patches in
+raster order, each laid out (patch row, patch column, channel): C = p p c. Letters: sequence.py.
 
 Left out: training the autoencoder, video, the unused 2-D RoPE of the official eye.
 """
@@ -27,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
@@ -37,17 +42,22 @@ MAX_PIXELS = 14 * 14 * 9 * 1024  # BAGEL's ImageTransform default
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """Longest and shortest side and the stride that both sides become multiples of, in pixels (docs/BAGEL.md §9)."""
+    """In pixels: longest and shortest side, what both sides are multiples of (docs/BAGEL.md §9)."""
 
     longest: int
     shortest: int
     stride: int
     max_pixels: int = MAX_PIXELS
 
-    def size(self, width, height, images=1):
+    def size(self, width: int, height: int, images: int = 1) -> tuple[int, int]:
         """(width, height) after the resize, for one of `images` pictures of a sample."""
-        snap = lambda side: max(self.stride, int(round(side / self.stride) * self.stride))
-        apply = lambda w, h, scale: (snap(round(w * scale)), snap(round(h * scale)))
+
+        def snap(side):
+            return max(self.stride, int(round(side / self.stride) * self.stride))
+
+        def apply(w, h, scale):
+            return snap(round(w * scale)), snap(round(h * scale))
+
         scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
         width, height = apply(width, height, scale)
         if width * height > self.max_pixels / images:
@@ -59,23 +69,24 @@ class ResizeRule:
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference picture as tokens. `name` lets the sequence builder check that noised copies come first."""
+    """One reference picture as tokens. A half that is None was dropped as a condition."""
 
-    latents: torch.Tensor | None  # (h * w, C); None: dropped as a condition
-    latent_grid: tuple  # (h, w)
-    patches: torch.Tensor | None  # (n, P); None: dropped as a condition
-    patch_grid: tuple
-    name: str | None = None
+    latents: Tensor | None  # (h * w, C)
+    latent_grid: tuple[int, int] | None  # (h, w)
+    patches: Tensor | None  # (h * w, R), of a grid of its own
+    patch_grid: tuple[int, int] | None  # (h, w)
+    name: str | None = None  # the builder of sequences checks that its noised copies come first
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Tokens in a packed sequence, markers included."""
         return sum(len(part) + 2 for part in (self.latents, self.patches) if part is not None)
 
 
-def open_image(path, name=None):
-    """A PIL RGB picture from a file of any size and mode: EXIF rotation applied, first frame, transparency on white.
+def open_image(path, name: str | None = None) -> Image.Image:
+    """A PIL RGB picture from a file of any size and mode.
 
-    path: or an open binary file, which errors call `name`.
+    EXIF rotation is applied, of an animation it is the first frame, transparency becomes white.
+    path: or an open binary file, which errors call `name`. FileNotFoundError, ValueError.
     """
     name = name or path
     try:
@@ -92,8 +103,8 @@ def open_image(path, name=None):
         ) from None
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB; transparent pixels become white (pil_img2rgb of the official code)."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """PIL image of any mode -> RGB, transparent pixels white (the official code's pil_img2rgb)."""
     # 16-bit grey: PIL would clip it to white
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.asarray(image, dtype=np.float32)
@@ -107,86 +118,105 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def to_tensor(image):
-    """PIL RGB -> float (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
-    return pixels.permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5)
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL RGB -> float (3, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (h, w, 3)
+    return pixels.permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5)  # (3, h, w)
 
 
-def to_pil(image):
-    """Float (3, H, W) in [-1, 1] -> PIL RGB; values are truncated to uint8, as in the official code."""
+def to_pil(image: Tensor) -> Image.Image:
+    """Float (3, h, w) in [-1, 1] -> PIL RGB; truncated to uint8, as in the official code."""
     pixels = (image.float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())  # (h, w, 3)
 
 
-def to_png(image):
+def to_png(image: Image.Image) -> bytes:
     """PIL -> PNG bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def resize(image, rule, images=1):
+def resize(image: Image.Image, rule: ResizeRule, images: int = 1) -> Image.Image:
     """PIL RGB at the size that `rule` gives it, bicubic with antialiasing."""
     size = rule.size(*image.size, images)
     return image if size == image.size else image.resize(size, Image.BICUBIC)
 
 
-def transform(image, rule, images=1):
-    """PIL RGB -> resized by `rule` -> float (3, H, W) in [-1, 1]."""
+def transform(image: Image.Image, rule: ResizeRule, images: int = 1) -> Tensor:
+    """PIL RGB -> resized by `rule` -> float (3, h, w) in [-1, 1]."""
     return to_tensor(resize(image, rule, images))
 
 
-def patchify(image, patch):
-    """(C, H, W) -> (H/p * W/p, p * p * C), raster order, each patch laid out (row, column, channel)."""
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """(c, h, w) -> (h / p * w / p, p * p * c), raster order, each patch (row, column, channel)."""
     channels, height, width = image.shape
+    # (c, h / p, p, w / p, p)
     x = image.reshape(channels, height // patch, patch, width // patch, patch)
+    # (h / p * w / p, p * p * c)
     return x.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
-def unpatchify(tokens, grid, patch):
-    """Inverse of patchify: (h * w, p * p * C) -> (C, h * p, w * p)."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Inverse of patchify: (h * w, p * p * c) -> (c, h * p, w * p)."""
     height, width = grid
-    x = tokens.reshape(height, width, patch, patch, -1)
+    x = tokens.reshape(height, width, patch, patch, -1)  # (h, w, p, p, c)
+    # (c, h * p, w * p)
     return x.permute(4, 0, 2, 1, 3).reshape(-1, height * patch, width * patch)
 
 
-class SpaceToDepth:
-    """Lossless codec of the toys: (3, H, W) <-> (3 f f, H / f, W / f). It has no weights."""
+# --------------------------------------------------------------------------------------------------
+# codecs
 
-    def __init__(self, factor):
+
+class SpaceToDepth:
+    """Lossless codec of the toys: (3, h, w) <-> (3 f f, h / f, w / f). It has no weights."""
+
+    def __init__(self, factor: int):
         self.factor = factor
 
-    def encode(self, image, noise=None):
-        return F.pixel_unshuffle(image, self.factor)
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents; they have no spread, so the noise adds nothing."""
+        return F.pixel_unshuffle(image, self.factor)  # (3 f f, h / f, w / f)
 
-    def decode(self, latents):
-        return F.pixel_shuffle(latents, self.factor)
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, self.factor)  # (3, h, w)
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Shape of the FLUX.1 autoencoder (docs/BAGEL.md §8)."""
+
+    channels: int = 128  # at full resolution
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the channels, at each resolution
+    blocks: int = 2  # residual blocks a resolution
+    latent_channels: int = 16
+    scale: float = 0.3611  # latents = scale * (z - shift)
+    shift: float = 0.1159
 
 
 def group_norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def conv3(channels, out_channels):
+    """A 3 x 3 convolution that keeps the size."""
+    return nn.Conv2d(channels, out_channels, 3, padding=1)
+
+
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 convolution beside it where the channels change."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))); x through a 1 x 1 where the channels change."""
 
     def __init__(self, channels, out_channels):
         super().__init__()
-        self.norm1, self.conv1 = (
-            group_norm(channels),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
-        )
-        self.norm2, self.conv2 = (
-            group_norm(out_channels),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        self.nin_shortcut = (
-            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
-        )
+        self.norm1, self.conv1 = group_norm(channels), conv3(channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), conv3(out_channels, out_channels)
+        self.nin_shortcut = None
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))  # (1, C, h, w) -> (1, C', h, w)
+        h = self.conv1(F.silu(self.norm1(x)))  # (1, c, h, w)
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
@@ -201,9 +231,9 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        # (1, 1, h * w, C)
+        # (1, 1, h * w, c)
         q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))
-        # (1, C, h, w)
+        # (1, c, h, w)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
@@ -226,20 +256,20 @@ def level(channels, out_channels, blocks):
 
 
 class FluxEncoder(nn.Module):
-    """Image (1, 3, H, W) -> mean and log-variance of its latents, (1, 2 z, h, w)."""
+    """Image (1, 3, h, w) -> mean and log-variance of its latents, (1, 2 z, h / f, w / f)."""
 
-    def __init__(self, channels, multipliers, blocks, latent_channels):
+    def __init__(self, config):
         super().__init__()
-        widths = [channels] + [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.down = nn.ModuleList(level(a, b, blocks) for a, b in zip(widths[:-1], widths[1:]))
+        channels = config.channels
+        widths = [channels] + [channels * m for m in config.multipliers]
+        pairs = zip(widths[:-1], widths[1:])
+        self.conv_in = conv3(3, channels)
+        self.down = nn.ModuleList(level(a, b, config.blocks) for a, b in pairs)
         for width, one in list(zip(widths[1:], self.down))[:-1]:
             one["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
         self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = (
-            group_norm(widths[-1]),
-            nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1),
-        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -247,7 +277,7 @@ class FluxEncoder(nn.Module):
             for block in one["block"]:
                 h = block(h)
             if "downsample" in one:
-                # (1, C, h, w) -> (1, C, h / 2, w / 2)
+                # (1, c, h, w) -> (1, c, h / 2, w / 2)
                 h = one["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))
         for block in self.mid.values():
             h = block(h)
@@ -255,17 +285,21 @@ class FluxEncoder(nn.Module):
 
 
 class FluxDecoder(nn.Module):
-    """Latents (1, z, h, w) -> image (1, 3, H, W). `up` is stored by resolution: its last level is applied first."""
+    """Latents (1, z, h, w) -> image (1, 3, f h, f w).
 
-    def __init__(self, channels, multipliers, blocks, latent_channels):
+    `up` is stored by resolution: its last level is applied first.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        widths = [channels * m for m in multipliers] + [channels * multipliers[-1]]
-        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        widths = [config.channels * m for m in (*config.multipliers, config.multipliers[-1])]
+        pairs = zip(widths[:-1], widths[1:])
+        self.conv_in = conv3(config.latent_channels, widths[-1])
         self.mid = middle(widths[-1])
-        self.up = nn.ModuleList(level(b, a, blocks + 1) for a, b in zip(widths[:-1], widths[1:]))
+        self.up = nn.ModuleList(level(b, a, config.blocks + 1) for a, b in pairs)
         for width, one in list(zip(widths, self.up))[1:]:
-            one["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+            one["upsample"] = nn.ModuleDict({"conv": conv3(width, width)})
+        self.norm_out, self.conv_out = group_norm(widths[0]), conv3(widths[0], 3)
 
     def forward(self, z):
         h = self.conv_in(z)
@@ -275,99 +309,97 @@ class FluxDecoder(nn.Module):
             for block in one["block"]:
                 h = block(h)
             if "upsample" in one:
-                # nearest: (1, C, 2 h, 2 w)
+                # nearest: (1, c, h, w) -> (1, c, 2 h, 2 w)
                 h = one["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class FluxCodec:
-    """The FLUX.1 autoencoder (docs/BAGEL.md §8): (3, H, W) in [-1, 1] <-> (z, H / f, W / f) with f = 2^(levels - 1).
+    """The FLUX.1 autoencoder: (3, h, w) in [-1, 1] <-> (z, h / f, w / f) with f = 2^(levels - 1).
 
-    latents = scale * (mean + std * noise - shift). It is no nn.Module, so that its frozen weights are neither trained
-    nor averaged nor saved with the model; `weights` holds them under the names of ae.safetensors. Always float32.
+    latents = scale * (mean + std * noise - shift). It is no nn.Module, so that its frozen weights
+    are neither trained nor averaged nor saved with the model; `weights` holds them under the names
+    of ae.safetensors. Always float32.
     """
 
-    def __init__(
-        self,
-        channels=128,
-        multipliers=(1, 2, 4, 4),
-        blocks=2,
-        latent_channels=16,
-        scale=0.3611,
-        shift=0.1159,
-    ):
-        parts = (
-            part(channels, multipliers, blocks, latent_channels)
-            for part in (FluxEncoder, FluxDecoder)
-        )
-        self.weights = (
-            nn.ModuleDict(zip(("encoder", "decoder"), parts)).requires_grad_(False).float()
-        )
-        self.scale, self.shift = scale, shift
+    def __init__(self, config: CodecConfig):
+        parts = {"encoder": FluxEncoder(config), "decoder": FluxDecoder(config)}
+        self.weights = nn.ModuleDict(parts).requires_grad_(False).float()
+        self.scale, self.shift = config.scale, config.shift
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.weights["encoder"].conv_in.weight.device
 
     @torch.no_grad()
-    def encode(self, image, noise=None):
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """The mean latents, or with `noise` (z, h, w), standard normal, a sample of them."""
-        moments = self.weights["encoder"](image.float()[None].to(self.device))[0]
+        moments = self.weights["encoder"](image.float()[None].to(self.device))[0]  # (2 z, h, w)
         mean, log_variance = moments.to(image.device).chunk(2)  # (z, h, w) each
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.scale * (z - self.shift)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (z, h, w) -> the image (3, f h, f w)."""
         z = (latents.float() / self.scale + self.shift).to(self.device)
         return self.weights["decoder"](z[None])[0].to(latents.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# the eye
+
+
+@dataclass(frozen=True)
+class EyeConfig:
+    """Shape of the eye (docs/BAGEL.md §7)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch: int  # pixels, side of a patch
+    side: int  # of the position table, in patches
 
 
 class EyeLayer(nn.Module):
     """Pre-LN transformer layer with full attention inside each picture."""
 
-    def __init__(self, hidden_size, intermediate_size, num_heads, eps=1e-6):
+    def __init__(self, config, eps=1e-6):
         super().__init__()
-        self.num_heads = num_heads
-        self.layer_norm1 = nn.LayerNorm(hidden_size, eps)
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-        self.layer_norm2 = nn.LayerNorm(hidden_size, eps)
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        width, self.num_heads = config.hidden_size, config.num_heads
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, width)
 
     def forward(self, x, mask):
         h = self.layer_norm1(x)  # (V, W)
-        q, k, v = (
-            proj(h).unflatten(-1, (self.num_heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = x + self.out_proj(attention(q, k, v, mask).flatten(1))  # heads (V, A, W / A) -> (V, W)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(h).unflatten(-1, (self.num_heads, -1)) for proj in projections)  # (V, H, D)
+        x = x + self.out_proj(attention(q, k, v, mask).flatten(1))  # (V, W)
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class Eye(nn.Module):
-    """SigLIP NaViT (docs/BAGEL.md §7). patches (V, P), position ids (V,), tokens a picture -> features (V, W)."""
+    """SigLIP NaViT (docs/BAGEL.md §7); W, H and D are the eye's own."""
 
-    def __init__(self, hidden_size, intermediate_size, num_layers, num_heads, patch, side):
+    def __init__(self, config: EyeConfig):
         super().__init__()
-        self.patch_embedding = nn.Linear(3 * patch * patch, hidden_size)
-        self.position_embedding = nn.Embedding(side * side, hidden_size)
-        self.layers = nn.ModuleList(
-            EyeLayer(hidden_size, intermediate_size, num_heads) for _ in range(num_layers)
-        )
-        self.post_layernorm = nn.LayerNorm(hidden_size, 1e-6)
+        width = config.hidden_size
+        self.patch_embedding = nn.Linear(3 * config.patch * config.patch, width)
+        self.position_embedding = nn.Embedding(config.side * config.side, width)
+        self.layers = nn.ModuleList(EyeLayer(config) for _ in range(config.num_layers))
+        self.post_layernorm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, patches, position_ids, lengths, checkpointing=False):
-        # (V,)
-        ends = (
-            torch.tensor(lengths)
-            .cumsum(0)
-            .repeat_interleave(torch.tensor(lengths))
-            .to(patches.device)
-        )
+        """Patches (V, R), position ids (V,), tokens of each picture -> features (V, W)."""
+        counts = torch.tensor(lengths)  # (pictures,)
+        ends = counts.cumsum(0).repeat_interleave(counts).to(patches.device)  # (V,)
         mask = Mask(ends, ends)  # a forest of one-run documents: every picture sees itself
         x = self.patch_embedding(patches) + self.position_embedding(position_ids)  # (V, W)
         for layer in self.layers:

@@ -1,17 +1,20 @@
 """
-Attention under the two-vector mask with PyTorch's scaled_dot_product_attention, block by block of the tree.
+Attention under the two-vector mask with PyTorch's scaled_dot_product_attention, block by block of
+the tree.
 
-The reference back end, and the one for CPUs. A tree of N tokens is mostly invisible to itself, so the N x N matrix is
-never built. Rows are cut where the branch changes (where k_hi of the row's own position changes); each piece needs only
-the keys on its path to the root:
+The back end of CPUs. A tree of N tokens is mostly invisible to itself, so the N x N matrix is never
+built. Rows are cut where the branch changes (where k_hi of the row's own position changes); each
+piece needs only the keys on its path to the root:
 
-    rows   | prompt ........ | leaf 1 | leaf 2 | ...
+    rows   | prompt ........ | leaf 1          | leaf 2          | ...
     keys   | prompt          | prompt + leaf 1 | prompt + leaf 2 | ...
 
-A piece of r rows and c keys costs r c for the scores and GATHER c to fetch its keys. Neighbours are merged while that
-is cheaper (decoding: one row a member), pieces of similar size are padded to one batch, and each batch is one call with
-a dense mask. The plan depends on the mask alone: it is made once per pack and shared by all layers.
+A piece of r rows and c keys costs r c for the scores and GATHER c to fetch its keys. Neighbours are
+merged while that is cheaper (decoding: one row a member), pieces of similar size are padded to one
+batch, and each batch is one call with a dense mask. This schedule depends on the mask alone: it is
+made once per pack and shared by all layers.
 
+Letters: sequence.py; B pieces in one call, Nq queries and Nk keys.
 Left out: anything about tiles; a GPU has the Triton kernel for that.
 """
 
@@ -25,30 +28,35 @@ PADDING = 1.35  # a batch may compute this many times the scores its pieces need
 
 
 def sdpa_attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v. q (Nq, H, D), k and v (Nk, G, D) with H a multiple of G -> (Nq, H, D)."""
+    """softmax(q k^T / sqrt(D)) v. q (Nq, H, D), k and v (Nk, K, D), K divides H -> (Nq, H, D)."""
     if "sdpa" not in mask.cache:
-        mask.cache["sdpa"] = make_plan(mask)
+        mask.cache["sdpa"] = make_schedule(mask)
     batches, restore, empty = mask.cache["sdpa"]
     outputs = []
     for rows, keys, bias in batches:
-        query = _rows(q, rows).transpose(1, 2)  # (B, H, R, D)
-        key, value = _rows(k, keys).transpose(1, 2), _rows(v, keys).transpose(1, 2)  # (B, G, S, D)
+        query = _rows(q, rows).transpose(1, 2)  # (B, H, rows, D)
+        key, value = (_rows(x, keys).transpose(1, 2) for x in (k, v))  # (B, K, keys, D)
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * R, H, D)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * rows, H, D)
     out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], restore)  # (Nq, H, D)
     return out if empty is None else out.masked_fill(empty[:, None, None], 0)
 
 
 def _rows(x, index):
-    """x[index] for x (N, H, D): an embedding look-up, whose gradient is much faster than that of indexing on a CPU."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+    """x[index] of x (N, heads, D), as an embedding: on a CPU its gradient is far faster."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])  # (*index, heads, D)
 
 
-def make_plan(mask):
-    """(batches of (rows (B, R), keys (B, S), bias (B, 1, R, S) or None), restore (Nq,), empty rows or None)."""
+def make_schedule(mask):
+    """What to compute together: (batches, restore, empty), on the device of the mask.
+
+    batches: of (rows (B, rows), keys (B, keys), bias (B, 1, rows, keys) or None where all is seen).
+    restore (Nq,): where each row lies among the concatenated results of the batches.
+    empty (Nq,) bool, the rows that see nothing, or None.
+    """
     q_hi, k_hi = mask.q_hi.cpu().numpy(), mask.k_hi.cpu().numpy()
     q_pos = mask.positions().cpu().numpy()
     pieces = _merge([_piece(rows, q_hi, k_hi, q_pos) for rows in _cut(k_hi, q_pos)])
@@ -56,31 +64,31 @@ def make_plan(mask):
     empty = np.zeros(len(q_hi), dtype=bool)
     for batch in _batch(pieces):
         height, width = max(len(r) for r, _ in batch), max(1, *(len(c) for _, c in batch))
-        rows, keys = (
-            np.zeros((len(batch), height), np.int64),
-            np.zeros((len(batch), width), np.int64),
-        )
+        rows = np.zeros((len(batch), height), np.int64)
+        keys = np.zeros((len(batch), width), np.int64)
         visible = np.zeros((len(batch), height, width), dtype=bool)
         for b, (r, c) in enumerate(batch):
             rows[b, : len(r)], keys[b, : len(c)] = r, c
-            visible[b, : len(r), : len(c)] = (c[None] < q_hi[r, None]) & (
-                q_pos[r, None] < k_hi[None, c]
-            )
+            seen = (c[None] < q_hi[r, None]) & (q_pos[r, None] < k_hi[None, c])  # (rows, keys)
+            visible[b, : len(r), : len(c)] = seen
             restore[r] = offset + b * height + np.arange(len(r))
-            empty[r] = ~visible[b, : len(r)].any(1)
-        # softmax needs one key in every row; these rows are dropped or zeroed
-        visible[..., 0] |= ~visible.any(2)
-        bias = None
-        if not visible.all():
-            bias = torch.zeros(visible.shape).masked_fill(
-                ~torch.from_numpy(visible), float("-inf")
-            )[:, None]
-        batches.append((torch.from_numpy(rows), torch.from_numpy(keys), bias))
+            empty[r] = ~seen.any(1)
+        batches.append((torch.from_numpy(rows), torch.from_numpy(keys), _bias(visible)))
         offset += rows.size
     device = mask.device
     batches = [tuple(x if x is None else x.to(device) for x in batch) for batch in batches]
     empty = torch.from_numpy(empty).to(device) if empty.any() else None
     return batches, torch.from_numpy(restore).to(device), empty
+
+
+def _bias(visible):
+    """0 where visible (B, rows, keys) and -inf elsewhere, (B, 1, rows, keys); None: all is seen."""
+    # softmax needs one key in every row; rows without are padding, dropped, or empty, zeroed
+    visible[..., 0] |= ~visible.any(2)
+    if visible.all():
+        return None
+    hidden = torch.from_numpy(~visible)
+    return torch.zeros(visible.shape).masked_fill(hidden, float("-inf"))[:, None]
 
 
 def _cut(k_hi, q_pos):
@@ -95,6 +103,7 @@ def _piece(rows, q_hi, k_hi, q_pos):
 
 
 def _cost(rows, keys):
+    """Of one call, in scores."""
     return (rows + GATHER) * keys
 
 

@@ -1,18 +1,22 @@
 """
-Configuration: a frozen dataclass of options, named presets that say only what differs, and a command line parser.
+Options: a frozen dataclass, named presets that say only what differs, and a command line parser.
 
     @dataclass(frozen=True)
     class Config:
-        steps: int = 200        # optimiser steps                 <- the comment is the help text
-        lr: float = 1e-6        # learning rate
-        refs: tuple[str, ...] = ()      # reference images: --refs a.png --refs b.png
-    PRESETS = {"toy": dict(steps=20, lr=1e-4), "full": {}}          # the first one is the default
-    config = parse(Config, PRESETS)                                 # --config=toy --steps=5
+        steps: int = 200  # optimiser steps                  <- the comment is the help text
+        lr: float = 1e-6  # learning rate
+        refs: tuple[str, ...] = ()  # reference images: --refs a.png --refs b.png
 
-Grammar: --key=value or --key value; "-" in a key is "_"; exact names; a key may be given once, except for tuples.
-Types: int, float, str, bool (true false yes no 1 0, or the bare --key), Literal, tuple[T, ...], T | None ("none").
-A mistake prints one line on stderr and exits with status 2. --help prints one column a preset.
-This file is not a concept of the paper. Left out: files of settings, nested options, abbreviations.
+    PRESETS = {"toy": dict(steps=20, lr=1e-4), "full": {}}   # the first one is the default
+    config = parse(Config, PRESETS)                          # --config=toy --steps=5
+
+Grammar: --key=value or --key value; "-" in a key is "_"; exact names; a key may be given once,
+except for tuples. Types: int, float, str, bool (true false yes no 1 0, or the bare --key), Literal,
+tuple[T, ...], T | None ("none"). A mistake prints one line on stderr and exits with status 2;
+--help prints one column a preset.
+
+Not a concept of the paper. Left out: files of settings, nested options, abbreviations, help texts
+of more than one line.
 """
 
 import ast
@@ -38,10 +42,12 @@ class UserError(ValueError):
 
 @contextmanager
 def exit_on_user_error(*kinds: type[Exception]):
-    """`with exit_on_user_error(): ...` (or as a decorator) turns a user's mistake into one line and exit status 2.
+    """`with exit_on_user_error(): ...`, or as a decorator: a user's mistake ends the process with
+    one line on stderr and exit status 2.
 
-    A mistake is a UserError, an OSError about a named file or with a text of our own, and whatever `kinds` lists: put
-    `exit_on_user_error(ValueError)` around input checks only. Everything else is a bug and keeps its traceback.
+    A mistake is a UserError, an OSError about a named file or with a text of our own, and whatever
+    `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only. Everything else
+    is a bug and keeps its traceback.
     """
     try:
         yield
@@ -58,50 +64,45 @@ def exit_on_user_error(*kinds: type[Exception]):
 
 
 def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None):
-    """A Config from the command line. Exits: 0 after --help, 2 after a mistake (one line on stderr).
+    """A Config from the command line. Exits with 0 after --help, with 2 after a mistake.
 
-    Config: frozen dataclass; its __post_init__ may raise ValueError for an impossible combination. A field named
-    `config`, if there is one, receives the preset's name. presets: name -> {field: value}; the first is the default.
-    Prints the preset and what was changed in it (rank 0 only).
+    Config: frozen dataclass; its __post_init__ may raise ValueError for an impossible combination.
+    A field named `config`, if there is one, receives the preset's name. presets: name -> {field:
+    value}; the first is the default. Prints the preset and what was changed in it (rank 0 only).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     with exit_on_user_error():
-        kinds = typing.get_type_hints(Config)
-        kinds = {
-            field.name: kinds[field.name] for field in dataclasses.fields(Config) if field.init
-        }
+        hints = typing.get_type_hints(Config)
+        fields = {field.name: field for field in dataclasses.fields(Config) if field.init}
+        kinds = {name: hints[name] for name in fields}
         _check_presets(presets, kinds)
         if "--help" in argv or "-h" in argv:
             print(_help(Config, presets, kinds))
             sys.exit(0)
         given = _read(argv, kinds)
-        name = given.pop("config", next(iter(presets)))
-        if name not in presets:
-            raise UserError(
-                f"unknown preset {name!r}{_did_you_mean(name, presets)} (presets: {', '.join(presets)})"
-            )
-        values = {**presets[name], **given, **({"config": name} if "config" in kinds else {})}
-        for field in dataclasses.fields(Config):
-            if (
-                field.name in kinds
-                and field.name not in values
-                and _default(field) is dataclasses.MISSING
-            ):
-                raise UserError(f"--{field.name} is required (see --help)")
+        preset = given.pop("config", next(iter(presets)))
+        if preset not in presets:
+            hint = _did_you_mean(preset, presets)
+            raise UserError(f"unknown preset {preset!r}{hint} (presets: {', '.join(presets)})")
+        values = {**presets[preset], **given, **({"config": preset} if "config" in kinds else {})}
+        for name, field in fields.items():
+            if name not in values and _default(field) is dataclasses.MISSING:
+                raise UserError(f"--{name} is required (see --help)")
         try:
             config = Config(**values)
         except ValueError as error:  # the sentence of __post_init__
             raise UserError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"config: {name}" + "".join(f" {key}={_show(value)}" for key, value in given.items()),
-            flush=True,
-        )
+        changed = "".join(f" {key}={_show(value)}" for key, value in given.items())
+        print(f"config: {preset}{changed}", flush=True)
     return config
 
 
-def with_path(argv: list[str], flags: tuple[str, ...], words: int, option: str) -> list[str]:
-    """`--flag … PATH` written as `--flag … --option PATH`: PATH is the word after a flag and its `words` values."""
+def with_path(argv: list[str], flags: tuple[str, ...], words: int, *, option: str) -> list[str]:
+    """`--flag … PATH` written as `--flag … --option PATH`, for the first of `flags` that has one.
+
+    PATH is the word after the flag and its `words` values. Returns a new list.
+    """
     argv = list(argv)
     for i, word in enumerate(argv):
         place = i + 1 + words
@@ -120,12 +121,12 @@ def to_dict(config) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 
 def _read(argv: list[str], kinds: dict[str, type]) -> dict:
-    """{key: value} of the options in argv, converted to the types in `kinds`, and "config" for the preset."""
+    """{key: value} of the options in argv, of the types in `kinds`; "config" is the preset."""
     kinds = {**kinds, "config": str}
     given, position = {}, 0
     while position < len(argv):
@@ -165,9 +166,8 @@ def _convert(key: str, text: str, kind):
     if _optional(kind) is not None and text.lower() == "none":
         return None
     plain = _optional(kind) or kind
-    if plain is str or (
-        typing.get_origin(plain) is typing.Literal and text in typing.get_args(plain)
-    ):
+    literal = typing.get_origin(plain) is typing.Literal
+    if plain is str or (literal and text in typing.get_args(plain)):
         return text
     if plain is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
@@ -202,7 +202,7 @@ def _did_you_mean(word: str, words, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # presets and help
 
 
@@ -210,20 +210,17 @@ def _check_presets(presets: dict[str, dict], kinds: dict[str, type]) -> None:
     for name, values in presets.items():
         for key, value in values.items():
             if key not in kinds:
-                raise UserError(
-                    f"preset {name!r} sets the unknown option {key!r}{_did_you_mean(key, kinds)}"
-                )
+                hint = _did_you_mean(key, kinds)
+                raise UserError(f"preset {name!r} sets the unknown option {key!r}{hint}")
             if not _is(value, kinds[key]):
-                raise UserError(
-                    f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}"
-                )
+                expected = _name(kinds[key])
+                raise UserError(f"preset {name!r} sets {key}={value!r}: expected {expected}")
 
 
 def _is(value, kind) -> bool:
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(
-            _is(item, typing.get_args(kind)[0]) for item in value
-        )
+        part = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is(item, part) for item in value)
     if _optional(kind) is not None:
         return value is None or _is(value, _optional(kind))
     if typing.get_origin(kind) is typing.Literal:
@@ -246,25 +243,17 @@ def _show(value) -> str:
 
 
 def _help(Config: type, presets: dict[str, dict], kinds: dict[str, type]) -> str:
-    """The first paragraph of the script's docstring and a table: option, type, its value in each preset, meaning."""
+    """The first paragraph of the script's docstring, and a table with one column a preset."""
     module = sys.modules.get(Config.__module__)
     head = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0] if module else ""
     meanings = _comments(Config)
-    rows = [("option", "type", *presets, "meaning")]
-    rows.append(
-        (
-            "--config",
-            "preset",
-            *presets,
-            f"which column applies; {next(iter(presets))} if not given",
-        )
-    )
+    which = f"which column applies; {next(iter(presets))} if not given"
+    rows = [("option", "type", *presets, "meaning"), ("--config", "preset", *presets, which)]
     for field in dataclasses.fields(Config):
-        if field.name in kinds and field.name != "config":
-            values = [_show(preset.get(field.name, _default(field))) for preset in presets.values()]
-            rows.append(
-                (f"--{field.name}", _name(kinds[field.name]), *values, meanings.get(field.name, ""))
-            )
+        name = field.name
+        if name in kinds and name != "config":
+            values = [_show(preset.get(name, _default(field))) for preset in presets.values()]
+            rows.append((f"--{name}", _name(kinds[name]), *values, meanings.get(name, "")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
@@ -273,8 +262,7 @@ def _help(Config: type, presets: dict[str, dict], kinds: dict[str, type]) -> str
 
 
 def _comments(Config: type) -> dict[str, str]:
-    """{field: trailing comment}, read from the source, of the class and those it inherits from. A comment may go on
-    in the following lines if it stands further right than the fields."""
+    """{field: trailing comment} of the class and those it inherits from, read from the source."""
     found = {}
     for part in reversed(Config.__mro__[:-1]):
         try:
@@ -282,19 +270,11 @@ def _comments(Config: type) -> dict[str, str]:
         except (OSError, TypeError):  # a class typed at a prompt has no source: no help texts
             continue
         comments = {
-            token.start[0]: token
+            token.start[0]: token.string.lstrip("# ")
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
             if token.type == tokenize.COMMENT
         }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign) and node.end_lineno in comments:
-                line, texts = node.end_lineno, []
-                while (
-                    line in comments
-                    and (line == node.end_lineno or comments[line].line.lstrip().startswith("#"))
-                    and comments[line].start[1] > node.col_offset
-                ):
-                    texts.append(comments[line].string.lstrip("# "))
-                    line += 1
-                found[node.target.id] = " ".join(texts)
+                found[node.target.id] = comments[node.end_lineno]
     return found

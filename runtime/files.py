@@ -1,11 +1,15 @@
 """
 Files that appear whole or not at all, and JSON that is read with a clear word where it is torn.
 
-    with published("out/run/table.json") as hidden:       write a file, or make a folder, at `hidden`:
-        hidden.write_text(text)                           it takes its name by one rename when the block ends
+    with published("out/run/table.json") as hidden:     write a file, or make a folder, at `hidden`:
+        hidden.write_text(text)                         it takes its name when the block ends
 
-A process that is killed inside the block leaves what stood under the name untouched, and beside it a hidden file or
-folder (.name.tmp) that the next attempt replaces. Not a concept of the paper. Left out: locks between processes.
+The name is given by a rename, so nobody ever reads half of a file. A process that is killed inside
+the block leaves what stood under the name untouched, and beside it a hidden file or folder
+(.name.tmp) that the next attempt replaces. A folder cannot be renamed over another one: the older
+one steps aside first (.name.old) and is deleted after; killed just between, the name is free.
+
+Not a concept of the paper. Left out: locks between processes; one of them writes, or each its own.
 """
 
 import json
@@ -17,14 +21,22 @@ from pathlib import Path
 from runtime.config import UserError
 
 
-@contextmanager
-def published(path, unique=""):
-    """Yields the hidden path to write to; after an error nothing is published and nothing is left.
+def hidden_path(path, unique=""):
+    """Where to write what `publish` is to give the name `path`: a hidden sibling of it.
 
     unique: tells writers apart that may write the same path at the same time (threads).
     """
     path = Path(path)
-    hidden = path.with_name(f".{path.name}{unique}.tmp")
+    return path.with_name(f".{path.name}{unique}.tmp")
+
+
+@contextmanager
+def published(path, unique=""):
+    """Yields the hidden path to write to; after an error nothing is published and nothing is left.
+
+    The hidden path does not exist yet, the folder around it must. unique: see `hidden_path`.
+    """
+    hidden = hidden_path(path, unique)
     remove(hidden)
     try:
         yield hidden
@@ -34,16 +46,14 @@ def published(path, unique=""):
 
 
 def publish(hidden, path):
-    """Give a finished hidden file or folder its name; an older folder of that name is replaced."""
+    """Give a finished hidden file or folder its name; what had that name before is replaced."""
     path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
     if path.is_dir():
-        old = path.with_name(f".{path.name}.old")
-        remove(old)
         os.replace(path, old)
-        os.replace(hidden, path)
-        remove(old)
-    else:
-        os.replace(hidden, path)
+    os.replace(hidden, path)
+    remove(old)
 
 
 def remove(path):

@@ -1,49 +1,165 @@
 """
-runtime.loop
+The bookkeeping of a training run: its folder, log, average, states, signals and its end.
+
+    folder = start(config)                             makes or reopens the folder, sets threads
+    run = Run(folder, config, state, desc="sft")       continues from the newest state, if any
+    for step in run.steps():                           a progress bar
+        values, finite = ...                           forward, backward, optimiser: the stage's own
+        run.end_step(step, values, finite=finite, decay=0.9, made_of=samples)
+        if run.strip_is_due(step): ...
+    run.finish()
+
+    out/<name>/config.json        the resolved options, argv, threads, processes
+    out/<name>/metrics.jsonl      one line a step
+    out/<name>/samples/           pictures of the same prompts and noise as training goes on
+    out/<name>/state-000200/      training state (runtime/state.py)
+    out/<name>/model/             the finished model in BAGEL's layout (runtime/pretrained.py)
+
+The same command continues a run from its newest state. Nothing random is carried from step to step:
+data, noise and times depend on (seed, step, sample) alone, so a resumed run equals an uninterrupted
+one bit for bit, and no state of a random generator is stored. On SIGTERM or SIGUSR1 a run ends its
+step, saves, and leaves with status 85. Not a concept of the paper.
+Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
 import json
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from runtime.config import UserError, to_dict
 from runtime.files import check_writable, read_json, write_text
-from runtime.processes import choose_threads, device, finish, is_main, rank, reduced, say, size
+from runtime.pretrained import save_model
+from runtime.processes import (
+    barrier,
+    choose_threads,
+    device,
+    finish,
+    is_main,
+    merged,
+    rank,
+    reduced,
+    say,
+    size,
+)
+from runtime.sharding import whole_weights
+from runtime.state import Saver, newest_step, update_average
 
-MAY_CHANGE = (
-    "out",
-    "steps",
-    "threads",
-    "eval_samples",
-    "save_every",
-    "sample_every",
-    "target",
-    "keep",
-    "timeout_minutes",
-    "tokens_per_pack",
-    "replicas",
-    "export",
-)  # between resumptions
+# fmt: off
+MAY_CHANGE = (  # between resumptions
+    "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
+    "timeout_minutes", "tokens_per_pack", "replicas", "export",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the configurations of both stages have in common."""
+
+    # machine
+    checkpointing: bool = True  # recompute each block backward: less memory, a third more time
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic alone
+    sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
+    replicas: int = 1  # copies of the model, each sharded over its part of the processes
+    timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
+    # run
+    seed: int = 0
+    threads: int = 0  # CPU threads; 0 measures which of one and two is faster
+    keep: int = 2  # training states that stay
+    async_save: bool = False  # write states while training goes on; one more copy on the host
+    export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
 
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
-
-
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """One training run in this process.
+
+    config: of the stage, with steps, save_every, sample_every, keep, async_save, export.
+    state: runtime.state.TrainingState of what is trained; read in place if there is one on disk.
+    """
+
+    def __init__(self, folder, config, state, *, desc):
+        self.folder, self.config, self.state, self.desc = Path(folder), config, state, desc
+        self.begun, self.bad = time.perf_counter(), 0
+        self.first = newest_step(folder)
+        if self.first:
+            state.load(folder, self.first)
+        cut_log(folder, self.first)
+        self.stop, self.saver = Stop(), Saver(folder, config.keep, config.async_save)
+
+    def steps(self):
+        """The steps that are left, behind a progress bar; none with --export."""
+        self.bar = tqdm(
+            range(self.first, last_step(self.folder, self.first, self.config)),
+            initial=self.first,
+            total=self.config.steps,
+            desc=self.desc,
+            disable=None if is_main() else True,
+        )
+        return self.bar
+
+    def end_step(self, step, values, *, finite, decay, made_of):
+        """After the optimiser: average, log, state, signals.
+
+        values: the line of the log; finite: whether the optimiser stepped; decay: of the moving
+        average; made_of: numbers of the samples, kept if the run has to be given up.
+        """
+        self.bad = 0 if finite else self.bad + 1
+        if self.bad == BAD_STEPS:
+            give_up(self.folder, step, {"values": values, "samples": made_of})
+        if self.state.average and finite:
+            update_average(self.state.average, self.state.parameters, decay)
+        values = merged(values)
+        log(self.folder, values)
+        shown = ("reward", "ce", "mse")
+        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
+        self.saver.poll()
+        last, wanted = step + 1 == self.config.steps, self.stop.wanted()
+        if (step + 1) % self.config.save_every == 0 or last or wanted:
+            self.saver.save(step + 1, self.state.tensors())
+        if wanted and not last:
+            self.saver.wait()
+            stop_here(step + 1)
+
+    def strip_is_due(self, step):
+        """Whether pictures of the same prompts shall be painted after this step."""
+        return (step + 1) % self.config.sample_every == 0
+
+    def finish(self):
+        """Wait for the last state to be written."""
+        self.saver.wait()
+
+    def export(self, engine, weights):
+        """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model."""
+        whole = whole_weights(weights, getattr(torch, self.config.precision))
+        if is_main():
+            save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
+        barrier()
+
+    def pace(self, model):
+        """tokens/s and MFU of this command, as text to append."""
+        return pace(self.folder, self.first, model, self.config.precision)
+
+
+# --------------------------------------------------------------------------------------------------
 # the folder
 
 
 def start(config):
-    """Make or reopen the folder of a run, and set the number of CPU threads; refuses a folder made with other options.
+    """Make or reopen the folder of a run, and set the number of CPU threads.
 
-    A run keeps the number of threads that it began with, unless told otherwise: sums round differently with another.
+    UserError for a folder made with other options. A run keeps the number of threads that it began
+    with, unless told otherwise: sums round differently with another.
     """
     folder = Path(config.out)
     check_writable(folder / "samples")
@@ -51,23 +167,23 @@ def start(config):
     path, threads = folder / "config.json", config.threads
     if path.is_file():
         before = read_json(path)
-        changed = [
-            key
-            for key in options
-            if key not in MAY_CHANGE and before["options"].get(key) != options[key]
-        ]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{folder} was made with {key}={before['options'].get(key)}, now {key}={options[key]}; "
-                f"choose another --out, or delete the folder to start again"
-            )
+        refuse_other_options(folder, before["options"], options)
         threads = threads or before["threads"]
     threads = choose_threads(threads or (1 if size() > 1 else 0))
     if is_main():
         about = {"options": options, "argv": sys.argv, "threads": threads, "processes": size()}
         write_text(path, json.dumps(about, indent=1) + "\n")
     return folder
+
+
+def refuse_other_options(folder, before, options):
+    """UserError that names the first option with which the folder was not made."""
+    for key, value in options.items():
+        if key not in MAY_CHANGE and before.get(key) != value:
+            raise UserError(
+                f"{folder} was made with {key}={before.get(key)}, now {key}={value}; "
+                f"choose another --out, or delete the folder to start again"
+            )
 
 
 def log(folder, values):
@@ -79,13 +195,13 @@ def log(folder, values):
 
 def read_log(folder):
     """All lines of metrics.jsonl."""
-    path = folder / "metrics.jsonl"
+    path = Path(folder) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def cut_log(folder, step):
-    """Forget the lines of steps that will be done again; a line torn by a crash can only be the last one."""
-    path = folder / "metrics.jsonl"
+    """Forget the lines of steps that will be done again, and a last line torn by a crash."""
+    path = Path(folder) / "metrics.jsonl"
     if is_main() and path.is_file():
         lines = []
         for line in path.read_text().splitlines(keepends=True):
@@ -104,12 +220,12 @@ def last_step(folder, step, config):
     return step if config.export else config.steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the end
 
 
 class Stop:
-    """`Stop()` catches SIGTERM and SIGUSR1 (what SLURM sends before the end); `wanted()` tells all processes alike."""
+    """`Stop()` catches SIGTERM and SIGUSR1 (what SLURM sends before the end)."""
 
     def __init__(self):
         self.flag = False
@@ -120,14 +236,15 @@ class Stop:
         self.flag = True
 
     def wanted(self):
+        """Whether any process was asked to stop; the same answer on all."""
         return bool(reduced([float(self.flag)], "max")[0])
 
 
 def stop_here(step):
     """Leave with the status that asks for another go; the state has been saved.
 
-    The first process to leave makes srun and torchrun terminate the others: whoever leaves ignores that, or the job's
-    status would be that of a killed process and nothing would be requeued.
+    The first process to leave makes srun and torchrun terminate the others: whoever leaves ignores
+    that, or the job's status would be that of a killed process and nothing would be requeued.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(f"stopped by a signal after step {step}; the same command goes on from here")
@@ -140,13 +257,23 @@ def give_up(folder, step, what):
     path = Path(folder) / f"bad-step-{step:06d}-rank-{rank()}.json"
     write_text(path, json.dumps(what, indent=1) + "\n")
     raise UserError(
-        f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it was made of is in "
-        f"{path}. Lower --lr, or look at these samples"
+        f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it "
+        f"was made of is in {path}. Lower --lr, or look at these samples"
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# time
+
+
+def seconds(begun):
+    """Wall time since `begun` (time.perf_counter) as text."""
+    spent = int(time.perf_counter() - begun)
+    return f"{spent // 60} min {spent % 60:02d} s"
+
+
 def matmul_speed(precision):
-    """FLOP/s of a large square product on the device of this process: the ceiling of what training can reach."""
+    """FLOP/s of a large square product on this process's device: the ceiling of training."""
     n = 8192 if device().type == "cuda" else 1024
     x = torch.randn(n, n, device=device(), dtype=getattr(torch, precision))
     best = float("inf")
@@ -158,25 +285,22 @@ def matmul_speed(precision):
 
 
 def pace(folder, first, model, precision):
-    """Text: tokens/s of the job and its model FLOPs utilisation (MFU), from the log since step `first`; "" without any.
+    """Text: tokens/s of the job and its MFU, from the log since step `first`; "" without any.
 
-    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, unless it belongs to a
-    rollout, 4 more backward. The rest, attention and recomputation do not count. The ceiling is `matmul_speed`.
+    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, unless it
+    belongs to a rollout, 4 more backward. The rest, attention and recomputation do not count. The
+    ceiling of the model FLOPs utilisation (MFU) is `matmul_speed`.
     """
     lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
     if not lines:
         return ""
-    total = lambda *names: sum(line.get(name, 0) for line in lines for name in names)
+
+    def total(*names):
+        return sum(line.get(name, 0) for line in lines for name in names)
+
     forward, trained = total("rollout_tokens"), total("tokens", "update_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
-    weights = (
-        sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")) / 2
-    )
-    used = (2 * forward + 6 * trained) * weights / spent / size() / matmul_speed(precision)
+    blocks = [p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")]
+    flops = (2 * forward + 6 * trained) * sum(blocks) / 2
+    used = flops / spent / size() / matmul_speed(precision)
     return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * used:.0f} %"
-
-
-def seconds(begun):
-    """Wall time since `begun` (time.perf_counter) as text."""
-    spent = int(time.perf_counter() - begun)
-    return f"{spent // 60} min {spent % 60:02d} s"

@@ -4,23 +4,27 @@ A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout
     ema.safetensors     the whole model with its eye, without the codec
     ae.safetensors      the FLUX autoencoder; the toys' codec has no weights
     llm_config.json     shape of the transformer, Qwen2's keys
-    vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as the official one
-    config.json         what the official code keeps in its source: latent grid, codec, resize rules; may be absent
+    vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as
+                        the official one
+    config.json         what the official code keeps in its source: latent grid, codec, resize
+                        rules; may be absent
     tokenizer.json ...  written by transformers, or vocab.json and merges.txt
 
-So a model trained here opens in the official code, and the reverse. Reading goes tensor by tensor from the mapped file
-into a model without memory (meta device), so that 29 GB stand in memory once; any float type is taken. A folder is
-published whole: it is written under a hidden name and renamed.
+    model, tokenizer = load_model("BAGEL-7B-MoT", dtype=torch.bfloat16)
+                        a folder, that of a run, or owner/name on Hugging Face
 
-Left out: sharded index files, a generation expert made from a plain Qwen2 folder.
+So a model trained here opens in the official code, and the reverse. Reading goes tensor by tensor
+from the mapped file into a model without memory (meta device), so that 29 GB stand in memory once;
+any float type is taken. A folder is published whole. Whatever does not fit is a FileNotFoundError
+or a ValueError of one sentence that names the file, what was found and what was expected.
 
-    model, tokenizer = load_model("BAGEL-7B-MoT", dtype=torch.bfloat16)        a folder, or owner/name on Hugging Face
+Not a concept of the paper. Left out: sharded index files, a generation expert made from a plain
+Qwen2 folder.
 """
 
 import json
 import re
-import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,18 +34,25 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model import ModelConfig, UnifiedModel
-from runtime.files import publish
+from model import MODELS, ModelConfig, UnifiedModel
+from runtime.config import UserError
+from runtime.files import published
+
+# --------------------------------------------------------------------------------------------------
+# names: ours and BAGEL's
+
+LAYER = r"language_model.model.layers.\1"  # BAGEL's name of block \1
+VIT = "vit_model.vision_model"
 
 # fmt: off
 RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name counts
-    (r"blocks\.(\d+)\.und\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)", r"language_model.model.layers.\1.self_attn.\2.\3"),
+    (r"blocks\.(\d+)\.und\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)", rf"{LAYER}.self_attn.\2.\3"),
     (r"blocks\.(\d+)\.gen\.((?:q|k|v|o)_proj|[qk]_norm)\.(\w+)",
-     r"language_model.model.layers.\1.self_attn.\2_moe_gen.\3"),
-    (r"blocks\.(\d+)\.und\.(gate|up|down)_proj\.weight", r"language_model.model.layers.\1.mlp.\2_proj.weight"),
-    (r"blocks\.(\d+)\.gen\.(gate|up|down)_proj\.weight", r"language_model.model.layers.\1.mlp_moe_gen.\2_proj.weight"),
-    (r"blocks\.(\d+)\.und\.(\w+_layernorm)\.weight", r"language_model.model.layers.\1.\2.weight"),
-    (r"blocks\.(\d+)\.gen\.(\w+_layernorm)\.weight", r"language_model.model.layers.\1.\2_moe_gen.weight"),
+     rf"{LAYER}.self_attn.\2_moe_gen.\3"),
+    (r"blocks\.(\d+)\.und\.(gate|up|down)_proj\.weight", rf"{LAYER}.mlp.\2_proj.weight"),
+    (r"blocks\.(\d+)\.gen\.(gate|up|down)_proj\.weight", rf"{LAYER}.mlp_moe_gen.\2_proj.weight"),
+    (r"blocks\.(\d+)\.und\.(\w+_layernorm)\.weight", rf"{LAYER}.\2.weight"),
+    (r"blocks\.(\d+)\.gen\.(\w+_layernorm)\.weight", rf"{LAYER}.\2_moe_gen.weight"),
     (r"norm_und\.weight", r"language_model.model.norm.weight"),
     (r"norm_gen\.weight", r"language_model.model.norm_moe_gen.weight"),
     (r"embed_tokens\.weight", r"language_model.model.embed_tokens.weight"),
@@ -53,38 +64,39 @@ RENAMES = [  # (ours, BAGEL's), the first pattern that matches a whole name coun
     (r"latent_positions", r"latent_pos_embed.pos_embed"),
     (r"vit_positions", r"vit_pos_embed.pos_embed"),
     (r"connector\.(\w+\.\w+)", r"connector.\1"),
-    (r"eye\.(patch_embedding|position_embedding)\.(\w+)", r"vit_model.vision_model.embeddings.\1.\2"),
-    (r"eye\.layers\.(\d+)\.(\w+_proj)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.self_attn.\2.\3"),
-    (r"eye\.layers\.(\d+)\.(fc\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.mlp.\2.\3"),
-    (r"eye\.layers\.(\d+)\.(layer_norm\d)\.(\w+)", r"vit_model.vision_model.encoder.layers.\1.\2.\3"),
-    (r"eye\.post_layernorm\.(\w+)", r"vit_model.vision_model.post_layernorm.\1"),
+    (r"eye\.(patch_embedding|position_embedding)\.(\w+)", rf"{VIT}.embeddings.\1.\2"),
+    (r"eye\.layers\.(\d+)\.(\w+_proj)\.(\w+)", rf"{VIT}.encoder.layers.\1.self_attn.\2.\3"),
+    (r"eye\.layers\.(\d+)\.(fc\d)\.(\w+)", rf"{VIT}.encoder.layers.\1.mlp.\2.\3"),
+    (r"eye\.layers\.(\d+)\.(layer_norm\d)\.(\w+)", rf"{VIT}.encoder.layers.\1.\2.\3"),
+    (r"eye\.post_layernorm\.(\w+)", rf"{VIT}.post_layernorm.\1"),
 ]
-# fmt: on
 
-
-# fmt: off
-LLM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size", "rope_theta", "rms_norm_eps")
-
+LLM_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size", "rope_theta", "rms_norm_eps")
 
 VIT_KEYS = {"hidden_size": "vit_hidden_size", "intermediate_size": "vit_intermediate_size",
-            "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}
+            "num_attention_heads": "vit_num_heads", "patch_size": "vit_patch"}  # {BAGEL's: ours}
 
+OWN_KEYS = ("vit_side", "vit_shortest", "vit_longest", "codec", "codec_factor", "latent_channels",
+            "latent_patch", "latent_side", "image_shortest", "image_longest", "vae_channels",
+            "vae_multipliers", "vae_blocks", "vae_scale", "vae_shift", "position_scale",
+            "position_theta")
 
-OWN_KEYS = ("vit_side", "vit_shortest", "vit_longest", "codec", "codec_factor", "latent_channels", "latent_patch",
-            "latent_side", "image_shortest", "image_longest", "vae_channels", "vae_multipliers", "vae_blocks",
-            "vae_scale", "vae_shift", "position_scale", "position_theta")
-# fmt: on
-
+WRITTEN = {  # what else the official code reads
+    "llm_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                   "hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0,
+                   "max_position_embeddings": 32768},
+    "vit_config": {"model_type": "siglip_vision_model"},
+}
 
 BUILT_IN = {  # what the code does whatever a config says, so it must say the same or nothing
     "llm_config": {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
     "vit_config": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
 }
 
-
-# deterministic: rebuilt, checked if present
+# {buffer: its side}; deterministic: rebuilt, checked if present
 TABLES = {"latent_positions": "latent_side", "vit_positions": "vit_side"}
+# fmt: on
 
 
 def official_name(name):
@@ -95,59 +107,60 @@ def official_name(name):
     raise KeyError(f"{name} has no name in BAGEL's layout; add it to RENAMES")
 
 
-def save_model(model, tokenizer, folder, weights=None):
-    """Write the model into `folder`. weights: {our name: tensor} in place of its parameters, say their averages."""
-    folder = Path(folder)
-    hidden = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    named = dict(weights or model.named_parameters()) | {
-        name: getattr(model, name) for name in TABLES
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+def save_model(model, tokenizer, folder, *, weights=None):
+    """Write the model into `folder`, whole or not at all; an older folder is replaced.
+
+    weights: {our name: tensor} in place of its parameters, say their averages.
+    """
+    named = dict(weights or model.named_parameters())
+    named |= {name: getattr(model, name) for name in TABLES}
+    with published(folder) as hidden:
+        hidden.mkdir(parents=True)
+        official = {official_name(name): tensor for name, tensor in named.items()}
+        write_tensors(hidden / "ema.safetensors", official)
+        if model.config.codec == "flux":
+            write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
+        for name, content in official_configs(model.config).items():
+            (hidden / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        tokenizer.save_pretrained(hidden)
+
+
+def official_configs(config):
+    """The contents of the three JSON files that describe a ModelConfig: {name: object}."""
+    values = asdict(config)
+    vit = {theirs: values[ours] for theirs, ours in VIT_KEYS.items()} | WRITTEN["vit_config"]
+    vit["num_hidden_layers"] = config.vit_num_layers + 1
+    vit["image_size"] = config.vit_side * config.vit_patch
+    return {
+        "llm_config": {key: values[key] for key in LLM_KEYS} | WRITTEN["llm_config"],
+        "vit_config": vit,
+        "config": {key: values[key] for key in OWN_KEYS},
     }
-    write_tensors(
-        hidden / "ema.safetensors", {official_name(name): tensor for name, tensor in named.items()}
-    )
-    if model.config.codec == "flux":
-        write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
-    config = asdict(model.config)
-    llm = {key: config[key] for key in LLM_KEYS}
-    llm |= {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
-        "max_position_embeddings": 32768,
-    }
-    vit = {theirs: config[ours] for theirs, ours in VIT_KEYS.items()}
-    vit |= {
-        "model_type": "siglip_vision_model",
-        "num_hidden_layers": config["vit_num_layers"] + 1,
-        "image_size": config["vit_side"] * config["vit_patch"],
-    }
-    own = {key: config[key] for key in OWN_KEYS}
-    for name, content in (("llm_config", llm), ("vit_config", vit), ("config", own)):
-        (hidden / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    tokenizer.save_pretrained(hidden)
-    publish(hidden, folder)
 
 
 def write_tensors(path, tensors):
+    """{key: tensor}, whole ones, into a safetensors file."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+# --------------------------------------------------------------------------------------------------
+# finding
+
+
 def find_model(path):
-    """The model folder at `path`: the folder itself, that of a run, or a Hugging Face repository `owner/name`.
+    """The model folder at `path`: the folder itself, that of a run, or a Hugging Face repository
+    `owner/name`. FileNotFoundError if it is none of them.
 
     A name is looked up on the hub only where no such path and no folder `owner` exists here.
     """
     path = Path(path)
-    if (
-        not path.exists()
-        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))
-        and not path.parent.exists()
-    ):
+    is_a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))
+    if is_a_name and not path.exists() and not path.parent.exists():
         path = download(str(path))
     for folder in (path, path / "model"):
         if (folder / "llm_config.json").is_file():
@@ -162,7 +175,10 @@ def find_model(path):
 
 
 def download(name):
-    """The folder of a Hugging Face repository, from the cache or the network; FileNotFoundError if neither has it."""
+    """The folder of a Hugging Face repository, from the cache or the network.
+
+    FileNotFoundError if neither has it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -171,31 +187,40 @@ def download(name):
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"checkpoint folder not found: {name}, and the Hugging Face hub does not give it ({reason}); "
-            f"train one with python sft.py --config toy"
+            f"checkpoint folder not found: {name}, and the Hugging Face hub does not give it "
+            f"({reason}); train one with python sft.py --config toy"
         ) from None
 
 
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def load_model(path, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) from a folder of this layout; every key is checked by name and shape.
+
+    path: see `find_model`.
+    """
+    folder = find_model(path)
+    model = load_weights(folder, load_config(folder), device, dtype=dtype)
+    return model, load_tokenizer(folder)
+
+
 def load_config(folder):
-    """ModelConfig from the three JSON files; what they leave out is BAGEL-7B's."""
-    read = {
-        name: read_json(Path(folder) / f"{name}.json")
-        for name in ("llm_config", "vit_config", "config")
-    }
-    values = {key: read["llm_config"][key] for key in LLM_KEYS if key in read["llm_config"]}
-    vit = read["vit_config"]
-    values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
-    if isinstance(vit.get("num_hidden_layers"), int):
-        values["vit_num_layers"] = vit["num_hidden_layers"] - 1
-    if isinstance(vit.get("image_size"), int) and isinstance(vit.get("patch_size"), int):
-        values["vit_side"] = vit["image_size"] // max(1, vit["patch_size"])
-    values |= {key: read["config"][key] for key in OWN_KEYS if key in read["config"]}
+    """ModelConfig from the three JSON files; what they leave out is BAGEL-7B's.
+
+    ValueError if they ask for what is not built, or give a value of another type.
+    """
+    names = ("llm_config", "vit_config", "config")
+    read = {name: read_object(Path(folder) / f"{name}.json") for name in names}
     for name, fixed in BUILT_IN.items():
         for key, value in fixed.items():
             if read[name].get(key, value) != value:
                 raise ValueError(
-                    f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for {value!r}"
+                    f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for "
+                    f"{value!r}"
                 )
+    values = _our_values(read)
     for field in fields(ModelConfig):
         if isinstance(values.get(field.name), list):
             values[field.name] = tuple(values[field.name])
@@ -207,8 +232,49 @@ def load_config(folder):
     return ModelConfig(**values)
 
 
-def read_json(path):
-    """The object in a JSON file, {} if there is no such file."""
+def shape_of(path, name):
+    """The shape of the checkpoint at `path`, or where there is none yet that of preset `name`."""
+    if Path(path).exists():
+        return load_config(find_model(path))
+    return ModelConfig(**MODELS.get(name, {}))
+
+
+def shape_with(config, preset):
+    """The shape that `config` asks for, or with `init` that of the checkpoint.
+
+    config: has the fields of ModelConfig; preset: {option: value} that it started from. UserError
+    for an option that contradicts the checkpoint.
+    """
+    names = [field.name for field in fields(ModelConfig)]
+    options = ModelConfig(**{name: getattr(config, name) for name in names})
+    if not config.init:
+        return options
+    found = load_config(find_model(config.init))
+    default = replace(ModelConfig(), **{k: v for k, v in preset.items() if k in names})
+    for name in names:
+        given = getattr(options, name)
+        if given not in (getattr(default, name), getattr(found, name)):
+            raise UserError(
+                f"--{name}={given}: the model's shape comes from {config.init}, which has "
+                f"{name}={getattr(found, name)}; leave the option out"
+            )
+    return found
+
+
+def _our_values(read):
+    """{field of ModelConfig: value} of the objects in the three files, as far as they say."""
+    llm, vit, own = read["llm_config"], read["vit_config"], read["config"]
+    values = {key: llm[key] for key in LLM_KEYS if key in llm}
+    values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
+    if isinstance(vit.get("num_hidden_layers"), int):
+        values["vit_num_layers"] = vit["num_hidden_layers"] - 1
+    if isinstance(vit.get("image_size"), int) and isinstance(vit.get("patch_size"), int):
+        values["vit_side"] = vit["image_size"] // max(1, vit["patch_size"])
+    return values | {key: own[key] for key in OWN_KEYS if key in own}
+
+
+def read_object(path):
+    """The object in a JSON file of a checkpoint, {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -220,17 +286,13 @@ def read_json(path):
     return content
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from a folder of this layout; every key is checked by name and shape."""
-    folder = find_model(path)
-    return load_weights(folder, load_config(folder), device, dtype), load_tokenizer(folder)
+def load_weights(folder, config, device="cpu", *, dtype=torch.float32, prepare=None):
+    """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in
+    the official code.
 
-
-def load_weights(folder, config, device="cpu", dtype=torch.float32, prepare=None):
-    """The model of this shape with the folder's weights as `dtype`; its codec stays float32, as in the official code.
-
-    prepare(model): called while the weights are on the meta device, to shard them (run.shard), so that each process
-    reads its own rows only, or to add adapters (lora.py), which no file holds: their values are for the caller to set.
+    prepare(model): called while the weights are on the meta device, to shard them (sharding.shard),
+    so that each process reads its own rows only, or to add adapters (lora.add_lora), which no file
+    holds: their values are for the caller to set.
     """
     with torch.device("meta"):
         model = UnifiedModel(config).to(dtype)
@@ -240,16 +302,19 @@ def load_weights(folder, config, device="cpu", dtype=torch.float32, prepare=None
     tables = {name: config.position_table(getattr(config, side)) for name, side in TABLES.items()}
     for name, table in tables.items():
         setattr(model, name, table.to(device))
-    read_tensors(Path(folder) / "ema.safetensors", model, official_name, device, tables)
+    weights = Path(folder) / "ema.safetensors"
+    read_tensors(weights, model, official_name, device=device, tables=tables)
     if config.codec == "flux":
-        read_tensors(Path(folder) / "ae.safetensors", model.codec.weights, str, device, {})
+        weights = Path(folder) / "ae.safetensors"
+        read_tensors(weights, model.codec.weights, str, device=device, tables={})
     return model
 
 
-def read_tensors(path, module, rename, device, tables):
-    """Fill a module on the meta device; its parameters keep their type, whatever the file has.
+def read_tensors(path, module, rename, *, device, tables):
+    """Fill a module on the meta device, or shards of it on `device`; its parameters keep their
+    type, whatever the file has.
 
-    rename: our name -> the file's; tables: what else the file may hold, and its values.
+    rename: our name -> the file's; tables: what else the file may hold, {our name: its value}.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -259,43 +324,46 @@ def read_tensors(path, module, rename, device, tables):
         rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name
     }
     tables = {rename(name): table for name, table in tables.items()}
+    wanted = {key: tuple(p.shape) for key, (_, p) in parameters.items()}
+    optional = {key: tuple(table.shape) for key, table in tables.items()}
     try:
         with safe_open(path, "pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            check_keys(
-                path,
-                found,
-                {key: tuple(p.shape) for key, (_, p) in parameters.items()},
-                {key: tuple(table.shape) for key, table in tables.items()},
-            )
+            check_keys(path, found, wanted, optional=optional)
             for key, (name, parameter) in parameters.items():
                 sharded = isinstance(parameter, DTensor)
-                tensor = (
-                    file.get_slice(key)[own_rows(parameter)] if sharded else file.get_tensor(key)
-                )
+                if sharded:
+                    tensor = file.get_slice(key)[own_rows(parameter)]
+                else:
+                    tensor = file.get_tensor(key)
                 if not tensor.is_floating_point():
                     raise ValueError(
                         f"{path}: {key} is {tensor.dtype}; expected floating point numbers"
                     )
                 if sharded:
                     parameter.to_local().detach().copy_(tensor)
-                    continue
-                owner, _, leaf = name.rpartition(".")
-                tensor = nn.Parameter(
-                    tensor.to(device, parameter.dtype, copy=True), parameter.requires_grad
-                )
-                setattr(module.get_submodule(owner), leaf, tensor)
-            for key, table in tables.items():
-                if key in found and not torch.allclose(
-                    file.get_tensor(key).float(), table, rtol=0, atol=1e-2
-                ):
-                    raise ValueError(
-                        f"{path}: {key} is not the sin-cos table that the configs describe"
-                    )
+                else:
+                    _replace(module, name, tensor.to(device, parameter.dtype, copy=True))
+            _check_tables(path, file, tables)
     except SafetensorError as error:
         raise ValueError(
             f"{path} cannot be read ({error}); the file is torn: copy or train it again"
         ) from None
+
+
+def _check_tables(path, file, tables):
+    """ValueError if the open file has other values for one of {key: table}."""
+    for key in [key for key in tables if key in file.keys()]:
+        table = file.get_tensor(key).float()
+        if not torch.allclose(table, tables[key], rtol=0, atol=1e-2):
+            raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
+
+
+def _replace(module, name, tensor):
+    """Put a tensor in the place of the parameter of this name, frozen or not as that one was."""
+    owner, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    setattr(owner, leaf, nn.Parameter(tensor, getattr(owner, leaf).requires_grad))
 
 
 def own_rows(parameter):
@@ -306,25 +374,24 @@ def own_rows(parameter):
     return tuple(slice(start, start + length) for start, length in zip(offset, shape))
 
 
-def check_keys(path, found, wanted, optional):
+def check_keys(path, found, wanted, *, optional):
     """ValueError with everything that is missing, extra or misshapen. All three: {key: shape}."""
-    missing = sorted(set(wanted) - set(found))
-    extra = sorted(set(found) - set(wanted) - set(optional))
     shapes = [
         f"{key} is {found[key]}, expected {shape}"
         for key, shape in sorted((wanted | optional).items())
         if found.get(key, shape) != shape
     ]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for what, keys in (
-                ("missing", missing),
-                ("unknown", extra),
-                ("of another shape", shapes),
-            )
-            if keys
-        ]
+    wrong = {
+        "missing": sorted(set(wanted) - set(found)),
+        "unknown": sorted(set(found) - set(wanted) - set(optional)),
+        "of another shape": shapes,
+    }
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in wrong.items()
+        if keys
+    ]
+    if parts:
         raise ValueError(f"{path} does not fit the configs beside it: tensors {'; '.join(parts)}")
 
 

@@ -1,5 +1,20 @@
 """
-The processes of a run: a world of one, or those that torchrun or srun started; their threads and random numbers.
+The processes of a run, their threads and their random numbers.
+
+    python sft.py                                  a world of one: no process group on a CPU
+    torchrun --nproc_per_node=8 sft.py             one process a GPU on this machine
+    srun -N2 --ntasks-per-node=8 python sft.py     one a task; launch/slurm.sh does this
+
+Every process runs the same script, and `launch` joins them. What is one for all (the log, pictures,
+the model) is written by the first, `is_main()`. Losses are sums divided by counts over all
+processes (`reduced`), so the number of processes changes no mean.
+
+Nothing random is carried from step to step: data, noise and times come from `generator(seed, step,
+sample, ...)` and depend on these numbers alone. So a resumed run equals an uninterrupted one bit
+for bit, whoever does which part of it, and no state of a generator has to be stored.
+
+Not a concept of the paper. Left out: tensor and pipeline parallelism, restarting lost processes
+(torchrun and SLURM do that).
 """
 
 import os
@@ -12,41 +27,40 @@ import torch.distributed as dist
 
 from runtime.config import UserError
 
-# what makes a process one of several
+# the variables that make a process one of several
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# processes
+# --------------------------------------------------------------------------------------------------
+# the process group
 
 
 def launch(timeout_minutes=30.0):
     """Join the other processes, if torchrun or srun started any.
 
-    On a GPU a world of one gets a process group too, so that the same sharding code runs; on a CPU it needs none.
+    On a GPU a world of one gets a process group too, so that the same sharding code runs; on a CPU
+    it needs none. A process that waits longer than timeout_minutes for another ends the job.
     """
     if dist.is_initialized():
         return
     place = placement(os.environ)
-    if torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if gpu:
         torch.cuda.set_device(place["local_rank"])
     elif place["size"] == 1:
         return
-    backend = {"backend": "gloo"}
-    if torch.cuda.is_available():
-        backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device()}
     where = {"init_method": place["address"]} if place["address"] else {"store": dist.HashStore()}
     dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+        device_id=device() if gpu else None,
         rank=place["rank"],
         world_size=place["size"],
         timeout=timedelta(minutes=timeout_minutes),
-        **backend,
         **where,
     )
 
 
 def placement(environment):
-    """{rank, local_rank, size, address} of this process among all: torchrun's, srun's, or a world of one.
+    """{rank, local_rank, size, address} of this process: torchrun's, srun's, or a world of one.
 
     The batch shell of sbatch has SLURM_NTASKS too, but no step of several tasks: it is no rank.
     """
@@ -76,11 +90,24 @@ def first_host(nodes):
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def finish():
+    """Leave the process group; without this, the last process waits for the others until the
+    time-out."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# this process among all
+
+
 def rank():
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -91,11 +118,9 @@ def is_main():
 
 def device():
     """Where this process computes."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def say(*words):
@@ -104,57 +129,65 @@ def say(*words):
         print(*words, flush=True)
 
 
-def share(count, what, option, parts=1):
-    """`count` divided by the processes, each of whose shares must have `parts` equal parts; UserError with the next
-    numbers that can be divided."""
+def share(count, what, option, *, parts=1):
+    """`count` divided by the number of processes; each share can be cut into `parts` equal parts.
+
+    UserError with the next numbers that can be divided. what, option: the words of that sentence.
+    """
     unit = size() * parts
     if count % unit:
         below, above = count // unit * unit, (count // unit + 1) * unit
+        in_parts = f" in {parts} updates" if parts > 1 else ""
+        better = " or ".join(str(n) for n in (below, above) if n)
         raise UserError(
-            f"{count} {what} cannot be shared evenly by {size()} processes"
-            + (f" in {parts} updates" if parts > 1 else "")
-            + f"; use --{option}="
-            + " or ".join(str(n) for n in (below, above) if n)
+            f"{count} {what} cannot be shared evenly by {size()} processes{in_parts}; "
+            f"use --{option}={better}"
         )
     return count // size()
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers of all processes
 
 
 def reduced(numbers, how="sum"):
     """A list of numbers, summed (or "max", "min") over all processes."""
     if size() == 1:
         return list(numbers)
+    operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device())
-    dist.all_reduce(
-        tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
-    )
+    dist.all_reduce(tensor, operations[how])
     return tensor.tolist()
 
 
 def merged(values):
-    """Log values of all processes as one line: *_min, *_max as such, *tokens and truncated summed, others averaged."""
+    """Log values of all processes as one line, {key: number}, types kept.
+
+    *_min and *_max as such, *tokens and truncated summed, others averaged over the processes.
+    """
     if size() == 1:
         return values
-    how = lambda key: key[-3:] if key.endswith(("_min", "_max")) else "sum"
-    found = {}
-    for kind in ("sum", "min", "max"):
-        keys = [key for key in values if how(key) == kind]
-        found |= dict(zip(keys, reduced([values[key] for key in keys], kind)))
-    total = lambda key: key.endswith("tokens") or key == "truncated" or how(key) != "sum"
-    return {
-        key: type(values[key])(found[key] if total(key) else found[key] / size()) for key in values
-    }
+    line = {}
+    for how in ("sum", "min", "max"):
+        keys = [key for key in values if _how_merged(key) == how]
+        for key, number in zip(keys, reduced([values[key] for key in keys], how)):
+            total = how != "sum" or key.endswith("tokens") or key == "truncated"
+            line[key] = type(values[key])(number if total else number / size())
+    return {key: line[key] for key in values}
 
 
-def finish():
-    """Leave the process group; without this, the last process waits for the others until the time-out."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _how_merged(key):
+    return key[-3:] if key.endswith(("_min", "_max")) else "sum"
 
 
 def barrier():
     """Wait until all processes are here."""
     if size() > 1:
         dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# random numbers and threads
 
 
 def generator(*numbers):
@@ -166,7 +199,10 @@ def generator(*numbers):
 
 
 def choose_threads(wanted):
-    """Set the number of CPU threads: `wanted`, or with 0 the faster of one and two on a busy machine, measured."""
+    """Set the number of CPU threads: `wanted`, or with 0 the faster of one and two, measured.
+
+    Returns it. On a busy machine two can be slower than one.
+    """
     if wanted == 0:
         wanted = min((1, min(2, os.cpu_count() or 1)), key=_seconds)
     torch.set_num_threads(wanted)
@@ -174,6 +210,7 @@ def choose_threads(wanted):
 
 
 def _seconds(threads):
+    """The best time of a piece of work of the toy's size, with so many threads."""
     torch.set_num_threads(threads)
     x, w = torch.randn(2048, 128), torch.randn(128, 384)
     best = float("inf")

@@ -1,5 +1,19 @@
 """
-Weights sharded over processes block by block (FSDP2), whole when needed, and optimiser steps that all take or none.
+Weights sharded over processes block by block (FSDP2), whole when needed; steps all or none take.
+
+    shard(model, "bfloat16")                    each process keeps 1 / size of every weight
+    sum_gradients(model, last)                  before each backward pass of a step
+    norm, stepped = step_if_finite(optimizer, 1.0)
+    with gathered(model): ...                   rollouts and pictures, without communication
+    with exchanged(model, average): ...         the same model with other weights, for a while
+    whole_weights(average, torch.bfloat16)      to be saved, on the first process
+
+Shards, summed gradients and moments are float32, whatever `precision` the arithmetic has. FSDP2
+averages gradients over the processes: a loss that is divided by counts over all of them is to be
+multiplied by their number before the backward pass. In a world of one without a process group all
+of this is the identity, and the same code runs.
+
+Not a concept of the paper. Left out: tensor and pipeline parallelism, offloading to the host.
 """
 
 import math
@@ -19,37 +33,33 @@ from torch.distributed.fsdp import (
 from runtime.config import UserError
 from runtime.processes import device, is_main, size
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sharding
-
 
 def shard(model, precision="float32", replicas=1):
-    """Split the model's weights over all processes, block by block; without a process group nothing is done.
+    """Split the model's weights over all processes, block by block; without a process group nothing
+    is done. Returns the model.
 
-    precision: of the arithmetic ("float32" or "bfloat16"); the shards, the gradients that are summed and the optimiser
-    are float32. replicas: copies of the model, each sharded over size / replicas processes (hybrid sharding).
+    precision: of the arithmetic ("float32" or "bfloat16"). replicas: copies of the model, each
+    sharded over size / replicas processes (hybrid sharding). UserError if they cannot be had.
     """
     if not dist.is_initialized():
         if precision != "float32":
             raise UserError(
-                f"precision={precision} keeps float32 weights beside it, which needs a GPU or several processes"
+                f"precision={precision} keeps float32 weights beside it, which needs a GPU or "
+                f"several processes"
             )
         return model
     if size() % replicas:
         raise UserError(f"replicas={replicas} does not divide {size()} processes")
-    kind = device().type
-    mesh = (
-        init_device_mesh(kind, (size(),))
-        if replicas == 1
-        else init_device_mesh(
-            kind, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard")
-        )
-    )
-    # returned a view: nobody writes to it
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    if replicas == 1:
+        mesh = init_device_mesh(device().type, (size(),))
+    else:
+        shape, names = (replicas, size() // replicas), ("replicate", "shard")
+        mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # a module that returns a view: nobody writes to it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for unit in (*model.eye.layers, *model.blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "keys_and_values")
@@ -58,9 +68,10 @@ def shard(model, precision="float32", replicas=1):
 
 @contextmanager
 def gathered(model):
-    """All weights whole on every process: forward passes inside need no communication, and no equal number of them.
+    """All weights whole on every process: forward passes inside need no communication, and no equal
+    number of them.
 
-    For rollouts and evaluation, under no_grad; the optimiser must not step inside.
+    For rollouts and evaluation: gradients are off inside, and the optimiser must not step.
     """
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     if units:
@@ -69,33 +80,41 @@ def gathered(model):
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    with torch.no_grad():
-        yield
-    for unit in units:
-        unit.set_reshard_after_forward(unit is not units[0], recurse=False)
-        unit.reshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)
+            unit.reshard()
 
 
 def sum_gradients(model, on):
-    """Whether the coming backward pass sums gradients over the processes (and keeps a shard), or only adds them up.
+    """Whether the coming backward pass sums gradients over the processes and keeps a shard of them,
+    or only adds to what this process has.
 
-    Off for all but the last pass of an optimiser step, gradients travel once, and stand whole in memory until then.
+    Off for all but the last pass of an optimiser step, gradients travel once, and stand whole in
+    memory until then; on for every pass, a shard of them stays.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
 
 
 def clip_gradients(parameters, max_norm):
-    """The norm over all processes, as a number, before clipping."""
+    """Scale the gradients down to the norm `max_norm`. Returns the norm before, a number: that over
+    all processes, the same on each."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def step_if_finite(optimizer, max_norm):
-    """Clip and step, on all processes or on none; clears the gradients. Returns the norm, and whether it stepped."""
-    norm = clip_gradients(
-        [p for group in optimizer.param_groups for p in group["params"]], max_norm
-    )
+    """Clip and step, on all processes or on none; clears the gradients.
+
+    Returns the norm of the gradient before clipping, and whether it was finite, so that the step
+    was made.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = clip_gradients(parameters, max_norm)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -104,9 +123,11 @@ def step_if_finite(optimizer, max_norm):
 
 @contextmanager
 def exchanged(model, values):
-    """The model with `values` ({name: tensor}) in place of those parameters: their average, or what they once were.
+    """The model with `values` ({name: tensor}) in place of those parameters: their average, or what
+    they once were. Inside, `values` hold the parameters; no second copy of the model is made.
 
-    A graph that was built before must not be used after: its parameters have been written to in between.
+    A graph that was built before must not be used after: its parameters have been written to in
+    between.
     """
     parameters = dict(model.named_parameters())
 
@@ -125,7 +146,10 @@ def exchanged(model, values):
 
 
 def whole_weights(weights, dtype):
-    """{name: tensor}, gathered one by one onto the first process; {} on the others."""
+    """{name: tensor} -> whole copies as `dtype` on the CPU of the first process; {} on the others.
+
+    Gathered one by one, so that a device holds one whole tensor at a time.
+    """
     found = {}
     for name, tensor in weights.items():
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

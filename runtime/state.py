@@ -1,10 +1,25 @@
 """
-The training state on disk: written under a hidden name, published by one rename, read by any number of processes.
+The training state on disk, so that the same command continues a run from where it was.
+
+    out/<name>/state-000200/            after 200 steps: a torch.distributed.checkpoint folder
+        model.<name>                    the trained parameters, float32
+        average.<name>                  their moving average, if the run has one
+        optimizer.step.<name>           AdamW's count and moments; a parameter that never had a
+        optimizer.exp_avg.<name>  ...   gradient has none
+    out/<name>/.state-000400.tmp/       being written; the next save deletes what a crash left of it
+
+    average <- decay * average + (1 - decay) * parameters               `update_average`
+
+All processes write their shards under a hidden name, then the first gives the folder its name by
+one rename: a run that is killed while writing leaves the state before it untouched. Any number of
+processes may read what another number wrote. Nothing random is stored, see processes.generator.
+
+Not a concept of the paper. Left out: states of other optimisers, storage that cannot rename.
 """
 
-import os
-import shutil
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +28,83 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime.config import UserError
+from runtime.files import hidden_path, publish, remove
 from runtime.processes import barrier, is_main, reduced, size
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the training state
+# what dcp raises when a state is torn, or does not fit
+UNREADABLE = (OSError, CheckpointException, EOFError, ValueError, RuntimeError, KeyError)
+
+# --------------------------------------------------------------------------------------------------
+# what it is made of
+
+
+@dataclass
+class TrainingState:
+    """What training changes. Nothing in here is a copy."""
+
+    parameters: dict  # {name: parameter} that are trained
+    optimizer: torch.optim.Optimizer  # AdamW over them
+    average: dict  # {name: tensor} of their moving averages; {} without any
+
+    def tensors(self):
+        """{key: tensor} of all of it under the names on disk, for Saver.save."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            if name in self.average:
+                tensors[f"average.{name}"] = self.average[name]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def load(self, folder, step):
+        """Read the state after `step` steps of the run in `folder`, in place; UserError if it is
+        torn or of another model. Any number of processes may read what another number wrote."""
+        path = state_path(folder, step)
+        _quiet()
+        try:
+            self._make_moments(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+            dcp.load(self.tensors(), checkpoint_id=path, no_dist=size() == 1)
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path} is torn or of another model ({reason}); delete it to continue from the "
+                f"state before"
+            ) from None
+
+    def _make_moments(self, stored):
+        """Room for the moments of those parameters that have some among the `stored` keys."""
+        for name, parameter in self.parameters.items():
+            if f"optimizer.step.{name}" in stored:
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter.detach()),
+                    "exp_avg_sq": torch.zeros_like(parameter.detach()),
+                }
+
+
+def new_average(parameters):
+    """The moving average of the parameters ({name: tensor}), starting at what they are."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def update_average(average, parameters, decay):
+    """average <- decay * average + (1 - decay) * parameters, in place.
+
+    Both are {name: tensor} with the same names in the same order.
+    """
+    values = [p.detach() for p in parameters.values()]
+    torch._foreach_lerp_(list(average.values()), values, 1 - decay)
+
+
+# --------------------------------------------------------------------------------------------------
+# on disk
+
+
+def state_path(folder, step):
+    """The folder of the state after `step` steps of the run in `folder`."""
+    return Path(folder) / f"state-{step:06d}"
 
 
 def states(folder):
@@ -25,37 +113,44 @@ def states(folder):
 
 
 def newest_step(folder):
-    """Step of the newest state as the first process sees it (file systems may show others less); 0 if there is none."""
+    """Step of the newest state, 0 if there is none; as the first process sees it, since a shared
+    file system may show the others less."""
     found = states(folder)
     step = int(found[-1].name.removeprefix("state-")) if found and is_main() else 0
     return int(reduced([step])[0])
 
 
 class Saver:
-    """Writes training states, in the background if asked to; `keep` of them stay."""
+    """Writes training states, in the background if asked to; `keep` of them stay.
+
+    All processes make the same calls in the same order. In the background a state costs one more
+    copy of itself on the host; it is published by the next `poll`, `wait` or `save`.
+    """
 
     def __init__(self, folder, keep=2, asynchronous=False):
-        self.folder, self.keep, self.pending = Path(folder), keep, None
-        self.group = (
-            dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
-        )
-        self.asynchronous = asynchronous
+        self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
+        self.pending = None  # (step, future) of what is being written
+        self.group = None  # of its own, beside the collectives of training
+        if asynchronous and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo")
 
     def save(self, step, tensors):
-        """Write the state after `step` steps. The values of this moment count, whatever training does next."""
+        """Write the state after `step` steps: {key: tensor}, from TrainingState.tensors.
+
+        The values of this moment count, whatever training does next. UserError if they cannot be
+        written; an error in the background comes with the next call.
+        """
         self.wait()
-        hidden = self.folder / f".state-{step:06d}.tmp"
+        hidden = hidden_path(state_path(self.folder, step))
         if is_main():
-            for left in self.folder.glob(".state-*.tmp"):  # by a run that was killed
-                shutil.rmtree(left)
+            for left in self.folder.glob(".state-*"):  # by a run that was killed
+                remove(left)
         barrier()
-        quiet()
+        _quiet()
         try:
             if self.asynchronous:
-                self.pending = (
-                    step,
-                    dcp.async_save(tensors, checkpoint_id=hidden, process_group=self.group),
-                )
+                future = dcp.async_save(tensors, checkpoint_id=hidden, process_group=self.group)
+                self.pending = step, future
             else:
                 dcp.save(tensors, checkpoint_id=hidden, no_dist=size() == 1)
                 self._publish(step)
@@ -80,82 +175,28 @@ class Saver:
             self._refuse(step, error)
 
     def _publish(self, step):
-        final = self.folder / f"state-{step:06d}"
+        """Give the state its name, and delete the oldest beyond `keep`."""
         if is_main():
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(self.folder / f".state-{step:06d}.tmp", final)
+            final = state_path(self.folder, step)
+            publish(hidden_path(final), final)
             for old in states(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+                remove(old)
 
     def _refuse(self, step, error):
-        hidden = self.folder / f".state-{step:06d}.tmp"
+        """UserError with the first reason why the state could not be written; nothing is left."""
         if is_main():
-            shutil.rmtree(hidden, ignore_errors=True)
-        reasons = (
-            list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
-        )
+            with suppress(OSError):
+                remove(hidden_path(state_path(self.folder, step)))
+        reasons = [error]
+        if isinstance(error, CheckpointException):
+            reasons = list(error.failures.values())
         reason = " ".join(str(getattr(reasons[0], "__cause__", None) or reasons[0]).split())[:200]
         raise UserError(
-            f"the training state after step {step} could not be written to {self.folder} ({reason}); the state "
-            f"before it is untouched: make room and repeat the command"
+            f"the training state after step {step} could not be written to {self.folder} "
+            f"({reason}); the state before it is untouched: make room and repeat the command"
         ) from error
 
 
-def quiet():
-    """A world of one has no process group, and torch.distributed.checkpoint need not say so each time."""
+def _quiet():
+    """A world of one has no process group, and dcp need not say so each time."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def load_state(folder, step, parameters, optimizer, average):
-    """Read the state after `step` steps, in place. Any number of processes may read what another number wrote."""
-    path = Path(folder) / f"state-{step:06d}"
-    quiet()
-    try:
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        for name, parameter in parameters.items():
-            # a parameter that never had a gradient has no moments
-            if f"optimizer.step.{name}" in stored:
-                moments = {
-                    key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")
-                }
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    **moments,
-                }
-        dcp.load(
-            pack_state(parameters, optimizer, average), checkpoint_id=path, no_dist=size() == 1
-        )
-    except (OSError, CheckpointException, EOFError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} is torn or of another model ({reason}); delete it to continue from the state before"
-        ) from None
-
-
-def pack_state(parameters, optimizer, average):
-    """{name: tensor} of trained parameters, averages (if there are any) and AdamW's moments; not copies."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        tensors[f"model.{name}"] = parameter.detach()
-        if name in average:
-            tensors[f"average.{name}"] = average[name]
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    return tensors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# averages, randomness, threads, time
-
-
-def new_average(parameters):
-    """The moving average of the parameters ({name: tensor}), starting at what they are."""
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-@torch.no_grad()
-def update_average(average, parameters, decay):
-    """average <- decay * average + (1 - decay) * parameters."""
-    torch._foreach_lerp_(
-        list(average.values()), [p.detach() for p in parameters.values()], 1 - decay
-    )

@@ -1,117 +1,189 @@
 """
-What a checkpoint can do: held-out prompts of the toy world, planned, painted and judged.
+What a checkpoint can do: held-out prompts, planned, painted and measured. The paper's metrics.
+
+    PF, SC      prompt following and subject consistency, 0 to 10, by the exact judge of the toy
+                world (toy/judge.py); real pictures need an MLLM (studies/benchmarks.py)
+    Overall     sqrt(PF * SC) a sample, then the mean (OmniContext)
+    CLIP_out    100 * cosine of the CLIP embeddings of the picture and the *true* caption, by a CLIP
+                that is not the reward's
+    CLIP_plan   the same with the caption that the model wrote: what stage 2 rewards
+    format_ok   share of plans that parse;   caption_ok   share of captions that are exactly right
+
+Plans are greedy and pictures start from noise that depends on `seed` and the sample's number alone,
+so two checkpoints are compared on the same prompts and the same noise. evaluate.py, the strips of a
+training run, the final table of stage 2 and the ablation all measure through `HeldOut`.
+
+Left out: confidence intervals (the ablation repeats training instead), FID.
 """
 
+import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 import data
-import iccot
-from data import Source
-from engine import generate
+from engine import Engine, Sampler, Thinking
+from iccot import TASKS
 from reward import compare
-from runtime import processes, sharding
+from runtime.files import write_text
+from runtime.pretrained import load_model
+from runtime.processes import barrier, device, is_main
+from runtime.sharding import gathered
+from toy import world
 from toy.judge import judge
 from toy.tasks import Drawn
 
+MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
+COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts, and how they are planned and painted."""
+
+    data: str = "toy"  # the toy world, or samples on disk
+    count: int = 200
+    max_references: int = 4
+    scale: int = 1  # of the toy world
+    side: int = world.SIZE  # pixels of the square pictures, before the codec's resize rule
+    sampler: Sampler = Sampler(7, 10.0, guidance_interval=(0.0, 1.0))
+    thinking: Thinking | None = Thinking(
+        72
+    )  # None: straight from the prompt; toy plans have up to 52
+    batch: int = 50  # prompts at a time: bounds the memory, not the result
+    seed: int = 0  # of the noise
+    data_seed: int = 0  # of the prompts
+
+    def samples(self):
+        """The prompts, as samples."""
+        return held_out(
+            self.data,
+            self.count,
+            max_references=self.max_references,
+            seed=self.data_seed,
+            scale=self.scale,
+        )
+
+    def paint(self, engine: Engine, samples):
+        """An engine.Result for each sample (anything with references and an instruction)."""
+        return engine.generate(
+            [engine.request(one, self.side) for one in samples],
+            sampler=self.sampler,
+            thinking=self.thinking,
+            batch=self.batch,
+            seeds=[(self.seed, number) for number in range(len(samples))],
+        )
+
+
+def held_out(path, count, *, max_references=4, seed=0, scale=1):
+    """The first `count` samples of the toy world's held-out split ("toy"), or of those on disk."""
+    if path == "toy":
+        source = Drawn("held_out", seed, max_references, scale)
+        return [source[i] for i in range(count)]
+    source = data.Source(path)
+    return [source.sample(i) for i in range(min(count, len(source)))]
+
 
 def measure(samples, results, clip):
-    """The table row of a checkpoint: means over samples; PF and SC where the truth is known (the toy world).
-
-    CLIP_out compares pictures with the true captions, CLIP_plan with those that the model wrote: what stage 2 rewards.
-    """
+    """A row of the table: means over samples; PF and SC where the truth is known (toy world)."""
     verdicts = [
         judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth
     ]
-    pictures = clip.embed_images([result.image for result in results])  # (n, embedding)
-    agreement = lambda e, captions: (
-        100 * float(compare(e, clip.embed_captions(captions), "clip_cos").mean())
-    )
-    mean = lambda values: sum(values) / len(values) if values else math.nan
+    pictures = clip.embed_images([result.image for result in results])  # (B, E)
     planned = [i for i, r in enumerate(results) if r.plan is not None and r.plan.caption.strip()]
+    written = [results[i].plan.caption for i in planned]
+    right = [
+        r.plan is not None and r.plan.caption == s.plan.caption for s, r in zip(samples, results)
+    ]
     return {
-        "PF": mean([v.pf for v in verdicts]),
-        "SC": mean([v.sc for v in verdicts]),
-        "Overall": mean([v.overall for v in verdicts]),
-        "CLIP_out": agreement(pictures, [one.plan.caption for one in samples]),
-        "CLIP_plan": agreement(pictures[planned], [results[i].plan.caption for i in planned])
-        if planned
-        else math.nan,
+        "PF": mean([verdict.pf for verdict in verdicts]),
+        "SC": mean([verdict.sc for verdict in verdicts]),
+        "Overall": mean([verdict.overall for verdict in verdicts]),
+        "CLIP_out": agreement(clip, pictures, [one.plan.caption for one in samples]),
+        "CLIP_plan": agreement(clip, pictures[planned], written) if planned else math.nan,
         "format_ok": mean([result.valid for result in results]),
-        "caption_ok": mean(
-            [
-                r.plan is not None and r.plan.caption == one.plan.caption
-                for one, r in zip(samples, results)
-            ]
-        ),
+        "caption_ok": mean(right),
         "plan_ok": mean([result.plan == one.plan for one, result in zip(samples, results)]),
         "n": len(samples),
     }
 
 
-def by_task(samples, results):
-    """{task: (PF, SC, Overall, count)}."""
-    table = {}
-    for task in iccot.TASKS:
-        verdicts = [
-            judge(r.image, one.truth)
-            for one, r in zip(samples, results)
-            if one.truth and one.task == task
-        ]
-        if verdicts:
-            n = len(verdicts)
-            table[task] = tuple(
-                sum(getattr(v, key) for v in verdicts) / n for key in ("pf", "sc", "overall")
-            ) + (n,)
-    return table
+def mean(values):
+    """Their mean; nan where there are none."""
+    return sum(values) / len(values) if values else math.nan
 
 
-def save_grid(path, samples, results, side=128, pad=4):
-    """One row a sample: references, the true target, the painted picture."""
-    columns = max(len(one.references) for one in samples) + 2
-    cell = side + pad
-    sheet = Image.new("RGB", (columns * cell + pad, len(samples) * cell + pad), (255, 255, 255))
-    for row, (one, result) in enumerate(zip(samples, results)):
-        pictures = [
-            *one.references,
-            *[None] * (columns - 2 - len(one.references)),
-            one.target,
-            result.image,
-        ]
-        for column, image in enumerate(pictures):
-            if image is not None:
-                sheet.paste(data.fitted(image, side), (pad + column * cell, pad + row * cell))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def agreement(clip, pictures, captions):
+    """Mean of 100 * cosine of picture embeddings (B, E) and their captions."""
+    return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
 
 
-def save_strip(folder, step, model, layout, tokenizer, config, path, **how):
-    """The grid of the same eight prompts from the same noise after `step` steps of training, in folder/samples.
+def compare_checkpoints(checkpoints, held_out, clip, *, folder):
+    """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
-    config: of the training script; path: as in `test_samples`. All processes take part, the first one paints.
+    Prints the table, writes `folder`/table.json and grid.png (pictures of the last one), and
+    returns the rows {name: measure(...)}.
     """
-    with sharding.gathered(model):
-        if processes.is_main():
-            samples = test_samples(path, 8, config.max_references, scale=config.scale)
-            results = generate(model, layout, tokenizer, samples, **how)
-            save_grid(folder / "samples" / f"{step:06d}.png", samples, results)
-    processes.barrier()
+    samples, rows = held_out.samples(), {}
+    for name, path in checkpoints.items():
+        results = held_out.paint(Engine(*load_model(path, device())), samples)
+        rows[name] = measure(samples, results, clip)
+    save_grid(Path(folder) / "grid.png", samples[:8], results[:8])
+    write_text(Path(folder) / "table.json", json.dumps(rows, indent=1) + "\n")
+    print_table(rows)
+    return rows
 
 
-def test_samples(path, count, max_references, seed=0, scale=1):
-    """The first `count` held-out samples of the toy world, or those of samples on disk."""
-    if path == "toy":
-        source = Drawn("held_out", seed, max_references, scale)
-        return [source[i] for i in range(count)]
-    source = Source(path)
-    return [source.sample(i) for i in range(min(count, len(source)))]
+def by_task(samples, results):
+    """{task: (PF, SC, Overall)} and {task: count}, of samples whose truth is known."""
+    table, counts = {}, {}
+    for task in TASKS:
+        pairs = [(s, r) for s, r in zip(samples, results) if s.truth and s.task == task]
+        verdicts = [judge(result.image, one.truth) for one, result in pairs]
+        if verdicts:
+            counts[task] = len(verdicts)
+            table[task] = tuple(
+                mean([getattr(verdict, key) for verdict in verdicts])
+                for key in ("pf", "sc", "overall")
+            )
+    return table, counts
 
 
 def print_table(rows):
     """rows: {name: measure(...)}."""
-    keys = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
-    print(f"{'':16s}" + "".join(f"{key:>12s}" for key in keys))
+    print(f"{'':16s}" + "".join(f"{key:>12s}" for key in COLUMNS))
     for name, row in rows.items():
-        print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in keys))
+        print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in COLUMNS))
+
+
+def save_grid(path, samples, results, *, side=128, pad=4):
+    """One row a sample: references, the true target, the painted picture. Sizes in pixels."""
+    columns = max(len(one.references) for one in samples) + 2
+    cell = side + pad
+    size = (columns * cell + pad, len(samples) * cell + pad)
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    for row, (one, result) in enumerate(zip(samples, results)):
+        blank = [None] * (columns - 2 - len(one.references))
+        pictures = [*one.references, *blank, one.target, result.image]
+        for column, image in enumerate(pictures):
+            if image is not None:
+                place = (pad + column * cell, pad + row * cell)
+                sheet.paste(data.fitted(image, side), place)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def save_strip(folder, step, engine, held_out):
+    """The grid of the same eight prompts from the same noise after `step` steps of training.
+
+    All processes take part, the first one paints.
+    """
+    with gathered(engine.model):
+        if is_main():
+            eight = replace(held_out, count=8)
+            samples = eight.samples()
+            path = Path(folder) / "samples" / f"{step:06d}.png"
+            save_grid(path, samples, eight.paint(engine, samples))
+    barrier()

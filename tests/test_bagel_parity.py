@@ -1,8 +1,9 @@
 """Our model against inputs and outputs of the official BAGEL code on tiny random models.
 
-Every folder with a config.json in tests/fixtures/bagel/ and in $BAGEL_FIXTURES is a set; its files are described in
-tests/fixtures/bagel/README.md. Float32 on a CPU: 5e-5, squared errors 1e-4, sampled latents 2e-4, gradients 1e-3 relative,
-uint8 pictures one step (values are truncated), everything else exact.
+Every folder with a config.json in tests/fixtures/bagel/ and in $BAGEL_FIXTURES is a set; its files
+are described in tests/fixtures/bagel/README.md. Float32 on a CPU: 5e-5, squared errors 1e-4,
+sampled latents 2e-4, gradients 1e-3 relative, uint8 pictures one step (values are truncated),
+everything else exact.
 """
 
 import functools
@@ -11,6 +12,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,11 @@ from safetensors.torch import load_file
 
 import engine
 import flow
-from engine import Prompt, Sampler
+import model as transformer
+from engine import Branch, Engine, Group, Noised, Prompt, Sampler, Thinking
 from model import Cache, ModelConfig, rope, sincos_table
 from runtime import pretrained
-from sequence import Layout, Sequence, _position_ids
+from sequence import Sequence, position_ids
 from vision import Reference, ResizeRule, patchify, to_rgb, to_tensor, transform
 
 HERE = Path(__file__).parent / "fixtures" / "bagel"
@@ -34,6 +37,23 @@ SETS = sorted(
         for folder in [*root.glob("config.json"), *root.glob("*/config.json")]
     }
 )
+
+
+class SpecialTokens:
+    """All of a tokenizer that an engine needs where prompts are token ids already."""
+
+    unk_token_id = None
+
+    def __init__(self, ids):
+        self.ids = {
+            "<|im_start|>": ids["bos_token_id"],
+            "<|im_end|>": ids["eos_token_id"],
+            "<|vision_start|>": ids["start_of_image"],
+            "<|vision_end|>": ids["end_of_image"],
+        }
+
+    def convert_tokens_to_ids(self, name):
+        return self.ids[name]
 
 
 class Fixture:
@@ -67,30 +87,20 @@ class Fixture:
             vae_shift=vae["shift_factor"],
         )
         self.model = pretrained.load_weights(folder, self.config)
-        ids = raw["tokens"]
-        self.layout = Layout(
-            ids["bos_token_id"],
-            ids["eos_token_id"],
-            ids["start_of_image"],
-            ids["end_of_image"],
-            self.config.latent_side,
-            self.config.vit_side,
-        )
+        self.engine = Engine(self.model, SpecialTokens(raw["tokens"]))
+        self.layout = self.engine.layout
 
-    @functools.cache
     def tensors(self, name):
-        return load_file(self.folder / f"{name}.safetensors")
+        return load_tensors(self.folder / f"{name}.safetensors")
 
-    @functools.cache
     def json(self, name):
-        return json.loads((self.folder / f"{name}.json").read_text())
+        return load_json(self.folder / f"{name}.json")
 
     def eye_reference(self, image):
         """What the ViT sees of a transformed image (3, H, W)."""
         patch = self.config.vit_patch
-        return Reference(
-            None, None, patchify(image, patch), (image.shape[1] // patch, image.shape[2] // patch)
-        )
+        grid = (image.shape[1] // patch, image.shape[2] // patch)
+        return Reference(None, None, patchify(image, patch), grid)
 
     def prompt(self, inputs, tensors, vae=True):
         """Prompt of an inferencer input list."""
@@ -103,9 +113,17 @@ class Fixture:
         return Prompt(tuple(items), vae)
 
     def grid(self, image_shape):
-        return image_shape[0] // self.config.token_pixels, image_shape[
-            1
-        ] // self.config.token_pixels
+        return tuple(side // self.config.token_pixels for side in image_shape)
+
+
+@functools.cache
+def load_tensors(path):
+    return load_file(path)
+
+
+@functools.cache
+def load_json(path):
+    return json.loads(path.read_text())
 
 
 def pil(pixels):
@@ -129,7 +147,8 @@ def test_both_shared_sets_are_here():
     assert {"a", "b"} <= {folder.name for folder in SETS}
 
 
-# ------------------------------------------------------------------------------------- f7 tables, f8 transforms
+# --------------------------------------------------------------------------------------------------
+# f7 tables, f8 transforms
 
 
 def test_f7_tables(bagel):
@@ -150,12 +169,12 @@ def test_f7_tables(bagel):
         if key.startswith("extrapolate."):  # extrapolate.HxW.pP.sideS
             _, size, patch, side = key.split(".")
             height, width = (int(n) // int(patch[1:]) for n in size.split("x"))
-            assert torch.equal(_position_ids(height, width, int(side[4:])), expected), key
+            assert torch.equal(position_ids(height, width, int(side[4:])), expected), key
         if key.startswith("grid.shift"):
             shift, n = key.removeprefix("grid.shift").split(".n")
             close(flow.time_grid(int(n), float(shift)), expected, 1e-6)
     assert torch.equal(patchify(f["patchify_image"], 14), f["patchify_out_p14"])
-    cos, sin = rope(f["rope_pos"], c.head_dim, c.rope_theta, torch.float32)
+    cos, sin = rope(f["rope_pos"], c.head_dim, c.rope_theta, dtype=torch.float32)
     close(torch.cat([cos, cos], -1)[:, 0], f["rope_cos"], 1e-6)
     close(torch.cat([sin, sin], -1)[:, 0], f["rope_sin"], 1e-6)
 
@@ -164,12 +183,8 @@ def test_f8_sizes(bagel):
     f = bagel.json("f8_transforms")
     for row in f["rows"]:
         kind = f["kinds"][row["kind"]]
-        rule = ResizeRule(
-            kind["max_image_size"],
-            kind["min_image_size"],
-            kind["image_stride"],
-            *([kind["max_pixels"]] if "max_pixels" in kind else []),
-        )
+        names = ("max_image_size", "min_image_size", "image_stride", "max_pixels")
+        rule = ResizeRule(*(kind[name] for name in names if name in kind))
         assert rule.size(row["w"], row["h"], row["img_num"]) == (row["out_w"], row["out_h"]), row
 
 
@@ -182,14 +197,15 @@ def test_f8_pixels(bagel):
         assert torch.equal(to_tensor(to_rgb(pil(f[name]))), to_tensor(pil(f[f"{name}_to_rgb"])))
 
 
-# ------------------------------------------------------------------------------------- f2 eye, f3 codec
+# --------------------------------------------------------------------------------------------------
+# f2 eye, f3 codec
 
 
 def test_f2_eye(bagel):
     f, model = bagel.tensors("f2_vit"), bagel.model
     seen = [bagel.eye_reference(f[f"image{i}"]) for i in range(len(f["seqlens"]))]
     assert torch.equal(torch.cat([one.patches for one in seen]), f["tokens"])
-    ids = torch.cat([_position_ids(*one.patch_grid, bagel.config.vit_side) for one in seen])
+    ids = torch.cat([position_ids(*one.patch_grid, bagel.config.vit_side) for one in seen])
     assert torch.equal(ids, f["position_ids"])
     lengths = tuple(f["seqlens"].tolist())
     close(
@@ -223,30 +239,30 @@ def test_the_codec_is_frozen_and_no_part_of_the_model(bagel):
         for name, _ in bagel.model.named_parameters()
     )
     image = bagel.tensors("f3_vae")["image"][0]
-    drawn = [
-        bagel.model.encode(image, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)
-    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    drawn = [bagel.model.to_latents(image, one)[0] for one in generators]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert torch.equal(bagel.model.encode(image)[0], bagel.model.encode(image)[0])
+    assert torch.equal(bagel.model.to_latents(image)[0], bagel.model.to_latents(image)[0])
 
 
-# ------------------------------------------------------------------------------------- f1 training forward
+# --------------------------------------------------------------------------------------------------
+# f1 training forward
 
 
 def clean_tokens(bagel, f, i):
-    """Latent tokens of the i-th VAE image of the pack, cut out of the official padded batch, and their grid."""
+    """Latent tokens of the i-th VAE image, cut out of the official padded batch, and their grid."""
     grid, patch = tuple(f["patchified_vae_latent_shapes"][i].tolist()), bagel.config.latent_patch
     return patchify(f["padded_latent"][i][:, : grid[0] * patch, : grid[1] * patch], patch), grid
 
 
 def lay_out(bagel, drop=()):
-    """The official training pack in our builder. drop: kinds of conditions that are left out ("text", "vit", "vae").
+    """The official training pack in our builder, and the velocity targets (M, C).
 
-    Returns the pack, the velocity targets (M, C), and the noise rows that the official code gave to its latent tokens.
+    drop: kinds of conditions that are left out ("text", "vit", "vae").
     """
-    f, plan = bagel.tensors("f1_train"), bagel.json("f1_train")
+    f, facts = bagel.tensors("f1_train"), bagel.json("f1_train")
     sequence, targets, vae_image, row = Sequence(bagel.layout), [], 0, 0
-    for j, items in enumerate(plan["samples"]):
+    for j, items in enumerate(facts["samples"]):
         image = 0
         with sequence.document():
             for item in items:
@@ -264,19 +280,18 @@ def lay_out(bagel, drop=()):
                     t = torch.sigmoid(f["packed_timesteps"][row])
                     row += len(clean)
                     if item["loss"]:
-                        t = flow.shift_time(t, plan["timestep_shift"])
+                        t = flow.shift_time(t, facts["timestep_shift"])
                         sequence.noise(flow.interpolate(clean, noise, t), grid, t)
                         targets.append(flow.velocity(clean, noise))
                     else:
-                        sequence.image(
-                            Reference(None if dropped else clean, grid, None, None), vit=False
-                        )
+                        latents = None if dropped else clean
+                        sequence.image(Reference(latents, grid, None, None), vit=False)
                 image += item["type"] != "text"
     return sequence.pack(), torch.cat(targets)
 
 
 def test_f1_padded_latents(bagel):
-    """The official code encodes the pictures of a pack as one batch padded with grey; we encode each alone."""
+    """The official code encodes the pictures of a pack as a batch padded with grey, we each alone."""
     f = bagel.tensors("f1_train")
     for image, latent in zip(f["padded_images"], f["padded_latent"]):
         close(bagel.model.codec.encode(image), latent)
@@ -343,12 +358,9 @@ def test_f1_forward(bagel):
 def test_f1_gradients(bagel):
     _, target, _, _, ce, v = training_forward(bagel)
     names, parameters = zip(*bagel.model.named_parameters())
-    gradients = torch.autograd.grad(
-        ce.mean() + F.mse_loss(v, target), parameters, retain_graph=True
-    )
-    gradients = {
-        pretrained.official_name(name): gradient for name, gradient in zip(names, gradients)
-    }
+    loss = ce.mean() + F.mse_loss(v, target)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    gradients = dict(zip(map(pretrained.official_name, names), gradients))
     norms = bagel.json("f1_train")["grad_l2"]
     assert set(gradients) == set(norms)
     for name, gradient in gradients.items():
@@ -361,25 +373,27 @@ def test_f1_gradients(bagel):
 
 def test_f1_cross_entropy_in_chunks(bagel, monkeypatch):
     """Chunks of a few rows, recomputed backwards, give the losses and gradients of one piece."""
-    import model
-
     packed, _, und, _, ce, _ = training_forward(bagel)
     (whole,) = torch.autograd.grad(ce.sum(), und, retain_graph=True)
-    monkeypatch.setattr(model, "MAX_LOGITS", 3 * bagel.config.vocab_size)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 3 * bagel.config.vocab_size)
     chunked = bagel.model.cross_entropy(und, packed)
     assert len(packed.labels) > 3
     close(chunked, ce, 1e-6)
     close(torch.autograd.grad(chunked.sum(), und, retain_graph=True)[0], whole, 1e-5)
 
 
-# ------------------------------------------------------------------------------------- f4 text
+# --------------------------------------------------------------------------------------------------
+# f4 text
 
 
 @pytest.mark.parametrize("case", ["text_only", "image_text"])
 @torch.no_grad()
 def test_f4_text(bagel, case):
     f, facts, model = bagel.tensors("f4_text"), bagel.json("f4_text"), bagel.model
-    get = lambda name: f[f"{case}.{name}"]
+
+    def get(name):
+        return f[f"{case}.{name}"]
+
     items = [bagel.eye_reference(get("image"))] if case == "image_text" else []
     prompt = Prompt((*items, get("prompt_ids").tolist()), vae=False)
     fed, last = get("tokens"), bagel.config.num_hidden_layers - 1
@@ -399,17 +413,15 @@ def test_f4_text(bagel, case):
         hidden, _ = model(packed.decoding(torch.tensor([start + step]), token[None]), cache)
         close(model.lm_head(hidden)[0], get("logits")[step])
     close(cache.keys[last, : start + len(fed)], get(f"final_k{last}"))
-    plans, ended = engine.think(model, bagel.layout, [prompt], 1, len(fed) - 1, temperature=0)
+    plans, ended = bagel.engine.think([prompt], Thinking(len(fed) - 1))
     assert plans[0] == fed[1:].tolist() and ended == [False]
-    stop = Layout(**{**vars(bagel.layout), "eos": facts[f"{case}.stop_token"]})
-    prompt = Prompt((*items, get("prompt_ids").tolist()), vae=False)
-    sequence = Sequence(stop)
     assert bagel.layout.bos == fed[0] == get("tokens_with_stop")[0]
-    stopped = fed.tolist()[: fed.tolist().index(stop.eos)]
+    stopped = fed.tolist()[: fed.tolist().index(facts[f"{case}.stop_token"])]
     assert get("tokens_with_stop").tolist() == stopped
 
 
-# ------------------------------------------------------------------------------------- f5 velocities, f6 trajectories
+# --------------------------------------------------------------------------------------------------
+# f5 velocities, f6 trajectories
 
 
 # our names and the official ones
@@ -418,10 +430,15 @@ CONTEXTS = {"full": "full", "no_text": "cfg_text", "no_image": "cfg_img"}
 
 @torch.no_grad()
 def velocities(bagel, prompts, grids, x_t, t, contexts):
-    """({context: velocity (N, C)}, cache, pack, rows of `lay_out`) at the stored x_t and t."""
-    noised = [[[(x, grid, t)]] for x, grid in zip(x_t.split([h * w for h, w in grids]), grids)]
-    packed, rows = engine.lay_out(bagel.layout, prompts, [[None]] * len(prompts), noised, contexts)
-    cache = engine.fill(bagel.model, bagel.layout, prompts, packed)
+    """({context: velocity (I * T, C)}, cache, pack, rows of `lay_out`) at the stored x_t and t."""
+    groups = [
+        Group(prompt, grid, (Branch(None, (Noised(x, t),)),))
+        for prompt, grid, x in zip(prompts, grids, x_t.split([h * w for h, w in grids]))
+    ]
+    packed, rows = engine.lay_out(bagel.layout, groups, contexts)
+    cache = Cache(bagel.model, len(packed))
+    if len(given := packed.rows_of("given")):
+        bagel.model(packed.select(given), cache)
     canvas = packed.select(packed.rows_of("noised"))
     v = bagel.model.velocity(canvas, bagel.model(canvas, cache)[1])
     return {name: v[index] for name, index in rows.items()}, cache, packed, rows
@@ -438,56 +455,37 @@ def test_f5_velocities(bagel):
         for ours in ("no_text", "no_image"):
             close(v[ours], f[f"{scenario}.v_{CONTEXTS[ours]}"])
         for i, combo in enumerate(facts["cfg_combos"]):
-            got = flow.guide(
-                v["full"],
-                v["no_text"],
-                v["no_image"],
-                combo["text"],
-                combo["img"],
-                combo["type"],
-                combo["rmin"],
-            )
+            guidance = flow.Guidance(*(combo[key] for key in ("text", "img", "type", "rmin")))
+            got = flow.guide(v["full"], v["no_text"], v["no_image"], guidance=guidance)
             close(got, f[f"{scenario}.v{i}"], 1e-4)
         for ours, context in CONTEXTS.items():
             start = packed.latent_index[packed.noised[rows[ours][0]]] - 1  # its opening marker
             seen = packed.mask.dense()[start].nonzero().squeeze(1)
             seen = seen[seen < start]
-            assert (
-                len(seen) == one[f"{context}.kv_len"]
-                and packed.positions[start] == one[f"{context}.rope"]
-            )
+            assert len(seen) == one[f"{context}.kv_len"]
+            assert packed.positions[start] == one[f"{context}.rope"]
             if len(seen):
                 close(cache.keys[-1, seen], f[f"{scenario}.{context}.k_last"])
                 close(cache.values[-1, seen], f[f"{scenario}.{context}.v_last"])
 
 
 def test_a_prefix_changes_nothing(bagel):
-    """Prompts prefilled once and taken over by decoding and painting, against prefilling in each."""
+    """Prompts prefilled once, taken over by decoding and painting, against prefilling in each."""
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")["scenarios"]
     prompts = [bagel.prompt(one["inputs"], f) for one in facts.values()]
     grids = [bagel.grid(one["image_shape"]) for one in facts.values()]
-    prefix = engine.prefill(bagel.model, bagel.layout, prompts)
-    plans = [
-        engine.think(bagel.model, bagel.layout, prompts, 2, 5, 0.0, prefix=one)[0]
-        for one in (None, prefix)
-    ]
-    assert plans[0] == plans[1]
-    pairs = [plans[0][i : i + 2] for i in range(0, len(plans[0]), 2)]
+    prefix = bagel.engine.prefill(prompts)
+    plans, again = (
+        bagel.engine.think(prompts, Thinking(5), count=2, prefix=one)[0] for one in (None, prefix)
+    )
+    assert plans == again
+    groups = []
+    for i, (prompt, grid) in enumerate(zip(prompts, grids)):
+        generators = [torch.Generator().manual_seed(2 * i + j) for j in range(2)]
+        starts = [(bagel.engine.start(grid, one),) for one in generators]
+        groups.append(Group(prompt, grid, tuple(map(Branch, plans[2 * i : 2 * i + 2], starts))))
     sampler = Sampler(3, 3.0, 4.0, 1.5, (0.0, 1.0))
-    x = [
-        engine.paint(
-            bagel.model,
-            bagel.layout,
-            prompts,
-            pairs,
-            grids,
-            sampler,
-            [torch.Generator().manual_seed(i) for i in range(2 * len(prompts))],
-            prefix=one,
-        )
-        for one in (None, prefix)
-    ]
-    close(*x, 2e-5)
+    close(*(bagel.engine.paint(groups, sampler, prefix=one) for one in (None, prefix)), 2e-5)
 
 
 def sampler_of(facts):
@@ -502,11 +500,20 @@ def sampler_of(facts):
     )
 
 
+def group_of(prompt, grid, plan, noise):
+    """One picture of a prompt."""
+    return Group(prompt, grid, (Branch(plan, (Noised(noise, 1.0),)),))
+
+
 def check_image(bagel, tokens, grid, expected):
-    got = torch.from_numpy(
-        __import__("numpy").array(engine.picture(bagel.model, tokens, grid))
-    ).int()
+    got = torch.from_numpy(np.array(bagel.engine.picture(tokens, grid))).int()
     assert got.shape == expected.shape and (got - expected.int()).abs().max() <= 1
+
+
+def euler_step_seen(seen, k, x, v, t, t_next):
+    """An Euler step that is noted down."""
+    seen.append((x, v, t))
+    return flow.euler_step(x, v, t, t_next=t_next)
 
 
 def test_f6_trajectories(bagel):
@@ -515,21 +522,9 @@ def test_f6_trajectories(bagel):
         scenario = name.split(".")[0]
         prompt = bagel.prompt(bagel.json("f5_velocity")["scenarios"][scenario]["inputs"], inputs)
         grid, seen = bagel.grid(facts["image_shape"]), []
-
-        def step(k, x, v, t, t_next):
-            seen.append((x, v, t))
-            return flow.euler_step(x, v, t, t_next)
-
-        x = engine.paint(
-            bagel.model,
-            bagel.layout,
-            [prompt],
-            [[None]],
-            [grid],
-            sampler_of(facts),
-            step=step,
-            x=f[f"{name}.x"][0],
-        )
+        group = group_of(prompt, grid, None, f[f"{name}.x"][0])
+        step = functools.partial(euler_step_seen, seen)
+        x = bagel.engine.paint([group], sampler_of(facts), step=step)
         assert len(seen) == facts["n_model_calls"]
         close(torch.stack([t for *_, t in seen]), f[f"{name}.t"], 1e-6)
         close(torch.stack([x for x, *_ in seen] + [x]), f[f"{name}.x"], 2e-4)
@@ -537,7 +532,8 @@ def test_f6_trajectories(bagel):
         check_image(bagel, x, grid, f[f"{name}.image"])
 
 
-# ------------------------------------------------------------------------------------- f9 whole runs, f12 batches
+# --------------------------------------------------------------------------------------------------
+# f9 whole runs, f12 batches
 
 
 def test_f9_inferencer(bagel):
@@ -549,46 +545,33 @@ def test_f9_inferencer(bagel):
         prompt = Prompt((system,) * one["think"] + prompt.items, prompt.vae)
         plan = None
         if one["think"] or understand:
-            (plan,), _ = engine.think(
-                bagel.model,
-                bagel.layout,
-                [prompt],
-                1,
-                hyper["max_think_token_n"] - 1,
-                temperature=0,
-            )
+            thinking = Thinking(hyper["max_think_token_n"] - 1)
+            (plan,), _ = bagel.engine.think([prompt], thinking)
             assert [bagel.layout.bos, *plan] == one["generated_tokens_incl_bos"][0], name
         if not understand:
             pictures = [item for item in one["inputs"] if item["type"] == "image"]
             shape = hyper.get("image_shapes")
             # the size rule of the inferencer: the last picture after the codec's resize
             if pictures:
-                shape = bagel.config.image_rule.size(pictures[-1]["width"], pictures[-1]["height"])[
-                    ::-1
-                ]
+                size = pictures[-1]["width"], pictures[-1]["height"]
+                shape = bagel.config.image_rule.size(*size)[::-1]
             grid = bagel.grid(shape)
-            x = engine.paint(
-                bagel.model,
-                bagel.layout,
-                [prompt],
-                [[plan]],
-                [grid],
-                sampler_of(hyper),
-                x=f[f"{name}.init_noise"],
-            )
+            group = group_of(prompt, grid, plan, f[f"{name}.init_noise"])
+            x = bagel.engine.paint([group], sampler_of(hyper))
             close(x, f[f"{name}.latent"], 2e-4)
             check_image(bagel, x, grid, f[f"{name}.image"])
 
 
 @torch.no_grad()
 def test_f12_batch(bagel):
-    """Two prompts and two picture sizes in one pack; `global` renormalisation couples them in the official code."""
+    """Two prompts and two picture sizes in one pack; the official code's `global` renormalisation
+    couples them."""
     f, facts = bagel.tensors("f12_batch"), bagel.json("f12_batch")
     prompts = [Prompt((f[f"prompt{i}"].tolist(),)) for i in range(2)]
     grids = [bagel.grid(size) for size in facts["image_sizes"]]
     v, *_ = velocities(bagel, prompts, grids, f["x_t"], facts["t"], ("full", "no_text"))
     close(v["full"], f["v_nocfg"])
     for renorm in flow.RENORMS:
-        close(
-            flow.guide(v["full"], v["no_text"], None, 4.0, 1.0, renorm), f[f"v_cfg4_{renorm}"], 1e-4
-        )
+        guidance = flow.Guidance(4.0, renorm=renorm)
+        got = flow.guide(v["full"], v["no_text"], None, guidance=guidance)
+        close(got, f[f"v_cfg4_{renorm}"], 1e-4)

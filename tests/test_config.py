@@ -1,4 +1,4 @@
-"""The command line: every mistake gives its sentence and status 2, and every value arrives with its type."""
+"""The command line: a mistake gives its sentence and status 2, a value arrives with its type."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from runtime import config
 
-REPOSITORY = Path(config.__file__).parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Shape:
 @dataclass(frozen=True)
 class Config(Shape):
     config: str = ""  # filled by parse
-    group_size: int = 24  # samples per prompt,
-    #                                   a section comment at the fields' column is not help text
+    # a comment above a field is no help text
+    group_size: int = 24  # samples per prompt
     lr: float = 1e-6  # learning rate, paper's value
-    # (continued)
+    # nor is one below it
     rid: bool = True  # own IC-CoT for each # sample
     seed: int | None = 0
     out: str = "out/#1"
@@ -40,6 +40,22 @@ class Config(Shape):
 
 
 PRESETS = {"toy": dict(group_size=4, lr=1), "full": {}}
+
+
+SCRIPT = '''"""Stage."""
+import sys
+from dataclasses import dataclass
+
+from runtime.config import parse
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 3  # how long
+
+
+print(parse(Config, {"toy": {}}).steps, "torch" in sys.modules)
+'''
 
 
 def parse(*argv, presets=PRESETS, kind=Config):
@@ -58,7 +74,7 @@ def mistake(capsys, *argv, **options) -> str:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        # the nine mistakes of the style study (two of its rows are not mistakes here, see the next test)
+        # the nine mistakes of the style study; two of its rows are none here, see the next test
         (
             ["--group_siez=8"],
             "unknown option --group_siez; did you mean --group_size? (see --help)",
@@ -206,8 +222,8 @@ def test_help_has_a_column_per_preset_and_the_comments(capsys):
     assert lines[0] == __doc__  # the head of this file
     rows = {line.split()[0]: line.split() for line in lines[2:]}
     assert rows["option"] == "option type toy full meaning".split()
-    assert rows["--group_size"] == "--group_size int 4 24 samples per prompt,".split()
-    assert rows["--lr"] == "--lr float 1 1e-06 learning rate, paper's value (continued)".split()
+    assert rows["--group_size"] == "--group_size int 4 24 samples per prompt".split()
+    assert rows["--lr"] == "--lr float 1 1e-06 learning rate, paper's value".split()
     assert rows["--rid"] == "--rid bool true true own IC-CoT for each # sample".split()
     assert rows["--layers"] == "--layers int 4 4 blocks".split()
     assert rows["--seed"] == "--seed int or none 0 0".split()
@@ -217,31 +233,19 @@ def test_help_has_a_column_per_preset_and_the_comments(capsys):
 
 def test_a_real_script_and_no_torch(tmp_path):
     script = tmp_path / "stage.py"
-    script.write_text(
-        '"""Stage."""\nfrom dataclasses import dataclass\nimport sys\nfrom config import parse\n'
-        "@dataclass(frozen=True)\nclass Config:\n    steps: int = 3  # how long\n"
-        'print(parse(Config, {"toy": {}}).steps, "torch" in sys.modules)\n'
-    )
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
     def run(*argv):
-        return subprocess.run(
-            [sys.executable, script, *argv],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
+        command = [sys.executable, script, *argv]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     good, helped, bad = run("--steps=5"), run("--help"), run("--step=5")
     assert good.returncode == 0 and good.stdout == "config: toy steps=5\n5 False\n"
-    assert (
-        helped.returncode == 0
-        and helped.stdout.startswith("Stage.\n")
-        and "how long" in helped.stdout
-    )
-    assert (
-        bad.returncode == 2
-        and bad.stderr == "error: unknown option --step; did you mean --steps? (see --help)\n"
-    )
+    assert helped.returncode == 0 and helped.stdout.startswith("Stage.\n")
+    assert "how long" in helped.stdout
+    assert bad.returncode == 2
+    assert bad.stderr == "error: unknown option --step; did you mean --steps? (see --help)\n"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Rectified flow against closed forms, torch.distributions, and BAGEL's own numbers.
 
-`tests/fixtures/bagel_grids.safetensors` holds outputs of the official code: time grids, velocities guided in eleven
-ways, and one Euler trajectory. Run: python -m pytest tests/test_flow.py
+`tests/fixtures/bagel_grids.safetensors` holds outputs of the official code: time grids, velocities
+guided in eleven ways, and one Euler trajectory. Run: python -m pytest tests/test_flow.py
 """
 
 import json
@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 
 import flow
+from flow import Guidance, Sde
 
 FIXTURE = Path(__file__).parent / "fixtures" / "bagel_grids.safetensors"
 SIZES = (3, 5, 1)  # tokens of three packed images
 IMAGE_OF_TOKEN = torch.repeat_interleave(torch.arange(3), torch.tensor(SIZES))
 KINDS = ("flow", "cps")
+EACH = dict(image_of_token=IMAGE_OF_TOKEN, images=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,8 @@ def packed(count=4, seed=0, dtype=torch.float64, channels=4):
     ]
 
 
-# ---------------------------------------------------------------- the convention
+# --------------------------------------------------------------------------------------------------
+# the convention
 
 
 def test_time_runs_from_data_to_noise():
@@ -50,7 +53,7 @@ def test_one_euler_step_with_the_exact_velocity_lands_on_the_path():
     data, noise = packed(2)
     v = flow.velocity(data, noise)
     for t, t_next in ((1.0, 0.0), (0.9, 0.3), (0.3, 0.0)):
-        landed = flow.euler_step(flow.interpolate(data, noise, t), v, t, t_next)
+        landed = flow.euler_step(flow.interpolate(data, noise, t), v, t, t_next=t_next)
         torch.testing.assert_close(
             landed, flow.interpolate(data, noise, t_next), rtol=0, atol=1e-14
         )
@@ -64,27 +67,27 @@ def test_estimates_recover_both_ends():
 
 
 def test_time_per_token_agrees_with_scalar_time_bit_for_bit():
-    """Rollouts pass one number, updates one value a token; the likelihood ratio must still start at exactly 1."""
+    """Rollouts pass one number, updates one value a token; yet the first ratio must be just 1."""
     x, v, x_next = packed(3, dtype=torch.float32)
     grid = flow.time_grid(7, 3.0)
     for kind in KINDS:
+        sde = Sde(kind, 0.7)
         for t, t_next in zip(grid[:-2], grid[1:-1]):
             # (N,) and (N, 1) are both understood
             each, each_next = t.expand(len(x)), t_next.expand(len(x), 1)
-            for times in ((float(t), float(t_next)), (t, t_next)):
-                mean, std = flow.transition(x, v, *times, 0.7, kind)
-                mean_each, std_each = flow.transition(x, v, each, each_next, 0.7, kind)
+            for one, one_next in ((float(t), float(t_next)), (t, t_next)):
+                mean, std = flow.transition(x, v, one, t_next=one_next, sde=sde)
+                mean_each, std_each = flow.transition(x, v, each, t_next=each_next, sde=sde)
                 assert std.shape == () and std_each.shape == (len(x), 1)
-                assert torch.equal(mean, mean_each) and torch.equal(
-                    std.expand_as(std_each), std_each
-                )
-                assert torch.equal(
-                    flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3),
-                    flow.log_prob(x_next, mean_each, std_each, IMAGE_OF_TOKEN, 3),
-                )
+                assert torch.equal(mean, mean_each)
+                assert torch.equal(std.expand_as(std_each), std_each)
+                found = flow.log_prob(x_next, mean, std, **EACH)
+                found_each = flow.log_prob(x_next, mean_each, std_each, **EACH)
+                assert torch.equal(found, found_each)
 
 
-# ---------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------------
+# time
 
 
 def test_time_grid_is_bagels(official):
@@ -131,7 +134,8 @@ def test_training_times_repeat_with_the_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-# ---------------------------------------------------------------- the SDE step
+# --------------------------------------------------------------------------------------------------
+# the SDE step
 
 
 def test_euler_steps_are_bagels_bit_for_bit(official):
@@ -140,7 +144,7 @@ def test_euler_steps_are_bagels_bit_for_bit(official):
     x = tensors["sampling.x"][0]
     for i in range(5):
         assert torch.equal(grid[i], tensors["sampling.t"][i])
-        x = flow.euler_step(x, tensors["sampling.v"][i], grid[i], grid[i + 1])
+        x = flow.euler_step(x, tensors["sampling.v"][i], grid[i], t_next=grid[i + 1])
         assert torch.equal(x, tensors["sampling.x"][i + 1])
 
 
@@ -150,8 +154,9 @@ def test_no_noise_is_the_ode_bit_for_bit(kind, dtype):
     x, v = packed(2, dtype=dtype)
     grid = flow.time_grid(9, 3.0)
     for t, t_next in zip(grid[:-1], grid[1:]):
-        x_next, mean, std = flow.sde_step(x, v, t, t_next, 0.0, kind=kind)
-        euler = flow.euler_step(x, v, t, t_next)
+        step = dict(t_next=t_next, sde=Sde(kind, 0.0), noise=torch.randn_like(x))
+        x_next, mean, std = flow.sde_step(x, v, t, **step)
+        euler = flow.euler_step(x, v, t, t_next=t_next)
         assert torch.equal(x_next, euler) and torch.equal(mean, euler) and std == 0
 
 
@@ -160,7 +165,7 @@ def test_flow_step_equals_flow_grpo_and_the_other_time_convention(noise_level):
     x, v = packed(2)
     grid = flow.time_grid(11, 3.0).double()
     for t, t_next in zip(grid[1:-1], grid[2:]):
-        mean, std = flow.transition(x, v, t, t_next, noise_level)
+        mean, std = flow.transition(x, v, t, t_next=t_next, sde=Sde("flow", noise_level))
         # Flow-GRPO's sd3_sde_with_logprob.py, dt < 0
         s, dt = noise_level * (t / (1 - t)).sqrt(), t_next - t
         reference = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
@@ -176,7 +181,7 @@ def test_flow_step_equals_flow_grpo_and_the_other_time_convention(noise_level):
 def test_first_step_has_std_equal_to_the_noise_level(steps):
     grid = flow.time_grid(steps + 1, 3.0)
     x, v = packed(2, dtype=torch.float32)
-    mean, std = flow.transition(x, v, grid[0], grid[1], 0.7)
+    mean, std = flow.transition(x, v, grid[0], t_next=grid[1], sde=Sde())
     assert abs(std.item() - 0.7) < 1e-6
     expected = x - (v + 0.7**2 / (2 * (1 - grid[1])) * x) * (1 - grid[1])
     torch.testing.assert_close(mean, expected, rtol=0, atol=1e-6)
@@ -186,13 +191,13 @@ def test_first_step_has_std_equal_to_the_noise_level(steps):
 
 
 def test_cps_keeps_the_coefficients_of_the_path():
-    """With the exact velocity the new point is (1 - t') data plus noises whose squared weights add up to t'^2."""
+    """With the exact velocity the new point is (1 - t') data plus noises of weight t' together."""
     data, noise = packed(2)
     grid = flow.time_grid(11, 3.0).double()
     for t, t_next in zip(grid[:-1], grid[1:]):
         for noise_level in (0.3, 0.8, 1.0):
             x, v = flow.interpolate(data, noise, t), flow.velocity(data, noise)
-            mean, std = flow.transition(x, v, t, t_next, noise_level, kind="cps")
+            mean, std = flow.transition(x, v, t, t_next=t_next, sde=Sde("cps", noise_level))
             s = t_next * math.sin(noise_level * math.pi / 2)
             kept = (t_next**2 - s**2).clamp_min(0).sqrt()  # the form of the Flow-CPS paper
             torch.testing.assert_close(mean, (1 - t_next) * data + kept * noise, rtol=0, atol=1e-8)
@@ -214,9 +219,9 @@ def test_flow_sde_keeps_the_marginals(noise_level):
     x = torch.randn(40_000, 1, generator=generator)
     x = (x - x.mean()) / x.std()
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:]), start=1):
-        x, _, _ = flow.sde_step(
-            x, gaussian_velocity(x, t), t, t_next, noise_level, generator=generator
-        )
+        v, noise = gaussian_velocity(x, t), torch.randn(x.shape, generator=generator)
+        sde = Sde("flow", noise_level)
+        x, _, _ = flow.sde_step(x, v, t, t_next=t_next, sde=sde, noise=noise)
         if i % 50 == 0:
             mean, std = 2.0 * (1 - t_next), math.sqrt((1 - t_next) ** 2 * 0.25 + t_next**2)
             assert abs(x.mean() - mean) < 0.02, (i, x.mean(), mean)
@@ -226,30 +231,23 @@ def test_flow_sde_keeps_the_marginals(noise_level):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sde_step_draws_from_its_transition(kind):
     x, v = torch.full((200_000, 1), 0.4), torch.full((200_000, 1), -1.1)
-    draw = flow.sde_step(x, v, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0), kind=kind)
-    again = flow.sde_step(
-        x, v, 0.6, 0.5, 0.7, generator=torch.Generator().manual_seed(0), kind=kind
-    )
-    assert torch.equal(draw[0], again[0])
-    assert (
-        abs(draw[0].mean() - draw[1][0]) < 0.01 * draw[2]
-        and abs(draw[0].std() / draw[2] - 1) < 0.01
-    )
-    given = flow.sde_step(x, v, 0.6, 0.5, 0.7, noise=torch.ones_like(x), kind=kind)
-    assert torch.equal(given[0], given[1] + given[2])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    drawn, mean, std = flow.sde_step(x, v, 0.6, t_next=0.5, sde=Sde(kind), noise=noise)
+    assert abs(drawn.mean() - mean[0]) < 0.01 * std and abs(drawn.std() / std - 1) < 0.01
+    assert torch.equal(drawn, mean + std * noise)
 
 
-def test_transition_refuses_nonsense():
-    x, v = packed(2)
+def test_an_sde_refuses_nonsense():
     with pytest.raises(ValueError, match="kind 'dance' is unknown; use 'flow' or 'cps'"):
-        flow.transition(x, v, 0.5, 0.4, 0.7, kind="dance")
+        Sde("dance", 0.7)
     with pytest.raises(ValueError, match="noise level 1.2.*cps: at most 1"):
-        flow.transition(x, v, 0.5, 0.4, 1.2, kind="cps")
+        Sde("cps", 1.2)
     with pytest.raises(ValueError, match="noise level -0.1"):
-        flow.transition(x, v, 0.5, 0.4, -0.1)
+        Sde("flow", -0.1)
 
 
-# ---------------------------------------------------------------- log-probability and divergence
+# --------------------------------------------------------------------------------------------------
+# log-probability and divergence
 
 
 def image_means(values):
@@ -260,25 +258,20 @@ def image_means(values):
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_prob_is_the_normal_density(kind):
     x, v, noise = packed(3)
-    for times in (
-        (1.0, 0.9),
-        (0.5, 0.4),
-        (torch.linspace(0.3, 0.9, 9), torch.linspace(0.2, 0.85, 9)[:, None]),
-    ):
-        x_next, mean, std = flow.sde_step(x, v, *times, 0.7, noise=noise, kind=kind)
+    each = torch.linspace(0.3, 0.9, 9), torch.linspace(0.2, 0.85, 9)[:, None]
+    for t, t_next in ((1.0, 0.9), (0.5, 0.4), each):
+        x_next, mean, std = flow.sde_step(x, v, t, t_next=t_next, sde=Sde(kind), noise=noise)
         expected = image_means(torch.distributions.Normal(mean, std).log_prob(x_next))
-        found = flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3)
+        found = flow.log_prob(x_next, mean, std, **EACH)
         assert found.dtype == torch.float64 and (found - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("order", ["one after the other", "mixed"])
 def test_image_mean_does_not_care_about_the_order_of_tokens(order):
     values = packed(1)[0]
-    shuffle = (
-        torch.arange(9)
-        if order != "mixed"
-        else torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    )
+    shuffle = torch.arange(9)
+    if order == "mixed":
+        shuffle = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     found = flow.image_mean(values[shuffle], IMAGE_OF_TOKEN[shuffle], 3)
     torch.testing.assert_close(found, image_means(values), rtol=0, atol=1e-14)
 
@@ -287,19 +280,16 @@ def test_kl_is_the_normal_kl_and_its_closed_form_in_velocity():
     x, v, v_reference = packed(3)
     a = 0.7
     for t, t_next in ((0.9, 0.8), (0.5, 0.45), (0.1, 0.0)):
-        (mean, std), (mean_reference, _) = (
-            flow.transition(x, u, t, t_next, a) for u in (v, v_reference)
-        )
-        p, q = (
-            torch.distributions.Normal(mean, std),
-            torch.distributions.Normal(mean_reference, std),
-        )
+        step = dict(t_next=t_next, sde=Sde("flow", a))
+        mean, std = flow.transition(x, v, t, **step)
+        mean_reference, _ = flow.transition(x, v_reference, t, **step)
+        p, q = (torch.distributions.Normal(one, std) for one in (mean, mean_reference))
         expected = image_means(torch.distributions.kl_divergence(p, q))
-        found = flow.kl_divergence(mean, mean_reference, std, IMAGE_OF_TOKEN, 3)
+        found = flow.kl_divergence(mean, mean_reference, std, **EACH)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
         s = a * math.sqrt(t / (1 - t))
         weight = (t - t_next) / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2
-        closed = weight * flow.velocity_mse(v, v_reference, IMAGE_OF_TOKEN, 3)
+        closed = weight * flow.velocity_mse(v, v_reference, **EACH)
         torch.testing.assert_close(found, closed, rtol=1e-10, atol=0)
 
 
@@ -307,10 +297,9 @@ def test_kl_is_zero_at_the_reference_and_has_a_gradient_away_from_it():
     x, v, other = packed(3)
     for shift, flat in ((0.0, True), (0.1, False)):
         moved = (v + shift * other).requires_grad_()
-        (mean, std), (mean_reference, _) = (
-            flow.transition(x, u, 0.6, 0.5, 0.7) for u in (moved, v)
-        )
-        divergence = flow.kl_divergence(mean, mean_reference, std, IMAGE_OF_TOKEN, 3)
+        mean, std = flow.transition(x, moved, 0.6, t_next=0.5, sde=Sde())
+        mean_reference, _ = flow.transition(x, v, 0.6, t_next=0.5, sde=Sde())
+        divergence = flow.kl_divergence(mean, mean_reference, std, **EACH)
         (gradient,) = torch.autograd.grad(divergence.sum(), moved)
         assert bool((divergence == 0).all()) == flat and bool((gradient == 0).all()) == flat
 
@@ -318,59 +307,58 @@ def test_kl_is_zero_at_the_reference_and_has_a_gradient_away_from_it():
 def test_velocity_mse():
     v, target = packed(2)
     torch.testing.assert_close(flow.velocity_mse(v, target), ((v - target) ** 2).mean())
-    torch.testing.assert_close(
-        flow.velocity_mse(v, target, IMAGE_OF_TOKEN, 3), image_means((v - target) ** 2)
-    )
+    found = flow.velocity_mse(v, target, **EACH)
+    torch.testing.assert_close(found, image_means((v - target) ** 2))
 
 
 def test_steps_without_noise_have_no_density():
     x, v = packed(2)
-    for times, noise_level, kind in (
-        ((0.5, 0.4), 0.0, "flow"),
-        ((0.5, 0.4), 0.0, "cps"),
-        ((0.1, 0.0), 0.8, "cps"),
+    for t, t_next, sde in (
+        (0.5, 0.4, Sde("flow", 0.0)),
+        (0.5, 0.4, Sde("cps", 0.0)),
+        (0.1, 0.0, Sde("cps", 0.8)),
     ):
-        x_next, mean, std = flow.sde_step(x, v, *times, noise_level, kind=kind)
+        mean, std = flow.transition(x, v, t, t_next=t_next, sde=sde)
         with pytest.raises(ValueError, match="standard deviation above 0.*keep such steps out"):
-            flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3)
+            flow.log_prob(mean, mean, std, **EACH)
         with pytest.raises(ValueError, match="standard deviation above 0"):
-            flow.kl_divergence(mean, mean, std, IMAGE_OF_TOKEN, 3)
+            flow.kl_divergence(mean, mean, std, **EACH)
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
     x, v, noise, target = packed(4, dtype=torch.bfloat16)
     wide = [tensor.float() for tensor in (x, v, noise, target)]
     t = torch.tensor(0.6, dtype=torch.bfloat16)  # even the time may come in bfloat16
-    x_next, mean, std = flow.sde_step(x, v, t, 0.5, 0.7, noise=noise)
-    reference = flow.sde_step(wide[0], wide[1], t.float(), 0.5, 0.7, noise=wide[2])
-    assert all(
-        a.dtype == torch.float32 and torch.equal(a, b)
-        for a, b in zip((x_next, mean, std), reference)
-    )
+    found = flow.sde_step(x, v, t, t_next=0.5, sde=Sde(), noise=noise)
+    reference = flow.sde_step(*wide[:2], t.float(), t_next=0.5, sde=Sde(), noise=wide[2])
+    for a, b in zip(found, reference):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+    x_next, mean, std = found
     results = (
-        flow.log_prob(x_next.bfloat16(), mean, std, IMAGE_OF_TOKEN, 3),
+        flow.log_prob(x_next.bfloat16(), mean, std, **EACH),
         flow.velocity_mse(v, target),
         flow.interpolate(x, noise, t),
         flow.velocity(x, noise),
-        flow.guide(v, x, None, 4.0, 1.0),
-        flow.guide(v, None, None, 1.0, 1.0),
+        flow.guide(v, x, None, guidance=Guidance(4.0)),
+        flow.guide(v, None, None, guidance=Guidance()),
     )
     assert all(result.dtype == torch.float32 for result in results)
 
 
 def test_ratio_statistics():
-    """For kappa = rms(change of mean) / std, the log-ratio has mean -kappa^2 / 2 and std kappa / sqrt(dimensions)."""
+    """For kappa = rms(change of mean) / std, over n numbers, the log-ratio is normal with mean
+    -kappa^2 / 2 and std kappa / sqrt(n)."""
     images, tokens, channels, kappa = 1500, 16, 16, 0.4
     generator = torch.Generator().manual_seed(0)
     x, v, change = (torch.randn(images * tokens, channels, generator=generator) for _ in range(3))
-    image_of_token = torch.arange(images).repeat_interleave(tokens)
-    x_next, mean, std = flow.sde_step(x, v, 0.7, 0.6, 0.7, generator=generator)
+    each = dict(image_of_token=torch.arange(images).repeat_interleave(tokens), images=images)
+    noise = torch.randn(x.shape, generator=generator)
+    x_next, mean, std = flow.sde_step(x, v, 0.7, t_next=0.6, sde=Sde(), noise=noise)
     # one an image, made exactly kappa * std below
-    rms = flow.image_mean(change.square(), image_of_token, images).sqrt()
-    moved = mean + kappa * std * change / rms[image_of_token, None]
-    log_ratio = flow.log_prob(x_next, moved, std, image_of_token, images) - flow.log_prob(
-        x_next, mean, std, image_of_token, images
-    )
+    rms = flow.image_mean(change.square(), **each).sqrt()
+    moved = mean + kappa * std * change / rms[each["image_of_token"], None]
+    new, old = (flow.log_prob(x_next, one, std, **each) for one in (moved, mean))
+    log_ratio = new - old
     assert abs(log_ratio.mean() / (-(kappa**2) / 2) - 1) < 0.05
     assert abs(log_ratio.std() / (kappa / math.sqrt(tokens * channels)) - 1) < 0.08
 
@@ -379,11 +367,11 @@ def test_policy_gradient_at_ratio_one_is_reinforce():
     """d/dv [-A ratio] = -A d log-prob / dv, checked by finite differences."""
     x, v, noise = packed(3)
     advantage = torch.tensor([1.5, -0.5, -1.0], dtype=torch.float64)
-    x_next, _, _ = flow.sde_step(x, v, 0.7, 0.6, 0.7, noise=noise)
+    x_next, _, _ = flow.sde_step(x, v, 0.7, t_next=0.6, sde=Sde(), noise=noise)
 
     def log_prob(v):
-        mean, std = flow.transition(x, v, 0.7, 0.6, 0.7)
-        return flow.log_prob(x_next, mean, std, IMAGE_OF_TOKEN, 3)
+        mean, std = flow.transition(x, v, 0.7, t_next=0.6, sde=Sde())
+        return flow.log_prob(x_next, mean, std, **EACH)
 
     variable = v.clone().requires_grad_()
     loss = -(advantage * torch.exp(log_prob(variable) - log_prob(v))).sum()
@@ -395,17 +383,19 @@ def test_policy_gradient_at_ratio_one_is_reinforce():
         assert abs(gradient[token, channel].item() - slope) < 1e-8
 
 
-# ---------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------
+# guidance
 
 
-def slow_guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
-    """The rule of BAGEL, number by number, for one image or for a batch coupled as in the official code."""
+def slow_guide(v, v_text, v_image, guidance):
+    """BAGEL's rule, number by number, for one image or a batch coupled as in the official code."""
+    text_scale, image_scale, renorm = guidance.text_scale, guidance.image_scale, guidance.renorm
 
     def length(rows):
         return math.sqrt(sum(number**2 for row in rows for number in row))
 
     def clamp(ratio):
-        return min(max(ratio, renorm_min), 1.0)
+        return min(max(ratio, guidance.renorm_min), 1.0)
 
     if text_scale <= 1:
         return v
@@ -437,8 +427,9 @@ def slow_guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
 )
 def test_guidance_equals_the_slow_rule(renorm, renorm_min, scales):
     v, v_text, v_image = packed(3)
-    expected = slow_guide(v, v_text, v_image, *scales, renorm, renorm_min)
-    found = flow.guide(v, v_text, v_image, *scales, renorm, renorm_min)
+    guidance = Guidance(*scales, renorm, renorm_min)
+    expected = slow_guide(v, v_text, v_image, guidance)
+    found = flow.guide(v, v_text, v_image, guidance=guidance)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -447,31 +438,29 @@ def test_guidance_equals_the_official_code(official):
     assert len(settings) == 11
     v, v_text, v_image = (tensors["guide." + name] for name in ("v0", "v_cfg_text", "v_cfg_img"))
     for i, setting in enumerate(settings):
-        found = flow.guide(
-            v, v_text, v_image, setting["text"], setting["img"], setting["type"], setting["rmin"]
-        )
-        torch.testing.assert_close(
-            found, tensors[f"guide.v{i}"], rtol=0, atol=2e-5, msg=str(setting)
-        )
+        guidance = Guidance(*(setting[key] for key in ("text", "img", "type", "rmin")))
+        found = flow.guide(v, v_text, v_image, guidance=guidance)
+        expected = tensors[f"guide.v{i}"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5, msg=str(setting))
 
 
 def test_image_scale_alone_does_nothing():
     v, v_text, v_image = packed(3)
     for text_scale in (0.5, 1.0):
-        assert torch.equal(flow.guide(v, v_text, v_image, text_scale, 2.0), v)
-        assert torch.equal(flow.guide(v, None, None, text_scale, 2.0), v)
+        guidance = Guidance(text_scale, 2.0)
+        assert torch.equal(flow.guide(v, v_text, v_image, guidance=guidance), v)
+        assert torch.equal(flow.guide(v, None, None, guidance=guidance), v)
 
 
 def test_global_renorm_per_image_equals_separate_calls():
     v, v_text, v_image = packed(3)
-    together = flow.guide(v, v_text, v_image, 4.0, 2.0, image_of_token=IMAGE_OF_TOKEN, images=3)
-    parts = [
-        flow.guide(*rows, 4.0, 2.0)
-        for rows in zip(v.split(SIZES), v_text.split(SIZES), v_image.split(SIZES))
-    ]
+    guidance = Guidance(4.0, 2.0)
+    together = flow.guide(v, v_text, v_image, guidance=guidance, **EACH)
+    split = zip(v.split(SIZES), v_text.split(SIZES), v_image.split(SIZES))
+    parts = [flow.guide(*rows, guidance=guidance) for rows in split]
     torch.testing.assert_close(together, torch.cat(parts), rtol=1e-13, atol=1e-13)
     # the official behaviour mixes the images of a batch
-    coupled = flow.guide(v, v_text, v_image, 4.0, 2.0)
+    coupled = flow.guide(v, v_text, v_image, guidance=guidance)
     assert (together - coupled).abs().max() > 0.01
 
 
@@ -480,24 +469,25 @@ def test_global_renorm_per_image_equals_separate_calls():
 def test_guidance_has_a_gradient_even_where_the_velocity_is_zero(renorm, image_of_token):
     v = torch.zeros(9, 4, requires_grad=True)
     v_text = torch.ones(9, 4)
-    guided = flow.guide(v, v_text, None, 4.0, 1.0, renorm, image_of_token=image_of_token, images=3)
+    each = dict(image_of_token=image_of_token, images=3)
+    guided = flow.guide(v, v_text, None, guidance=Guidance(4.0, 1.0, renorm), **each)
     (gradient,) = torch.autograd.grad(guided.sum(), v)
     assert bool(guided.isfinite().all() & gradient.isfinite().all())
 
 
 def test_guidance_refuses_nonsense():
     v, v_text, v_image = packed(3)
-    with pytest.raises(
-        ValueError, match="'local' is unknown; use one of global, channel, text_channel"
-    ):
-        flow.guide(v, v_text, v_image, 4.0, 2.0, renorm="local")
+    unknown = "'local' is unknown; use one of global, channel, text_channel"
+    with pytest.raises(ValueError, match=unknown):
+        Guidance(4.0, 2.0, renorm="local")
     with pytest.raises(ValueError, match="v_text is None"):
-        flow.guide(v, None, v_image, 4.0, 2.0)
+        flow.guide(v, None, v_image, guidance=Guidance(4.0, 2.0))
     with pytest.raises(ValueError, match="v_image is None"):
-        flow.guide(v, v_text, None, 4.0, 2.0)
-    torch.testing.assert_close(
-        flow.guide(v, v_text, None, 4.0, 1.0), flow.guide(v, v_text, v_image, 4.0, 1.0)
+        flow.guide(v, v_text, None, guidance=Guidance(4.0, 2.0))
+    without, with_it = (
+        flow.guide(v, v_text, one, guidance=Guidance(4.0)) for one in (None, v_image)
     )
+    torch.testing.assert_close(without, with_it)
 
 
 def test_guidance_interval():

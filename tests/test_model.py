@@ -1,6 +1,8 @@
-"""The transformer: packed equals separate, cached equals whole, experts touch their own tokens, names and disk."""
+"""The transformer: packed equals separate, cached equals whole, experts touch their own tokens,
+names and disk."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,7 @@ def test_a_branch_equals_its_path_alone(model):
 
 
 def test_cached_rows_equal_the_whole(model):
-    """Prefill, then the noised leaves, then text token by token: the hidden states of one packed pass."""
+    """Prefill, then the noised leaves, then text token by token: the states of one packed pass."""
     packed = build(1, 2)
     whole = in_order(packed, *model(packed))
     cache = Cache(model, len(packed))
@@ -99,7 +101,7 @@ def test_cached_rows_equal_the_whole(model):
 
 
 def test_attention_is_grouped_softmax_attention(model):
-    """One block against the equations of the docstring, written out with a dense mask and no packing."""
+    """One block against the equations of the docstring, with a dense mask and without packing."""
     packed = build(3)
     block, c = model.blocks[0], model.config
     und, gen = model.embed(packed)
@@ -139,17 +141,14 @@ def test_attention_is_grouped_softmax_attention(model):
     x = x + each(lambda e, i: e.o_proj(out[i].flatten()))
     m = each(lambda e, i: norm(x[i], e.post_attention_layernorm.weight))
     x = x + each(lambda e, i: e.down_proj(F.silu(e.gate_proj(m[i])) * e.up_proj(m[i])))
-    angles = torch.cat([angle, angle], 1)[packed.order]
-    half = c.head_dim // 2
-    got = in_order(
-        packed,
-        *block(und, gen, packed, angles.cos()[:, None, :half], angles.sin()[:, None, :half])[:2],
-    )
+    sorted_angle = angle[packed.order][:, None]  # (N, 1, D / 2)
+    got = in_order(packed, *block(und, gen, packed, (sorted_angle.cos(), sorted_angle.sin()))[:2])
     torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
 
 
 def test_experts_touch_their_own_tokens(model):
-    """A loss on the last layer's text tokens gives the generation expert's MLP no gradient, and the reverse."""
+    """A loss on the last layer's text tokens gives the generation expert no gradient, and the
+    reverse."""
     packed = build(1)
     last = model.blocks[-1]
     for which, silent in ((0, last.gen), (1, last.und)):
@@ -207,8 +206,6 @@ def test_disk_round_trip_is_bit_identical(saved):
 
 
 def test_torn_checkpoints_are_named(saved, tmp_path):
-    import shutil
-
     _, folder = saved
 
     def broken(change):
@@ -258,14 +255,10 @@ def test_the_names_and_shapes_of_the_7b_model():
 
 
 def test_a_cut_pack_equals_the_whole(model):
-    """Forward and gradients: the shared context once, then the rest against its keys and values."""
+    """Forward and gradients: the shared prefix once, then the rest against its keys and values."""
     whole = build(1, 2)
-    weights = torch.randn(
-        len(whole),
-        model.config.hidden_size,
-        dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    )
+    shape, generator = (len(whole), model.config.hidden_size), torch.Generator().manual_seed(0)
+    weights = torch.randn(shape, dtype=torch.float64, generator=generator)
 
     def gradients(loss):
         model.zero_grad()
@@ -276,8 +269,8 @@ def test_a_cut_pack_equals_the_whole(model):
     assert 0 < len(shared) and 0 < len(rest) and len(shared) + len(rest) == len(whole)
     outside = in_order(whole, *model(whole))[rest.slots]
     expected = gradients((outside * weights[rest.slots]).sum())
-    context = model.keys_and_values(shared)
-    hidden = in_order(rest, *model(rest, context=context))
+    prefix = model.keys_and_values(shared)
+    hidden = in_order(rest, *model(rest, prefix=prefix))
     torch.testing.assert_close(hidden, outside, rtol=1e-10, atol=1e-10)
     found = gradients((hidden * weights[rest.slots]).sum())
     for name, gradient in found.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 import reward
 from toy import clip as toy_clip
+from toy.clip import ToyClipSettings
 from toy.tasks import draw_sample
 
 
@@ -21,9 +23,11 @@ def folder(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("clip") / "toy")
 
 
-def train(folder, **changed):
-    settings = dict(seed=3, steps=2, batch_size=6, wrong=2, width=64)
-    return toy_clip.train_toy_clip(folder, **{**settings, **changed}, log=lambda line: None)
+SMALL = ToyClipSettings(seed=3, steps=2, batch_size=6, wrong=2, width=64)
+
+
+def train(folder, settings=SMALL):
+    return toy_clip.train_toy_clip(folder, settings, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,12 @@ def pairs():
 
 
 def as_tensor(images):
-    return torch.stack(
-        [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images]
-    )
+    """(n, 3, h, w) in [-1, 1]"""
+    pixels = [torch.from_numpy(np.array(image)) for image in images]  # (h, w, 3)
+    return torch.stack([one.permute(2, 0, 1) / 127.5 - 1 for one in pixels])  # (n, 3, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the score
 
 
@@ -131,7 +135,7 @@ def test_captions_of_the_toy_world_fit(clip):
     assert clip.truncated == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what cannot be scored raises
 
 
@@ -154,46 +158,26 @@ def test_a_reward_is_never_invented(clip, pairs):
 
 
 def test_loading_mistakes_give_one_clear_sentence(tmp_path, folder, caplog):
-    weights, pickle, other = (
-        tmp_path / "w.safetensors",
-        tmp_path / "w.pt",
-        tmp_path / "other.safetensors",
-    )
+    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    pickle, empty = tmp_path / "w.pt", tmp_path / "empty"
     weights.write_bytes(b"no weights")
     pickle.write_bytes(b"")
     save_file({"x": torch.zeros(2)}, other)
-    (tmp_path / "empty").mkdir()
+    empty.mkdir()
+    small, base, missing = "ViT-S-32-alt", "ViT-B-32", "nowhere.safetensors"
+    tags = r"'opnai': expected a .safetensors file, .* a tag of ViT-B-32 \(openai,"
+    unfit = "safetensors does not hold weights of CLIP ViT-S-32-alt"
     for error, sentence, name, pretrained in [
         (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9", "openai"),
-        (
-            ValueError,
-            r"'opnai': expected a .safetensors file, .* a tag of ViT-B-32 \(openai,",
-            "ViT-B-32",
-            "opnai",
-        ),
-        (ValueError, "w.pt': expected a .safetensors file", "ViT-B-32", str(pickle)),
-        (FileNotFoundError, "not found at nowhere.safetensors", "ViT-B-32", "nowhere.safetensors"),
-        (
-            ValueError,
-            "w.safetensors does not hold weights of CLIP ViT-S-32-alt",
-            "ViT-S-32-alt",
-            str(weights),
-        ),
-        (
-            ValueError,
-            "other.safetensors does not hold weights of CLIP ViT-S-32-alt",
-            "ViT-S-32-alt",
-            str(other),
-        ),
-        (
-            FileNotFoundError,
-            "is not a toy CLIP: clip.json is missing",
-            "toy",
-            str(tmp_path / "empty"),
-        ),
+        (ValueError, tags, base, "opnai"),
+        (ValueError, "w.pt': expected a .safetensors file", base, pickle),
+        (FileNotFoundError, f"not found at {missing}", base, missing),
+        (ValueError, f"w.{unfit}", small, weights),
+        (ValueError, f"other.{unfit}", small, other),
+        (FileNotFoundError, "is not a toy CLIP: clip.json is missing", "toy", empty),
     ]:
         with pytest.raises(error, match=sentence) as caught:
-            reward.Clip(name, pretrained)
+            reward.Clip(name, str(pretrained))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
     assert caplog.text == ""  # open_clip's own complaints do not come on top
 
@@ -213,21 +197,20 @@ def test_damaged_toy_clips(tmp_path, folder):
             reward.Clip("toy", str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # other CLIPs
 
 
 def test_a_local_file_of_a_real_architecture(tmp_path):
-    """A random ViT-S-32 in open_clip's layout: loads, and sees pictures as open_clip's own preprocessing does."""
+    """A random ViT-S-32 in open_clip's layout: it loads, and sees pictures as open_clip's own
+    preprocessing does."""
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     clip = reward.Clip("ViT-S-32-alt", str(tmp_path / "w.safetensors"))
-    rng = np.random.default_rng(0)
-    smooth = [
-        Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
-        for size in ((300, 420), (224, 224), (500, 260), (60, 45))
-    ]
+    rng, sizes = np.random.default_rng(0), ((300, 420), (224, 224), (500, 260), (60, 45))
+    coarse = [Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8)) for _ in sizes]
+    smooth = [image.resize(size, Image.BICUBIC) for image, size in zip(coarse, sizes)]
     pixels = reward._pixels(smooth, clip.preprocess, "cpu")
     expected = torch.stack([transform(image) for image in smooth])
     assert pixels.shape == expected.shape == (4, 3, 224, 224)
@@ -261,13 +244,12 @@ def test_a_failed_download_is_one_sentence(monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(factory, "download_pretrained", fail)
-    with pytest.raises(
-        OSError, match=r"CLIP ViT-B-32 \(openai\) could not be fetched; .* no network"
-    ):
+    sentence = r"CLIP ViT-B-32 \(openai\) could not be fetched; .* no network"
+    with pytest.raises(OSError, match=sentence):
         reward.Clip("ViT-B-32", "openai")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the toy CLIP
 
 
@@ -279,11 +261,9 @@ def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp
     assert torch.equal(reward.Clip("toy", str(again)).score(*pairs), clip.score(*pairs))
     stamp = (again / "clip.safetensors").stat().st_mtime_ns
     assert train(again) == again and (again / "clip.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(
-        ValueError,
-        match="holds a CLIP trained with .*'steps': 2.*delete the folder or choose another",
-    ):
-        train(again, steps=3)
+    sentence = "holds a CLIP trained with .*'steps': 2.*delete the folder or choose another"
+    with pytest.raises(ValueError, match=sentence):
+        train(again, replace(SMALL, steps=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
 
 
@@ -313,37 +293,31 @@ def test_training_tokens_and_text_features_are_open_clips(clip):
     assert torch.equal(tokens, open_clip.tokenize(captions, 44))
     with torch.no_grad():
         expected = clip.model.encode_text(tokens, normalize=True)
-        torch.testing.assert_close(
-            toy_clip._encode_text(clip.model, tokens), expected, atol=1e-5, rtol=0
-        )
+        found = toy_clip._encode_text(clip.model, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_loss_is_the_contrastive_loss_by_hand(clip):
-    pictures, captions = toy_clip._pairs(
-        0, dict(batch_size=4, seed=0, wrong=2), np.random.default_rng(0)
-    )
-    assert (
-        pictures.shape == (4, 3, 32, 32)
-        and len(captions) == 12
-        and len(set(captions[4:6]) | {captions[0]}) == 3
-    )
+    settings = ToyClipSettings(batch_size=4, seed=0, wrong=2)
+    pictures, captions = toy_clip._pairs(0, settings, np.random.default_rng(0))
+    assert pictures.shape == (4, 3, 32, 32) and len(captions) == 12
+    assert len(set(captions[4:6]) | {captions[0]}) == 3  # right, wrong, wrong
     with torch.no_grad():
         loss, right = toy_clip._loss(clip.model, pictures, captions)
         e = clip.model.encode_image(pictures, normalize=True).double()
         u = clip.model.encode_text(open_clip.tokenize(captions, 44), normalize=True).double()
         logits = (clip.model.logit_scale.double().exp() * e @ u.T).numpy()
     to_text = [np.log(np.exp(row).sum()) - row[i] for i, row in enumerate(logits)]
-    to_picture = [
-        np.log(np.exp(column).sum()) - column[i] for i, column in enumerate(logits[:, :4].T)
-    ]
+    columns = logits[:, :4].T  # (B, B): a row for each right caption
+    to_picture = [np.log(np.exp(column).sum()) - column[i] for i, column in enumerate(columns)]
     assert abs(loss.item() - (np.mean(to_text) + np.mean(to_picture)) / 2) < 1e-4
     assert right == (logits.argmax(1) == np.arange(4)).mean()
 
 
 def test_a_few_steps_lower_the_loss():
     torch.manual_seed(0)
-    settings = dict(seed=0, steps=12, batch_size=16, wrong=1, learning_rate=2e-3)
-    model = open_clip.CLIP(**toy_clip._toy_config(patch_size=16, width=64))
+    settings = ToyClipSettings(seed=0, steps=12, batch_size=16, wrong=1, learning_rate=2e-3)
+    model = open_clip.CLIP(**toy_clip._model_config(patch_size=16, width=64))
     pictures, captions = toy_clip._pairs(99, settings, np.random.default_rng(0))
     with torch.no_grad():
         before = toy_clip._loss(model, pictures, captions)[0]

@@ -1,4 +1,4 @@
-"""The packed sequence against brute force: explicit ancestors, BAGEL's documented mask rule, BAGEL's positions."""
+"""The packed sequence against brute force: explicit ancestors, BAGEL's mask rule and positions."""
 
 import random
 
@@ -17,7 +17,7 @@ def reference(rng, name=None):
 
 
 def random_tree(rng):
-    """A random pack, and what was laid out: for each token (path of frames, run, causal, position)."""
+    """A random pack, and for each token of it (path of frames, run, causal, position)."""
     sequence, rows, frames, runs = Sequence(LAYOUT), [], [0], [0]
 
     def add(path, length, causal, position):
@@ -77,7 +77,8 @@ def test_mask_and_positions_equal_explicit_ancestors():
 
 
 def test_mask_equals_bagels_rule():
-    """allowed = same sample and (k <= q or same full/noise split) and (k not noise or same split)  (docs/BAGEL.md §5)."""
+    """docs/BAGEL.md §5: allowed = same sample and (k <= q or same full/noise split)
+    and (k not noise or same split)."""
     for seed in range(100):
         rng = random.Random(seed)
         sequence, split, mode, sample = Sequence(LAYOUT), [], [], []
@@ -133,9 +134,8 @@ def test_a_subset_of_rows_has_the_rows_of_the_whole():
                 assert torch.equal(part.mask.dense(), packed.mask.dense()[rows])
                 assert torch.equal(part.positions, packed.positions[rows])
                 assert sorted(part.order.tolist()) == list(range(len(rows)))
-                assert sum(part.noised_lengths) == len(part.noised) and sum(
-                    part.vit_lengths
-                ) == len(part.vit_index)
+                assert sum(part.noised_lengths) == len(part.noised)
+                assert sum(part.vit_lengths) == len(part.vit_index)
         together = torch.cat([packed.rows_of(kind) for kind in ("given", "noised", "reserved")])
         assert sorted(together.tolist()) == list(range(len(packed)))
 

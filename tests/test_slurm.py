@@ -1,7 +1,7 @@
-"""A real SLURM of two virtual nodes on this machine: srun, the batch script, a job that is told to stop and goes on.
+"""A real SLURM of two virtual nodes on this machine: srun, the batch script, a job that is stopped.
 
-Skipped where SLURM and munge are not installed (Debian: slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins) or
-where this is not root. .ci/run installs them.
+Skipped where SLURM and munge are not installed (Debian: slurmctld slurmd slurm-client munge
+slurm-wlm-basic-plugins) or where this is not root. .ci/run installs them.
 """
 
 import os
@@ -22,6 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = all(map(shutil.which, ("slurmctld", "slurmd", "srun", "munged"))) and os.geteuid() == 0
 pytestmark = pytest.mark.skipif(not HERE, reason="needs root and SLURM's daemons")
 OPTIONS = ["--config", "smoke", "--steps", "60", "--save_every", "1000", "--sample_every", "1000"]
+SRUN = ["srun", "-N2", "-n2", "--ntasks-per-node=1"]
+SMALLER = {  # launch/slurm.sh for this cluster, on stage 1
+    "--nodes=8": "--nodes=2",
+    "--ntasks-per-node=8": "--ntasks-per-node=1",
+    "--gpus-per-node=8": "--comment=x",
+    "--cpus-per-task=12": "--comment=x",
+    "--output=out/slurm-%j.log": "--comment=x",
+    " python ": f" {sys.executable} ",
+    "${SCRIPT:-grpo.py}": str(ROOT / "sft.py"),
+    '--config "${CONFIG:-full}"': "",
+}
 
 
 def wait_for(what, condition, seconds=60):
@@ -29,6 +40,11 @@ def wait_for(what, condition, seconds=60):
     while not condition():
         assert time.time() - begun < seconds, f"{what} took longer than {seconds} s"
         time.sleep(0.3)
+
+
+def output(command, environment):
+    """What a command prints, whatever its status."""
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +96,9 @@ PartitionName=main Nodes=n1,n2 Default=YES State=UP
         subprocess.Popen(["slurmd", "-D", "-f", folder / "slurm.conf", "-N", node], env=environment)
         for node in ("n1", "n2")
     ]
-    ask = lambda: (
-        subprocess.run(
-            ["sinfo", "-h", "-t", "idle", "-o", "%D"],
-            env=environment,
-            capture_output=True,
-            text=True,
-        ).stdout
-    )
+    idle = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
     try:
-        wait_for("SLURM's start", lambda: ask().strip() == "2")
+        wait_for("SLURM's start", lambda: output(idle, environment).strip() == "2")
         yield environment, folder
     finally:
         for daemon in reversed(daemons):
@@ -107,20 +116,11 @@ def weights(folder):
 
 
 def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
-    """The first task that leaves makes --kill-on-bad-exit terminate the other one, which takes 4 s to leave."""
+    """The first task that leaves makes --kill-on-bad-exit terminate the other, 4 s from its end."""
     environment, _ = cluster
     slow = "os.environ['SLURM_PROCID'] == '0' and atexit.register(time.sleep, 4)"
-    code = f"import atexit, os, time, run; {slow}; run.stop_here(1)"
-    command = [
-        "srun",
-        "--kill-on-bad-exit=1",
-        "-N2",
-        "-n2",
-        "--ntasks-per-node=1",
-        sys.executable,
-        "-c",
-        code,
-    ]
+    code = f"import atexit, os, time; from runtime import loop; {slow}; loop.stop_here(1)"
+    command = [*SRUN, "--kill-on-bad-exit=1", sys.executable, "-c", code]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -128,19 +128,10 @@ def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
 
 
 def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluster):
-    """srun over two nodes; then launch/slurm.sh, which is signalled in the middle, requeued, and ends with the same bits."""
+    """srun over two nodes; then launch/slurm.sh, which is signalled in the middle, requeued, and
+    ends with the same bits."""
     environment, folder = cluster
-    command = [
-        "srun",
-        "-N2",
-        "-n2",
-        "--ntasks-per-node=1",
-        sys.executable,
-        str(ROOT / "sft.py"),
-        *OPTIONS,
-        "--out",
-        "whole",
-    ]
+    command = [*SRUN, sys.executable, str(ROOT / "sft.py"), *OPTIONS, "--out", "whole"]
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180
     )
@@ -148,46 +139,24 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
     assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: model in") == 1
 
     script = (ROOT / "launch/slurm.sh").read_text()
-    for line in (
-        "--nodes=8",
-        "--ntasks-per-node=8",
-        "--gpus-per-node=8",
-        "--cpus-per-task=12",
-        "--output=out/slurm-%j.log",
-    ):
-        script = script.replace(
-            line,
-            {"--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1"}.get(
-                line, "--comment=x"
-            ),
-        )
-    script = script.replace(" python ", f" {sys.executable} ").replace(
-        "${SCRIPT:-grpo.py}", str(ROOT / "sft.py")
-    )
-    (folder / "job.sh").write_text(script.replace('--config "${CONFIG:-full}"', ""))
+    for line, ours in SMALLER.items():
+        script = script.replace(line, ours)
+    (folder / "job.sh").write_text(script)
+    command = ["sbatch", "--parsable", "--output", str(folder / "job.log"), "job.sh"]
+    command += [*OPTIONS, "--out", "stopped"]
     made = subprocess.run(
-        [
-            "sbatch",
-            "--parsable",
-            "--output",
-            str(folder / "job.log"),
-            "job.sh",
-            *OPTIONS,
-            "--out",
-            "stopped",
-        ],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=True
     )
     job, log = made.stdout.strip(), folder / "stopped" / "metrics.jsonl"
-    wait_for(
-        "the first steps", lambda: log.is_file() and len(log.read_text().splitlines()) > 5, 120
-    )
+
+    def text():
+        return (folder / "job.log").read_text()
+
+    def has_begun():
+        return log.is_file() and len(log.read_text().splitlines()) > 5
+
+    wait_for("the first steps", has_begun, 120)
     subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
-    text = lambda: (folder / "job.log").read_text()
     wait_for("the stop", lambda: "stopped by a signal" in text(), 60)
     step = state.newest_step(folder / "stopped")
     assert 5 < step < 60
@@ -201,11 +170,7 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         return "sft: model in" in text()
 
     wait_for("the second go", finished, 240)
-    queue = ["squeue", "--noheader"]
-    wait_for(
-        "the job's end",
-        lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout,
-    )
+    wait_for("the job's end", lambda: not output(["squeue", "--noheader"], environment))
     assert f"step {step} of 60" in text()
     a, b = weights(folder / "whole"), weights(folder / "stopped")
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -1,4 +1,5 @@
-"""Pictures as people have them: every mode, size and container becomes what a person would expect, or one clear line."""
+"""Pictures as people have them: every mode, size and container becomes what a person would expect,
+or one clear line."""
 
 import numpy as np
 import pytest
@@ -87,9 +88,8 @@ def test_extreme_pictures_are_read():
     model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
     for size in ((1, 1), (2000, 1), (1, 2000)):
         reference = model.read(Image.new("RGB", size, "red"))
-        assert torch.isfinite(reference.latents).all() and len(reference.patches) == np.prod(
-            reference.patch_grid
-        )
+        assert torch.isfinite(reference.latents).all()
+        assert len(reference.patches) == np.prod(reference.patch_grid)
 
 
 def test_transform_is_normalised():

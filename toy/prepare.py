@@ -1,5 +1,13 @@
 """
-What a run on the toy world prepares for itself where it is missing: tokenizer, two CLIPs, and the stage 1 model.
+What a run on the toy world prepares for itself where it is missing.
+
+    toy_tokenizer(folder, vocab_size)    stage 1: the tokenizer, trained on toy texts
+    prepare(config)                      stage 2: CLIPs of reward and metric, then stage 1 itself
+    metric_clip(name, weights, steps)    the CLIP of CLIP_out, trained first if it is the toys'
+
+So `python grpo.py --config toy` is one command from nothing. Everything is made by the first
+process; the others wait. What is there is kept. Not a concept of the paper.
+Left out: weights of real models; they are never fetched or trained behind anybody's back.
 """
 
 import multiprocessing
@@ -14,45 +22,8 @@ import torch
 from reward import Clip
 from runtime import processes
 from runtime.pretrained import load_tokenizer
-from toy import clip
-from toy.clip import train_metric_clip, train_toy_clip
+from toy.clip import ToyClipSettings, train_metric_clip, train_toy_clip
 from toy.tokenizer import train_tokenizer
-
-
-def train_clips(config):
-    """The toys' two CLIPs, where they are missing: each a process of one thread, side by side if we have two."""
-    missing = lambda name, folder: name == "toy" and not (Path(folder) / "clip.json").is_file()
-    spawn = multiprocessing.get_context("spawn")
-    jobs = []
-    with ProcessPoolExecutor(torch.get_num_threads(), spawn, torch.set_num_threads, (1,)) as pool:
-        if missing(config.clip_name, config.clip):
-            jobs.append(pool.submit(train_toy_clip, config.clip, seed=0, steps=config.clip_steps))
-        if missing(config.metric_name, config.metric):
-            jobs.append(pool.submit(clip.train_metric_clip, config.metric, config.clip_steps))
-        for job in jobs:
-            job.result()
-
-
-def prepare(config):
-    """Train what stage 2 needs and is missing, on the first process: two small CLIPs and the stage 1 model."""
-    if processes.is_main():
-        train_clips(config)
-        if (
-            not (Path(config.init) / "model").is_dir()
-            and not (Path(config.init) / "llm_config.json").is_file()
-        ):
-            script = str(Path(__file__).parents[1].joinpath("sft.py"))
-            command = [sys.executable, script, "--config", config.config, "--out", config.init]
-            command += ["--threads", str(torch.get_num_threads())]
-            alone = {
-                key: value
-                for key, value in os.environ.items()
-                if key not in processes.OF_A_LAUNCHER
-            }
-            code = subprocess.run(command, env=alone).returncode
-            if code:
-                sys.exit(code)
-    processes.barrier()
 
 
 def toy_tokenizer(folder, vocab_size):
@@ -69,3 +40,43 @@ def metric_clip(name, weights, steps):
     if name == "toy":
         train_metric_clip(weights, steps)
     return Clip(name, weights)
+
+
+def prepare(config):
+    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model."""
+    if processes.is_main():
+        train_clips(config)
+        init = Path(config.init)
+        if not (init / "model").is_dir() and not (init / "llm_config.json").is_file():
+            run_stage_1(config)
+    processes.barrier()
+
+
+def train_clips(config):
+    """The two CLIPs: each a process of one thread, side by side if there are two threads."""
+    spawn, jobs = multiprocessing.get_context("spawn"), []
+    settings = ToyClipSettings(steps=config.clip_steps)
+    with ProcessPoolExecutor(torch.get_num_threads(), spawn, torch.set_num_threads, (1,)) as pool:
+        if is_missing(config.clip_name, config.clip):
+            jobs.append(pool.submit(train_toy_clip, config.clip, settings))
+        if is_missing(config.metric_name, config.metric):
+            jobs.append(pool.submit(train_metric_clip, config.metric, config.clip_steps))
+        for job in jobs:
+            job.result()
+
+
+def is_missing(name, folder):
+    """Whether a CLIP is one of the toys' and not there yet."""
+    return name == "toy" and not (Path(folder) / "clip.json").is_file()
+
+
+def run_stage_1(config):
+    """sft.py with the same preset, in a process of its own; leaves with its status if it fails."""
+    script = str(Path(__file__).parents[1] / "sft.py")
+    command = [sys.executable, script, "--config", config.config, "--out", config.init]
+    command += ["--threads", str(torch.get_num_threads())]
+    launcher = processes.OF_A_LAUNCHER
+    alone = {key: value for key, value in os.environ.items() if key not in launcher}
+    status = subprocess.run(command, env=alone).returncode
+    if status:
+        sys.exit(status)

@@ -1,66 +1,79 @@
 """
-A model server that draws: the toy world behind the two routes of endpoint.py, so that curate.py and the judge of
-benchmarks.py run from end to end without a network.
+A model server that draws: the toy world behind the two routes of studies/endpoint.py, so that
+curate.py and the judge of the benchmarks run from end to end without a network.
 
-It knows the toy world and nothing else: it recognises the pictures of a question by their pixels, and from them and
-the task makes up an instruction, a plan and a target that belong together, the same ones every time (a hash of the
-question takes the place of chance). It keeps no state, so it can be stopped and started in the middle.
+    POST .../chat/completions    "Task type: ..."              an instruction
+                                 "... Write a plan ..."        a plan, as JSON
+                                 "Editing instruction: ..."    {"score", "reasoning"}; the score is
+                                                               SC where the question speaks of the
+                                                               "subjects of the result", else PF
+    POST .../images/edits        "Instruction: ..."            the target, PNG
+
+It knows the toy world and nothing else: it recognises the pictures of a question by their pixels,
+and from them and the task makes up an instruction, a plan and a target that belong together, the
+same ones every time: a hash of the question takes the place of chance. It keeps nothing on disk, so
+it can be stopped and started in the middle. What it does not understand gets score 0, or grey.
+
+Left out: keys, several choices, streaming, pictures that nobody drew with the toy world.
 
     python curate.py --serve_toy
+    python curate.py --config toy                  in another terminal
 """
 
 import base64
 import hashlib
 import io
 import json
+import threading
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import iccot
 from iccot import TASKS
+from runtime.files import published
 from toy import tasks, world
 from toy.judge import Verdict, judge, nearest_subjects, pixels_of, templates
 from toy.tasks import Wording
-from toy.world import DEFAULT_PLACES, OBJECTS, PLACES, SCENES
+from toy.world import DEFAULT_PLACES, OBJECTS, PLACES, SCENES, Scene, Truth, known_thing
 from vision import to_png
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # seeing: a picture of the toy world -> what it shows
 
 
 def subject_of(image):
-    """The subject of a portrait on paper of any tint: that with the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2."""
+    """The subject of a portrait on paper of any tint. ValueError for a picture of another size.
+
+    It has the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2: s a sprite, m its silhouette.
+    """
     if image.size != (world.HALF, world.HALF):
         raise ValueError(
             f"a portrait has {world.HALF} x {world.HALF} pixels, not {image.width} x {image.height}"
         )
-    x = np.asarray(image, np.float32).reshape(-1, 3) / 255  # (256, 3)
-    silhouettes, pixels, squares, _ = templates()  # (T, 256), (T, 768), (T,)
+    x, known = np.asarray(image, np.float32).reshape(-1, 3) / 255, templates()  # (256, 3)
     paper = np.square(x - 0.96).sum(1)  # (256,)
-    # (T,)
-    error = silhouettes @ (np.square(x).sum(1) - paper) - 2 * pixels @ x.reshape(-1) + squares
+    inside = known.silhouettes @ (np.square(x).sum(1) - paper)  # (subjects,)
+    error = inside - 2 * known.pixels @ x.reshape(-1) + known.squares  # (subjects,)
     return world.subjects()[int(error.argmin())]
 
 
 def scene_of(image):
-    """(scene, {place: subject}) of a picture of 32 x 32 pixels."""
+    """(scene, {place: subject}) of a picture. ValueError if it has not 32 x 32 pixels."""
     if image.size != (world.SIZE, world.SIZE):
         raise ValueError(
             f"a scene has {world.SIZE} x {world.SIZE} pixels, not {image.width} x {image.height}"
         )
-    picture, backgrounds = pixels_of(image), templates()[3]
-    errors = np.sort(np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1), 1)[
-        :, :600
-    ].sum(1)
+    picture, backgrounds = pixels_of(image), templates().backgrounds
+    # (scenes, 1024)
+    errors = np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1)
     # by the 600 pixels that fit best: things cover the others
-    scene = world.scenes()[int(errors.argmin())]
+    scene = world.scenes()[int(np.sort(errors, 1)[:, :600].sum(1).argmin())]
     found = nearest_subjects(picture, world.scene_picture(scene).astype(np.float32) / 255)
     return scene, {
         place: subject
@@ -69,81 +82,87 @@ def scene_of(image):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # making up a sample
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a sample is made up from; `rng` and what was drawn from it depend on task and images."""
+
+    task: str
+    images: list[Image.Image]
+    wording: Wording
+    places: list[str]  # in a random order
+    rng: np.random.Generator
+
+
 def compose(task, images):
-    """(instruction, plan, truth) for these references, always the same."""
+    """(instruction, plan, truth) for these references, always the same.
+
+    IndexError, StopIteration or ValueError if they are references of another task.
+    """
     digest = hashlib.sha256(task.encode() + b"".join(image.tobytes() for image in images)).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    wording = Wording(
-        "instructive" if rng.random() < 0.5 else "descriptive", bool(rng.random() < 0.4)
-    )
-    places = [PLACES[i] for i in rng.permutation(4)]
+    style = "instructive" if rng.random() < 0.5 else "descriptive"
+    wording = Wording(style, bool(rng.random() < 0.4))
+    given = Given(task, images, wording, [PLACES[i] for i in rng.permutation(4)], rng)
     make = {"add": _edit, "replace": _edit, "attribute": _attribute}.get(task, _compose)
-    instruction, relations, truth = make(task, images, wording, places, rng)
-    return (
-        tasks.capitalised(instruction),
-        iccot.ICCoT(tasks.caption(truth), tuple(relations)),
-        truth,
-    )
+    instruction, relations, truth = make(given)
+    plan = iccot.ICCoT(tasks.caption(truth), tuple(relations))
+    return tasks.capitalised(instruction), plan, truth
 
 
-def _edit(task, images, wording, places, rng):
-    scene, standing = scene_of(images[0])
-    new = subject_of(images[1])
-    replaced = (
-        next((place for place in PLACES if place in standing), None) if task == "replace" else None
-    )
-    place = replaced or next(place for place in places if place not in standing)
-    things = tuple(
-        world.known_thing(where, subject) for where, subject in (standing | {place: new}).items()
-    )
-    truth = world.Truth(scene, things, True)
-    one, two = wording.image(1), wording.image(2)
-    words = (
-        f"Replace the {standing[replaced].kind} of {one} with the thing of {two}."
-        if replaced
-        else f"Add {wording.placed([world.known_thing(place, new)], 2)} to {one}."
-    )
-    return (
-        words,
-        ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."],
-        truth,
-    )
+def _edit(given):
+    """A thing more in the picture, or another one where the first one stood."""
+    scene, standing = scene_of(given.images[0])
+    new = subject_of(given.images[1])
+    replaced = None
+    if given.task == "replace":
+        replaced = next((place for place in PLACES if place in standing), None)
+    place = replaced or next(place for place in given.places if place not in standing)
+    shown = standing | {place: new}
+    truth = Truth(scene, tuple(known_thing(*one) for one in shown.items()), True)
+    one, two = given.wording.image(1), given.wording.image(2)
+    if replaced:
+        words = f"Replace the {standing[replaced].kind} of {one} with the thing of {two}."
+    else:
+        words = f"Add {given.wording.placed([known_thing(place, new)], 2)} to {one}."
+    return words, [tasks.REST, f"The {new.kind} is from image_2."], truth
 
 
-def _attribute(task, images, wording, places, rng):
-    first, owner = subject_of(images[0]), subject_of(images[1])
+def _attribute(given):
+    """An object with the pattern of another one."""
+    first, owner = subject_of(given.images[0]), subject_of(given.images[1])
     if first.kind in OBJECTS and owner.kind in OBJECTS:
         first = replace(first, looks=(owner.looks[0], first.looks[1]))
-    scene = world.Scene(str(rng.choice(list(SCENES))), world.scenes()[0].looks)
-    truth = world.Truth(scene, (world.known_thing(places[0], first),), False)
-    words = f"Draw the thing of {wording.image(1)} with the pattern of {wording.image(2)}"
-    words += f" at the {places[0]}, {_where(scene)}."
-    return (
-        words,
-        [f"The {first.kind} is from image_1.", f"The pattern of the {first.kind} is from image_2."],
-        truth,
-    )
+    scene, place = _any_scene(given), given.places[0]
+    one, two = given.wording.image(1), given.wording.image(2)
+    words = f"Draw the thing of {one} with the pattern of {two} at the {place}, {_where(scene)}."
+    relations = [
+        f"The {first.kind} is from image_1.",
+        f"The pattern of the {first.kind} is from image_2.",
+    ]
+    return words, relations, Truth(scene, (known_thing(place, first),), False)
 
 
-def _compose(task, images, wording, places, rng):
-    given = images[-1].width == world.SIZE
-    subjects = [subject_of(image) for image in images[: len(images) - given]]
-    scene = (
-        scene_of(images[-1])[0]
-        if given
-        else world.Scene(str(rng.choice(list(SCENES))), world.scenes()[0].looks)
-    )
-    places = DEFAULT_PLACES if task == "scene" else places
-    things = [world.known_thing(place, subject) for place, subject in zip(places, subjects)]
-    where = f"in the scene of {wording.image(len(images))}" if given else _where(scene)
+def _compose(given):
+    """Subjects together, in the scene of the last picture if it is one."""
+    images, wording = given.images, given.wording
+    with_scene = images[-1].width == world.SIZE
+    subjects = [subject_of(image) for image in images[: len(images) - with_scene]]
+    scene = scene_of(images[-1])[0] if with_scene else _any_scene(given)
+    places = DEFAULT_PLACES if given.task == "scene" else given.places
+    things = [known_thing(place, subject) for place, subject in zip(places, subjects)]
+    where = f"in the scene of {wording.image(len(images))}" if with_scene else _where(scene)
     words = f"Draw {wording.placed(things, 1)}, {where}."
     relations = [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(subjects, 1)]
-    relations += [f"The scene is consistent with image_{len(images)}."] * given
-    return words, relations, world.Truth(scene, tuple(things), given)
+    relations += [f"The scene is consistent with image_{len(images)}."] * with_scene
+    return words, relations, Truth(scene, tuple(things), with_scene)
+
+
+def _any_scene(given):
+    return Scene(str(given.rng.choice(list(SCENES))), world.scenes()[0].looks)
 
 
 def _where(scene):
@@ -151,25 +170,29 @@ def _where(scene):
 
 
 def draw_pools(folder, count=24, seed=0):
-    """Pools for curate.py: `count` characters, objects and scenes; every second scene has somebody in it."""
+    """Pools for curate.py: `count` characters, objects, scenes; in half the scenes is somebody.
+
+    The folder appears when it is complete; an older one of that name is replaced.
+    """
     rng = np.random.default_rng(seed)
-    for kind in ("characters", "objects", "scenes"):
-        (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            if kind == "scenes":
-                source = tasks.picture_to_edit(rng, "train", 1)
-                picture = world.draw(source) if i % 2 else world.scene_picture(source.scene)
-            else:
-                wanted = world.CHARACTERS if kind == "characters" else OBJECTS
-                subject = world.pick(
-                    rng,
-                    [one for one in tasks.pool_of("train", world.Subject) if one.kind in wanted],
-                )
-                picture = world.portrait(rng, subject)
-            Image.fromarray(picture).save(Path(folder) / kind / f"{i:03d}.png")
+    with published(folder) as hidden:
+        for kind in ("characters", "objects", "scenes"):
+            (hidden / kind).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(_pool_picture(kind, i, rng)).save(hidden / kind / f"{i:03d}.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _pool_picture(pool, number, rng):
+    """Picture `number` of one of the three pools, uint8."""
+    if pool == "scenes":
+        source = tasks.picture_to_edit(rng, "train", 1)
+        return world.draw(source) if number % 2 else world.scene_picture(source.scene)
+    wanted = world.CHARACTERS if pool == "characters" else OBJECTS
+    of_the_kind = [one for one in tasks.pool_of("train", world.Subject) if one.kind in wanted]
+    return world.portrait(rng, world.pick(rng, of_the_kind))
+
+
+# --------------------------------------------------------------------------------------------------
 # answering
 
 
@@ -183,7 +206,7 @@ def answer_text(prompt, images):
 
 
 def _judge(prompt, images):
-    """The exact judge's score of the last picture; another instruction than ours is not understood, and gets 0."""
+    """The exact judge's score of the last picture; another instruction than ours gets 0."""
     instruction, truth = prompt.split("Editing instruction: ")[1], None
     for task in TASKS:
         try:
@@ -203,17 +226,21 @@ def answer_image(prompt, images):
         try:
             instruction, _, truth = compose(task, images)
         except (IndexError, StopIteration, ValueError):
-            continue
+            continue  # these references are none of this task
         if f"Instruction: {instruction}\n" in prompt:
             return to_png(Image.fromarray(world.draw(truth)))
     return to_png(Image.new("RGB", (world.SIZE, world.SIZE), "grey"))
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Both routes. `fault` may answer in their place (tests): fault(handler, request number) -> whether it did."""
+    """Both routes."""
 
-    fault = staticmethod(lambda handler, number: False)
     protocol_version = "HTTP/1.1"
+
+    @staticmethod
+    def fault(handler, number):
+        """May answer in their place (tests): whether it did. number: of the request, from 1."""
+        return False
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -223,52 +250,54 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault(self, number):
             return
         if self.path.endswith("/chat/completions"):
-            content = json.loads(body)["messages"][0]["content"]
-            prompt = next(part["text"] for part in content if part["type"] == "text")
-            urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-            images = [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
+            prompt, images = _chat_question(body)
             self.count(prompt, images)
             message = {"role": "assistant", "content": answer_text(prompt, images)}
             self.reply({"choices": [{"message": message, "finish_reason": "stop"}]})
         elif self.path.endswith("/images/edits"):
-            head = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
-            parts = {}
-            for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
-                parts.setdefault(part.get_param("name", header="content-disposition"), []).append(
-                    part.get_payload(decode=True)
-                )
-            prompt, images = (
-                parts["prompt"][0].decode(),
-                [_open(image) for image in parts["image[]"]],
-            )
+            prompt, images = _image_question(body, self.headers["Content-Type"])
             self.count(prompt, images)
-            picture = answer_image(prompt, images)
-            self.reply({"created": 0, "data": [{"b64_json": base64.b64encode(picture).decode()}]})
+            picture = base64.b64encode(answer_image(prompt, images)).decode()
+            self.reply({"created": 0, "data": [{"b64_json": picture}]})
         else:
             self.reply({"error": {"message": f"no route {self.path}"}}, 404)
 
     def count(self, prompt, images):
         """Remember how often each question was answered."""
-        digest = hashlib.sha256(
-            prompt.encode() + b"".join(image.tobytes() for image in images)
-        ).hexdigest()
+        question = prompt.encode() + b"".join(image.tobytes() for image in images)
         with self.server.lock:
-            self.server.answered[digest] += 1
+            self.server.answered[hashlib.sha256(question).hexdigest()] += 1
 
     def reply(self, content, status=200, **headers):
+        """content: bytes as they are, anything else as JSON. headers: Retry_After=... and so on."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        standard = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            **headers,
-        }.items():
+        for name, value in (standard | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *_):
-        pass
+        """Nothing: tests and runs have their own words."""
+
+
+def _chat_question(body):
+    """(prompt, pictures) of a request in JSON, its pictures as data URLs."""
+    content = json.loads(body)["messages"][0]["content"]
+    prompt = next(part["text"] for part in content if part["type"] == "text")
+    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    return prompt, [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
+
+
+def _image_question(body, content_type):
+    """(prompt, pictures) of a multipart request."""
+    head = b"Content-Type: " + content_type.encode() + b"\r\n\r\n"
+    fields = {}
+    for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        fields.setdefault(name, []).append(part.get_payload(decode=True))
+    return fields["prompt"][0].decode(), [_open(image) for image in fields["image[]"]]
 
 
 def _open(content):
@@ -276,12 +305,13 @@ def _open(content):
 
 
 def make_server(port=0, fault=None):
-    """A server on this machine alone; port 0 takes a free one. It counts `requests` and what it has `answered`."""
-    import threading
+    """A server on this machine alone; port 0 takes a free one. fault: as `Handler.fault`.
 
-    handler = (
-        type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)}) if fault else Handler
-    )
+    It counts its `requests` and what it has `answered`.
+    """
+    handler = Handler
+    if fault:
+        handler = type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.requests, server.answered, server.lock = 0, Counter(), threading.Lock()
     return server
@@ -290,10 +320,8 @@ def make_server(port=0, fault=None):
 def serve(port):
     """Answer until stopped."""
     with make_server(port) as server:
-        print(
-            f"the toy world answers at http://127.0.0.1:{server.server_port}/v1 (stop with Ctrl-C)",
-            flush=True,
-        )
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        print(f"the toy world answers at {url} (stop with Ctrl-C)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -1,13 +1,29 @@
 """
-The seven tasks of the paper in the toy world: references, instruction, IC-CoT and target that belong together.
+The seven tasks of the paper in the toy world: references, instruction, IC-CoT and target that
+belong together.
 
-    sample = draw_sample("train", index)      a pure function of split, index and seed: no state, any order
+    add                  a picture, 1 or 2 subjects    the subjects stand in it too
+    replace              a picture, a subject          it stands where another one stood
+    attribute            a picture, maybe an object    a thing has another colour, or its pattern
+    scene                a picture, a scene            all things of the picture in that scene
+    subject              a subject                     it stands in a scene of words
+    subject_composition  subjects                      they stand together in a scene of words
+    scene_composition    subjects, a scene             they stand together in that scene
 
-The tasks come in the paper's proportions (iccot.TASKS), instructions in instructive, descriptive and vague wordings.
-Captions never say what the instruction and the references do not determine, so "caption exactly right" is a fair
-measure. Left out: more than nine references.
+An edit (the first four) keeps what it does not change, so all of that counts as shown by image 1.
+Instructions are instructive, descriptive or vague. Vague ones rely on DEFAULT_PLACES, in the order
+of the references, or on there being one thing only. Captions never say what the instruction and
+the references do not determine, so "caption exactly right" is a fair measure.
+
+The tasks come in the paper's proportions (iccot.TASKS). Each draws from `ask.rng` in a fixed order:
+the samples of a published run must never change.
+
+Left out: more than nine references, instructions that a language model wrote.
+
+    sample = draw_sample("train", index)    a function of split, index and seed: no state, any order
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -40,7 +56,10 @@ from toy.world import (
     subjects,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+REST = "The rest is consistent with image_1."  # the first relation of an edit
+
+
+# --------------------------------------------------------------------------------------------------
 # words
 
 
@@ -52,52 +71,65 @@ def phrase(subject: Subject) -> str:
 
 
 def listing(items: list[str]) -> str:
+    """a, b and c"""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def capitalised(words: str) -> str:
+    """The words with a capital at the beginning, the others as they are."""
+    return words[0].upper() + words[1:]
 
 
 def caption(truth: Truth) -> str:
     """Kinds, colours, places and the scene; no hidden looks."""
     things = [f"{phrase(thing.subject)} at the {thing.place}" for thing in truth.things]
-    return (
-        f"A {truth.scene.kind} with {listing(things)}."
-        if things
-        else f"An empty {truth.scene.kind}."
-    )
+    if not things:
+        return f"An empty {truth.scene.kind}."
+    return f"A {truth.scene.kind} with {listing(things)}."
 
 
 def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[str]:
-    """`count` different captions, each with exactly one fact changed: a colour, a kind, a place or the scene."""
+    """`count` different captions, each with exactly one fact changed: colour, kind, place or scene.
 
-    def change(**fields):
-        things = list(truth.things)
-        things[index] = replace(thing, **fields)
-        return caption(Truth(truth.scene, tuple(things), truth.scene_given))
-
+    ValueError if the world has too few of them.
+    """
     found = [caption(truth)]
-    taken = [thing.subject.kind for thing in truth.things]
-    free = [place for place in PLACES if place not in [thing.place for thing in truth.things]]
     for _ in range(1000):
         if len(found) > count:
             return found[1:]
-        fact = pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
-        index = int(rng.integers(max(1, len(truth.things))))
-        thing = truth.things[index] if truth.things else None
-        if fact == "scene":
-            words = caption(
-                replace(truth, scene=replace(truth.scene, kind=pick(rng, tuple(SCENES))))
-            )
-        elif fact == "colour":
-            words = change(subject=replace(thing.subject, colour=pick(rng, tuple(COLOURS))))
-        elif fact == "kind":
-            kind = pick(rng, CHARACTERS + OBJECTS)
-            words = found[0] if kind in taken else change(subject=replace(thing.subject, kind=kind))
-        else:
-            words = change(place=pick(rng, free)) if free else found[0]
+        words = _one_fact_changed(truth, rng)
         if words not in found:
             found.append(words)
     raise ValueError(
-        f"{count} wrong captions asked of {found[0]!r}, which has about {len(found) - 1}; ask for fewer"
+        f"{count} wrong captions asked of {found[0]!r}, which has about {len(found) - 1}; "
+        "ask for fewer"
     )
+
+
+def _one_fact_changed(truth: Truth, rng: np.random.Generator) -> str:
+    """A caption with a random fact changed, or the right caption where the change cannot be."""
+    fact = pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
+    index = int(rng.integers(max(1, len(truth.things))))
+    if fact == "scene":
+        scene = replace(truth.scene, kind=pick(rng, tuple(SCENES)))
+        return caption(replace(truth, scene=scene))
+    thing = truth.things[index]
+    if fact == "colour":
+        subject = replace(thing.subject, colour=pick(rng, tuple(COLOURS)))
+        changed = replace(thing, subject=subject)
+    elif fact == "kind":
+        kind = pick(rng, CHARACTERS + OBJECTS)
+        if kind in [other.subject.kind for other in truth.things]:
+            return caption(truth)
+        changed = replace(thing, subject=replace(thing.subject, kind=kind))
+    else:
+        taken = [other.place for other in truth.things]
+        free = [place for place in PLACES if place not in taken]
+        if not free:
+            return caption(truth)
+        changed = replace(thing, place=pick(rng, free))
+    things = (*truth.things[:index], changed, *truth.things[index + 1 :])
+    return caption(replace(truth, things=things))
 
 
 @dataclass(frozen=True)
@@ -108,10 +140,11 @@ class Wording:
     ordinal: bool
 
     def image(self, number: int) -> str:
+        """The name of reference `number`, from 1."""
         return f"the {iccot.ORDINALS[number - 1]} image" if self.ordinal else f"image {number}"
 
-    def placed(self, things: list[Thing], first: int, named: bool = True) -> str:
-        """Things from the images `first`, `first` + 1, ... and their places, in the wording's style."""
+    def placed(self, things: Sequence[Thing], first: int, named: bool = True) -> str:
+        """Things from the images `first`, `first` + 1, ... and their places, in this style."""
         words = []
         for number, thing in enumerate(things, first):
             if self.style == "descriptive":
@@ -122,15 +155,19 @@ class Wording:
         return listing(words)
 
 
+# --------------------------------------------------------------------------------------------------
+# who takes part
+
+
 @cache
 def pool_of(split: str, kind: type) -> tuple:
-    return tuple(
-        one for one in (subjects() if kind is Subject else scenes()) if split_of(one) == split
-    )
+    """All identities of a split: kind is Subject or Scene."""
+    world = subjects() if kind is Subject else scenes()
+    return tuple(one for one in world if split_of(one) == split)
 
 
-def _cast(rng: np.random.Generator, split: str, count: int, taken: tuple = ()) -> list[Subject]:
-    """`count` subjects of different kinds, none of a kind in `taken`, so that "the ball" always means one thing."""
+def _cast(rng: np.random.Generator, split: str, count: int, *, taken: tuple = ()) -> list[Subject]:
+    """`count` subjects of different kinds, none in `taken`: "the ball" always means one thing."""
     cast: list[Subject] = []
     while len(cast) < count:
         subject = pick(rng, pool_of(split, Subject))
@@ -142,44 +179,75 @@ def _cast(rng: np.random.Generator, split: str, count: int, taken: tuple = ()) -
 def picture_to_edit(rng: np.random.Generator, split: str, count: int) -> Truth:
     """A picture to edit: `count` things at random places."""
     places = sorted(rng.permutation(4)[:count])
-    things = [
-        known_thing(PLACES[i], subject) for i, subject in zip(places, _cast(rng, split, count))
-    ]
-    return Truth(pick(rng, pool_of(split, Scene)), tuple(things), True)
+    cast = _cast(rng, split, count)
+    things = tuple(known_thing(PLACES[i], subject) for i, subject in zip(places, cast))
+    return Truth(pick(rng, pool_of(split, Scene)), things, True)
 
 
-def _add(rng, split, wording, max_references):
-    added = 2 if max_references > 2 and rng.random() < 0.25 else 1
-    source = picture_to_edit(rng, split, int(rng.integers(1, 3)))
+# --------------------------------------------------------------------------------------------------
+# the seven tasks
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a sample is drawn from."""
+
+    rng: np.random.Generator
+    split: str
+    wording: Wording
+    max_references: int
+
+    def source(self, most: int) -> Truth:
+        """A picture to edit with 1 to `most` things."""
+        return picture_to_edit(self.rng, self.split, int(self.rng.integers(1, most + 1)))
+
+    def source_of_a_change(self) -> Truth:
+        """The same with 1 to 3 things; just one if the wording is vague, which cannot tell them."""
+        if self.wording.style == "vague":
+            return picture_to_edit(self.rng, self.split, 1)
+        return self.source(3)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sample before it has its key and its caption."""
+
+    references: list[np.ndarray]  # uint8 (32, 32, 3), or (16, 16, 3) of a subject
+    instruction: str
+    relations: list[str]
+    truth: Truth
+
+
+def _add(ask: Ask) -> Draft:
+    rng, wording = ask.rng, ask.wording
+    added = 2 if ask.max_references > 2 and rng.random() < 0.25 else 1
+    source = ask.source(2)
     taken = [thing.place for thing in source.things]
     free = [place for place in DEFAULT_PLACES if place not in taken]
     if wording.style != "vague":
         free = [free[i] for i in rng.permutation(len(free))]
-    cast = _cast(rng, split, added, tuple(thing.subject.kind for thing in source.things))
+    kinds = tuple(thing.subject.kind for thing in source.things)
+    cast = _cast(rng, ask.split, added, taken=kinds)
     things = [known_thing(place, subject) for place, subject in zip(free, cast)]
     one, placed = wording.image(1), wording.placed(things, 2)
     words = {
         "instructive": f"Add {placed} to {one}.",
         "descriptive": f"The picture of {one} with {placed}.",
         "vague": pick(rng, (f"Add {'it' if added == 1 else 'them'} to {one}.", f"Complete {one}.")),
-    }
-    relations = ["The rest is consistent with image_1."]
+    }[wording.style]
+    relations = [REST]
     relations += [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 2)]
-    truth = Truth(source.scene, (*source.things, *things), True)
-    return (
-        [draw(source)] + [portrait(rng, subject) for subject in cast],
-        words[wording.style],
-        relations,
-        truth,
-    )
+    references = [draw(source)] + [portrait(rng, subject) for subject in cast]
+    return Draft(references, words, relations, replace(source, things=(*source.things, *things)))
 
 
-def _replace(rng, split, wording, max_references):
-    source = picture_to_edit(rng, split, 1 if wording.style == "vague" else int(rng.integers(1, 4)))
+def _replace(ask: Ask) -> Draft:
+    rng, wording = ask.rng, ask.wording
+    source = ask.source_of_a_change()
     things = list(source.things)
     index = int(rng.integers(len(things)))
     old = things[index]
-    (new,) = _cast(rng, split, 1, tuple(thing.subject.kind for thing in things))
+    (new,) = _cast(rng, ask.split, 1, taken=tuple(thing.subject.kind for thing in things))
     things[index] = known_thing(old.place, new)
     one, two = wording.image(1), wording.image(2)
     name = pick(rng, (f"the {old.subject.kind}", f"the thing at the {old.place}"))
@@ -188,51 +256,38 @@ def _replace(rng, split, wording, max_references):
         "descriptive": f"The picture of {one} with {phrase(new)} ({two}) instead of {name}.",
         "vague": pick(rng, (f"Put the thing of {two} in its place.", f"Swap it for {two}.")),
     }[wording.style]
-    relations = ["The rest is consistent with image_1.", f"The {new.kind} is from image_2."]
-    return (
-        [draw(source), portrait(rng, new)],
-        words,
-        relations,
-        Truth(source.scene, tuple(things), True),
-    )
+    references = [draw(source), portrait(rng, new)]
+    relations = [REST, f"The {new.kind} is from image_2."]
+    return Draft(references, words, relations, replace(source, things=tuple(things)))
 
 
 @cache
 def _edits(subject: Subject, name: str) -> tuple[Subject, ...]:
     """The subjects of the same split that differ in one attribute, colour or pattern, alone."""
     if name == "colour":
-        changed = (replace(subject, colour=colour) for colour in COLOURS)
+        changed = [replace(subject, colour=colour) for colour in COLOURS]
     else:
-        changed = (
-            replace(subject, looks=(pattern, subject.looks[1]))
-            for pattern in OBJECT_LOOKS["pattern"]
-        )
+        accent = subject.looks[1]
+        changed = [replace(subject, looks=(one, accent)) for one in OBJECT_LOOKS["pattern"]]
     return tuple(one for one in changed if one != subject and split_of(one) == split_of(subject))
 
 
-def _attribute(rng, split, wording, max_references):
+def _attribute(ask: Ask) -> Draft:
+    rng, wording = ask.rng, ask.wording
     name = "pattern" if rng.random() < 0.4 else "colour"
     while True:  # until some thing of the source may change and stay in the split
-        source = picture_to_edit(
-            rng, split, 1 if wording.style == "vague" else int(rng.integers(1, 4))
-        )
+        source = ask.source_of_a_change()
         old = pick(rng, source.things)
         if (name == "colour" or old.subject.kind in OBJECTS) and _edits(old.subject, name):
             break
     new = pick(rng, _edits(old.subject, name))
     kind, one, two = new.kind, wording.image(1), wording.image(2)
-    who = (
-        pick(rng, (f"the {kind}", f"the thing at the {old.place}"))
-        if wording.style != "vague"
-        else "it"
-    )
-    references, relations = [draw(source)], ["The rest is consistent with image_1."]
+    who = "it"
+    if wording.style != "vague":
+        who = pick(rng, (f"the {kind}", f"the thing at the {old.place}"))
+    references, relations = [draw(source)], [REST]
     if name == "pattern":
-        while (owner := pick(rng, pool_of(split, Subject))).kind not in OBJECTS or owner.looks[
-            0
-        ] != new.looks[0]:
-            pass
-        references.append(portrait(rng, owner))
+        references.append(portrait(rng, _owner(ask, new.looks[0])))
         relations.append(f"The pattern of the {kind} is from image_2.")
         words = {
             "instructive": f"Give {who} of {one} the pattern of {two}.",
@@ -245,16 +300,23 @@ def _attribute(rng, split, wording, max_references):
             "vague": f"Make it {new.colour}.",
             "descriptive": f"The picture of {one} where {who} is {new.colour}.",
         }[wording.style]
-    things = [
-        known_thing(old.place, new, "colour" if name == "colour" else "") if thing is old else thing
-        for thing in source.things
-    ]
-    return references, words, relations, Truth(source.scene, tuple(things), True)
+    changed = known_thing(old.place, new, "colour" if name == "colour" else "")
+    things = tuple(changed if thing is old else thing for thing in source.things)
+    return Draft(references, words, relations, replace(source, things=things))
 
 
-def _scene(rng, split, wording, max_references):
-    source = picture_to_edit(rng, split, int(rng.integers(1, 4)))
-    while (scene := pick(rng, pool_of(split, Scene))).kind == source.scene.kind:
+def _owner(ask: Ask, pattern: str) -> Subject:
+    """An object that has this pattern."""
+    while True:
+        owner = pick(ask.rng, pool_of(ask.split, Subject))
+        if owner.kind in OBJECTS and owner.looks[0] == pattern:
+            return owner
+
+
+def _scene(ask: Ask) -> Draft:
+    rng, wording = ask.rng, ask.wording
+    source = ask.source(3)
+    while (scene := pick(rng, pool_of(ask.split, Scene))).kind == source.scene.kind:
         pass
     who = listing([f"the {thing.subject.kind}" for thing in source.things])
     one, two = wording.image(1), wording.image(2)
@@ -267,28 +329,41 @@ def _scene(rng, split, wording, max_references):
         f"{capitalised(who)} {'is' if len(source.things) == 1 else 'are'} from image_1.",
         "The scene is consistent with image_2.",
     ]
-    return [draw(source), scene_picture(scene)], words, relations, replace(source, scene=scene)
+    references = [draw(source), scene_picture(scene)]
+    return Draft(references, words, relations, replace(source, scene=scene))
 
 
-def _compose(rng, split, wording, max_references, fewest, most, scene_given):
-    """`fewest` to `most` subjects; beyond four references, objects may also take the pattern of one more reference."""
-    cast = _cast(rng, split, int(rng.integers(fewest, min(most, max_references - scene_given) + 1)))
+def _subject(ask: Ask) -> Draft:
+    return _compose(ask, 1, 1)
+
+
+def _subject_composition(ask: Ask) -> Draft:
+    return _compose(ask, 2, max(2, min(ask.max_references - 1, len(PLACES))))
+
+
+def _scene_composition(ask: Ask) -> Draft:
+    return _compose(ask, 1, min(ask.max_references - 1, len(PLACES)), scene_given=True)
+
+
+def _compose(ask: Ask, fewest: int, most: int, *, scene_given: bool = False) -> Draft:
+    """`fewest` to `most` subjects, and maybe a scene, that were never in one picture."""
+    rng, wording = ask.rng, ask.wording
+    most = min(most, ask.max_references - scene_given)
+    cast = _cast(rng, ask.split, int(rng.integers(fewest, most + 1)))
     places = DEFAULT_PLACES if wording.style == "vague" else [PLACES[i] for i in rng.permutation(4)]
     references = [portrait(rng, subject) for subject in cast]
     relations = [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 1)]
     patterns = ""
     for i, subject in enumerate(cast):
-        if max_references > max(4, len(references) + scene_given) and subject.kind in OBJECTS:
-            owner = pick(rng, [one for one in pool_of(split, Subject) if one.kind in OBJECTS])
-            changed = replace(subject, looks=(owner.looks[0], subject.looks[1]))
-            if changed != subject and split_of(changed) == split:
-                cast[i] = changed
+        if ask.max_references > max(4, len(references) + scene_given):
+            cast[i], owner = _with_pattern(ask, subject)
+            if owner:
                 references.append(portrait(rng, owner))
                 number = len(references)
                 relations.append(f"The pattern of the {subject.kind} is from image_{number}.")
                 patterns += f" The {subject.kind} has the pattern of {wording.image(number)}."
     things = [known_thing(place, subject) for place, subject in zip(places, cast)]
-    scene = pick(rng, pool_of(split, Scene))
+    scene = pick(rng, pool_of(ask.split, Scene))
     where = f"{SCENES[scene.kind][0]} a {scene.kind}"
     if scene_given:
         references.append(scene_picture(scene))
@@ -301,14 +376,40 @@ def _compose(rng, split, wording, max_references, fewest, most, scene_given):
         "descriptive": f"{placed}, {where}.",
         "vague": f"{pick(rng, together)} {where}.",
     }[wording.style]
-    return references, words + patterns, relations, Truth(scene, tuple(things), scene_given)
+    return Draft(references, words + patterns, relations, Truth(scene, tuple(things), scene_given))
 
 
-def capitalised(words: str) -> str:
-    return words[0].upper() + words[1:]
+def _with_pattern(ask: Ask, subject: Subject) -> tuple[Subject, Subject | None]:
+    """An object with the pattern of another one, and that owner; else the subject and None.
+
+    Only beyond four references, the most that the paper's tasks have.
+    """
+    if subject.kind not in OBJECTS:
+        return subject, None
+    owner = pick(ask.rng, [one for one in pool_of(ask.split, Subject) if one.kind in OBJECTS])
+    changed = replace(subject, looks=(owner.looks[0], subject.looks[1]))
+    if changed == subject or split_of(changed) != ask.split:
+        return subject, None
+    return changed, owner
+
+
+DRAFTS = {
+    "add": _add,
+    "replace": _replace,
+    "attribute": _attribute,
+    "scene": _scene,
+    "subject": _subject,
+    "subject_composition": _subject_composition,
+    "scene_composition": _scene_composition,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# samples
 
 
 def check_request(split: str, max_references: int) -> None:
+    """ValueError for a split or a number of references that the toy world does not have."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
     if not 2 <= max_references <= 9:
@@ -317,8 +418,8 @@ def check_request(split: str, max_references: int) -> None:
         )
 
 
-def draw_sample(split: str, index: int, seed: int = 0, max_references: int = 4) -> Sample:
-    """Sample number `index` of a split: a pure function of its arguments, so any position can be resumed at.
+def draw_sample(split: str, index: int, seed: int = 0, *, max_references: int = 4) -> Sample:
+    """Sample `index` of a split, a pure function of its arguments: a run resumes at any position.
 
     max_references: 2 to 9; up to 4 the tasks are the paper's. ValueError for a bad split or number.
     """
@@ -327,47 +428,37 @@ def draw_sample(split: str, index: int, seed: int = 0, max_references: int = 4) 
     ends = np.cumsum(tuple(TASKS.values()))
     task = tuple(TASKS)[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
     wording = Wording(pick(rng, ("instructive", "descriptive", "vague")), bool(rng.random() < 0.4))
-    if task in ("add", "replace", "attribute", "scene"):
-        make = {"add": _add, "replace": _replace, "attribute": _attribute, "scene": _scene}[task]
-        references, words, relations, truth = make(rng, split, wording, max_references)
-    else:
-        most = min(max_references - 1, len(PLACES))
-        fewest, most, scene_given = {
-            "subject": (1, 1, False),
-            "subject_composition": (2, max(2, most), False),
-            "scene_composition": (1, most, True),
-        }[task]
-        references, words, relations, truth = _compose(
-            rng, split, wording, max_references, fewest, most, scene_given
-        )
+    draft = DRAFTS[task](Ask(rng, split, wording, max_references))
     return Sample(
-        f"{split}-{seed}-{index:08d}",
-        task,
-        tuple(Image.fromarray(one) for one in references),
-        capitalised(words),
-        iccot.ICCoT(caption(truth), tuple(relations)),
-        Image.fromarray(draw(truth)),
-        truth,
+        key=f"{split}-{seed}-{index:08d}",
+        task=task,
+        references=tuple(Image.fromarray(one) for one in draft.references),
+        instruction=capitalised(draft.instruction),
+        plan=iccot.ICCoT(caption(draft.truth), tuple(draft.relations)),
+        target=Image.fromarray(draw(draft.truth)),
+        truth=draft.truth,
     )
 
 
 def enlarged(sample: Sample, scale: int) -> Sample:
-    """The same sample with every pixel `scale` x `scale` pixels wide; the judge averages them down again."""
-    grow = lambda image: image.resize(
-        (image.width * scale, image.height * scale), Image.Resampling.NEAREST
-    )
-    return replace(
-        sample, references=tuple(map(grow, sample.references)), target=grow(sample.target)
-    )
+    """The sample with every pixel `scale` x `scale` pixels large; the judge averages them again."""
+
+    def grow(image: Image.Image) -> Image.Image:
+        size = (image.width * scale, image.height * scale)
+        return image.resize(size, Image.Resampling.NEAREST)
+
+    references = tuple(grow(image) for image in sample.references)
+    return replace(sample, references=references, target=grow(sample.target))
 
 
 class Drawn(torch.utils.data.Dataset):
-    """The toy world as a source: position p is sample p of a split, `scale` times as large as it is drawn."""
+    """The toy world as a source: position p is sample p of a split, enlarged `scale` times."""
 
-    def __init__(self, split, seed, max_references, scale=1):
+    def __init__(self, split: str, seed: int, max_references: int, scale: int = 1):
         self.split, self.seed, self.max_references, self.scale = split, seed, max_references, scale
 
-    def __getitem__(self, position):
-        return enlarged(
-            draw_sample(self.split, int(position), self.seed, self.max_references), self.scale
+    def __getitem__(self, position: int) -> Sample:
+        sample = draw_sample(
+            self.split, int(position), self.seed, max_references=self.max_references
         )
+        return enlarged(sample, self.scale)

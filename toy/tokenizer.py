@@ -1,54 +1,38 @@
 """
-The tokenizer of the toys: a byte-level BPE trained on texts of the toy world, in the form of Qwen2.5's.
+The tokenizer of the toys: a byte-level BPE trained on texts of the toy world, in Qwen2.5's form.
+
+    text      is cut at white space only, so that tags fuse with their neighbours as in Qwen2.5:
+              "<out_caption>A" is one token
+    special   <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>, one token each
+    tags      <think>, <out_caption>, <relation_1>, ... are ordinary text
+    bytes     each is in the vocabulary: any unicode round-trips
+
+The texts are the instructions and plans of the first 2000 samples of the train split.
+Left out: Qwen2.5's own cuts (at digits and punctuation), a chat template.
+
+    tokenizer = train_tokenizer("out/tokenizer", vocab_size=1024)
 """
 
 import iccot
+from runtime.pretrained import load_tokenizer
 from toy.tasks import draw_sample
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the tokenizer of the toys
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
 def train_tokenizer(folder, vocab_size: int = 1024):
-    """Train a byte-level BPE on 2000 train samples, save it into `folder`, and return it as `load_tokenizer` does.
+    """Train the tokenizer, save it into `folder`, and return it as `load_tokenizer` does.
 
-    vocab_size: the most tokens; the toy world needs fewer. ValueError if it cannot even hold the bytes.
-
-    Text is cut at white space only, so that tags fuse with their neighbours as in Qwen2.5 ("<out_caption>A" is one
-    token); the think and field tags are ordinary text. Every byte is in the vocabulary: any unicode round-trips.
+    vocab_size: the most tokens; the toy world needs fewer. ValueError if it cannot even hold the
+    bytes.
     """
-    # slow to import: only here
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from runtime.pretrained import load_tokenizer
-
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small; {256 + len(SPECIAL_TOKENS)} hold the bytes alone"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    samples = (draw_sample("train", index, max_references=4 + index % 2) for index in range(2000))
-    tokenizer.train_from_iterator(
-        (text for one in samples for text in (one.instruction, iccot.render(one.plan))), trainer
-    )
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small; {least} hold the bytes alone")
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_trained(vocab_size),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
@@ -57,3 +41,30 @@ def train_tokenizer(folder, vocab_size: int = 1024):
     )
     wrapped.save_pretrained(folder)
     return load_tokenizer(folder)
+
+
+def _trained(vocab_size: int):
+    """The BPE itself, a `tokenizers.Tokenizer`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return tokenizer
+
+
+def _texts():
+    """The texts to train on; every second sample may have a fifth reference."""
+    for index in range(2000):
+        sample = draw_sample("train", index, max_references=4 + index % 2)
+        yield sample.instruction
+        yield iccot.render(sample.plan)

@@ -1,4 +1,9 @@
-"""The memory plan against real tensors of small models."""
+"""
+The memory of a run of stage 2, as bench/memory.py computes it, against tensors of small models.
+
+What stands always is compared to the byte, the graphs of prompt and members with what autograd
+keeps in a real forward pass, the KV cache with a real one. Left out: a GPU's own peaks.
+"""
 
 import dataclasses
 
@@ -8,7 +13,7 @@ import torch
 import grpo
 from bench import memory
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
-from runtime import lora
+from runtime.lora import add_lora, trained_parameters
 
 CONFIG = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
@@ -19,34 +24,29 @@ CONFIG = dataclasses.replace(
 CASE = memory.Case(references=2, side=32, words=20, plan=40)
 
 
+def size(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 @pytest.mark.parametrize("shape", [SMOKE, TOY], ids=["smoke", "toy"])
 @pytest.mark.parametrize("train", ["all", "gen", "lora"])
 def test_what_stands_always(shape, train):
-    """Weights, gradients, moments, average and reference of one process, against the bytes of the tensors themselves."""
-    from runtime.lora import add_lora
-
+    """Weights, gradients, moments, average and reference of one process, to the byte."""
     shape, config = ModelConfig(**shape), dataclasses.replace(CONFIG, train=train)
     model = UnifiedModel(shape)
     if train == "lora":
         add_lora(model, config.lora_rank, config.lora_alpha)
-    trained = lora.trained_parameters(model, train)
+    trained = trained_parameters(model, train)
     optimizer = torch.optim.AdamW(trained.values(), 1e-3)
     for p in trained.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    size = lambda tensors: sum(tensor.nbytes for tensor in tensors)
-    moments = [
-        state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-    ]
-    always = memory.memory(config, shape, 1, CASE)["always"]
+    states, names = optimizer.state.values(), ("exp_avg", "exp_avg_sq")
+    always = memory.memory(config, shape, 1, case=CASE)["always"]
     assert always["weights, trained"] + always["weights, frozen"] == size(model.parameters())
-    assert (
-        always["gradients"]
-        == size(p.grad for p in trained.values())
-        == always["average"]
-        == always["reference"]
-    )
-    assert always["moments"] == size(moments)
+    gradients = size(p.grad for p in trained.values())
+    assert always["gradients"] == gradients == always["average"] == always["reference"]
+    assert always["moments"] == size(state[name] for state in states for name in names)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -58,8 +58,8 @@ def test_activations(shape, checkpointing):
     model.checkpointing = checkpointing
     shared, members = memory.packs(shape, CASE, CONFIG)
     with memory.kept_bytes(model.parameters()) as prompt:
-        context = model.keys_and_values(shared)
-    leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in context]
+        prefix = model.keys_and_values(shared)
+    leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in prefix]
     members.key_order = torch.arange(len(shared) + len(members))
     members.mask = type(members.mask)(
         members.mask.q_hi + len(shared),
@@ -67,13 +67,14 @@ def test_activations(shape, checkpointing):
         torch.arange(len(members)) + len(shared),
     )
     with memory.kept_bytes(model.parameters()) as rest:
-        model(members, context=leaves)
+        model(members, prefix=leaves)
     computed = [
-        memory.activations(shape, pack, checkpointing, rows, torch.float32)[0]
+        memory.activations(shape, pack, checkpointing, prefix_rows=rows, dtype=torch.float32)[0]
         for pack, rows in ((shared, 0), (members, len(shared)))
     ]
     measured = [prompt.total, rest.total]
-    # without checkpointing, this CPU's attention keeps copies of rows and keys where the kernel keeps q, k and v
+    # without checkpointing, this CPU's attention keeps copies of rows and keys where the kernel
+    # keeps q, k and v
     assert computed == pytest.approx(measured, rel=0.05 if checkpointing else 0.35)
     assert all(a <= b * 1.05 for a, b in zip(computed, measured))
 
@@ -81,25 +82,22 @@ def test_activations(shape, checkpointing):
 def test_cache():
     shape = ModelConfig(**SMOKE)
     cache = Cache(UnifiedModel(shape), 100)
-    rollout = memory.memory(CONFIG, shape, 1, CASE)["rollout"]
-    tokens = 2 * CONFIG.groups_at_once * len(
-        memory.a_prompt(shape, CASE)[1]
-    ) + CONFIG.groups_at_once * CONFIG.group_size * (40 + 66)
-    assert rollout["KV cache"] == (cache.keys.nbytes + cache.values.nbytes) / 100 * tokens
+    rollout = memory.memory(CONFIG, shape, 1, case=CASE)["rollout"]
+    prompt = len(memory.a_prompt(shape, CASE)[1])
+    tokens = CONFIG.groups_at_once * (2 * prompt + CONFIG.group_size * (40 + 66))
+    assert rollout["KV cache"] == size((cache.keys, cache.values)) / 100 * tokens
 
 
 def test_sharding_divides_what_is_sharded():
     shape = ModelConfig(**SMOKE)
-    one, eight = (
-        memory.memory(dataclasses.replace(CONFIG, sum_every_pass=True), shape, gpus, CASE)
-        for gpus in (1, 8)
-    )
+    config = dataclasses.replace(CONFIG, sum_every_pass=True)
+    one, eight = (memory.memory(config, shape, gpus, case=CASE) for gpus in (1, 8))
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):
         assert eight["always"][name] == one["always"][name] / 8
     assert eight["rollout"] == one["rollout"] and eight["update"] == one["update"]
 
 
-def test_the_plan_of_the_full_preset(capsys):
+def test_the_table_of_the_full_preset(capsys):
     """It needs no GPU and no memory, and says whether each way of training fits."""
     grpo.train(grpo.Config(config="full", plan=True, gpus=8, gpu_memory=80))
     out = capsys.readouterr().out

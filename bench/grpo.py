@@ -1,0 +1,303 @@
+"""
+Stage 2 over the tree of a group, against the loop that knows no tree.
+
+    python -m bench grpo
+
+    rollout   naive   for each member: read the prompt, write a plan; read the prompt again, paint
+              tree    engine.py, as tree.py calls it: one prefill, all members in every pass
+    update    naive   for each member and step: a pack of prompt, plan and one noised picture
+              tree    grpo.update: the prompt once, members in packs of `tokens_per_pack`
+
+for a group of the toy, and for one of a model of middle size with four references. Tokens that the
+model computed and bytes that autograd keeps at a time stand beside the CPU seconds. The gain at 7B
+is computed, not measured: FLOPs of weights and attention, bytes of the KV cache.
+The naive update takes the policy gradient of the pictures alone, so the plans are not trained here.
+Letters: sequence.py. Left out: rewards, several processes, rollouts with guidance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import flow
+import grpo
+import tree
+from bench.memory import kept_bytes
+from bench.model import MID, random_engine, random_reference, random_words
+from bench.timing import IMAGE, VIT, best_of
+from engine import Branch, Engine, Group, Prompt, Thinking
+from model import TOY, ModelConfig
+from runtime.state import TrainingState
+from sequence import Sequence
+from vision import Reference
+
+WORDS = 512  # of the vocabularies that random words are drawn from
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group to measure. prompt: draws one with a generator; side: pixels of a picture."""
+
+    shape: ModelConfig
+    prompt: Callable
+    plan_tokens: int
+    side: int
+    group_size: int
+    window: int = 2
+
+
+@dataclass
+class Contest:
+    """What the rivals of a case work on."""
+
+    engine: Engine
+    config: grpo.Config
+    rollout: tree.Rollout  # for the updates, with latents drawn at random
+    reward: torch.Tensor  # (1, G)
+    generator: torch.Generator
+
+    @property
+    def grid(self):
+        return self.rollout.grid
+
+    @property
+    def prompt(self):
+        return self.rollout.prompts[0]
+
+
+def toy_prompt(generator):
+    """Two references and 20 words for the toy's model."""
+    shape = ModelConfig(**TOY)
+    side, values = shape.latent_side, 3 * shape.vit_patch**2
+
+    def picture():
+        latents = torch.randn(side**2, shape.token_channels, generator=generator)
+        patches = torch.randn(4, values, generator=generator)
+        return Reference(latents, (side, side), patches, (2, 2))
+
+    return Prompt((picture(), picture(), random_words(20, WORDS, generator)))
+
+
+def mid_prompt(generator):
+    """Four references and 40 words for the model of middle size."""
+    references = [random_reference(generator) for _ in range(4)]
+    return Prompt((*references, random_words(40, WORDS, generator)))
+
+
+CASES = {
+    "toy": Case(ModelConfig(**TOY), toy_prompt, plan_tokens=50, side=32, group_size=16),
+    "mid, 4 references": Case(MID, mid_prompt, plan_tokens=60, side=112, group_size=8),
+}
+
+
+def bench_grpo(config):
+    """Prints all figures; returns how many times faster the tree is."""
+    generator, result = torch.Generator().manual_seed(config.seed), {}
+    for name, case in CASES.items():
+        contest = prepare(case, config.seed, generator)
+        print(
+            f"{name}: prompt {len(contest.prompt)} tokens, {case.group_size} members, "
+            f"plans of {case.plan_tokens}, {case.window} trained steps"
+        )
+        for phase, faster in measure(contest, config.repeats).items():
+            result[f"{name.split(',')[0]}_{phase}_speedup"] = round(faster, 2)
+    print_seven_billion()
+    toy = {f"{phase}_speedup": result[f"toy_{phase}_speedup"] for phase in ("update", "rollout")}
+    return toy | result
+
+
+def measure(contest, repeats):
+    """Prints a line a phase; returns {phase: how many times faster the tree is}."""
+    model, counted, result = contest.engine.model, {}, {}
+    alone, together = kept_for_backward(contest)
+
+    def counting(key, rival):
+        def call():
+            model.tokens = 0
+            rival(contest)
+            counted[key] = f"{model.tokens:,}"
+
+        return call
+
+    rivals = {
+        "rollout, naive": naive_rollout,
+        "rollout, tree": tree_rollout,
+        "update, naive": naive_update,
+        "update, tree": tree_update,
+    }
+    best = best_of(repeats, {key: counting(key, rival) for key, rival in rivals.items()})
+    for phase in ("rollout", "update"):
+        naive, shared = f"{phase}, naive", f"{phase}, tree"
+        result[phase] = best[naive] / best[shared]
+        line = f"  {phase:8s} naive {best[naive]:7.2f} s  tree {best[shared]:7.2f} s  "
+        line += f"{result[phase]:5.1f} times faster; tokens {counted[naive]} and {counted[shared]}"
+        if phase == "update":
+            line += f", kept for backward {alone / 1e6:.1f} and {together / 1e6:.1f} MB"
+        print(line)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# a group
+
+
+def prepare(case, seed, generator):
+    """The Contest of a case: a new model, a prompt, plans, latents and rewards drawn at random."""
+    engine = random_engine(case.shape, seed, torch.Generator().manual_seed(0))
+    options = dict(
+        max_plan_tokens=case.plan_tokens,
+        picture_side=case.side,
+        group_size=case.group_size,
+        window=case.window,
+        prompts_per_step=1,
+        tokens_per_pack=4096,
+        updates=1,
+        train_text=False,
+        kl_beta=0.0,
+    )
+    config = grpo.Config(config="toy", **grpo.PRESETS["toy"] | options)
+    prompt, size = case.prompt(generator), case.group_size
+    plans = [random_words(case.plan_tokens, WORDS, generator) for _ in range(size)]
+    rollout = random_rollout(engine, prompt, plans, config=config, generator=generator)
+    reward = torch.randn(1, size, generator=generator)
+    return Contest(engine, config, rollout, reward, generator)
+
+
+def random_rollout(engine, prompt, plans, *, config, generator):
+    """What the update needs of a rollout of one group."""
+    shape, size = engine.model.config, config.group_size
+    grid = shape.picture_grid(config.picture_side, config.picture_side)
+    sizes = (config.window, size, grid[0] * grid[1], shape.token_channels)
+    x = torch.randn(sizes, generator=generator)  # (S, G, T, C)
+    times = flow.time_grid(config.num_timesteps, config.timestep_shift)
+    return tree.Rollout(
+        prompts=[prompt],
+        plans=plans,
+        captions=["x"] * size,
+        images=[],
+        ended=torch.ones(size, dtype=torch.bool),
+        log_prob=torch.zeros(size, config.window),
+        x=x,
+        x_next=x + 0.1 * torch.randn(sizes, generator=generator),
+        times=times[1 : config.window + 2],
+        grid=grid,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# rollouts
+
+
+def naive_rollout(contest):
+    """One member at a time: the prompt is read anew for its plan and for its picture."""
+    engine, generator, prompt = contest.engine, contest.generator, contest.prompt
+    thinking = Thinking(contest.config.max_plan_tokens, 1.0)
+    for _ in range(contest.config.group_size):
+        plans, _ = engine.think([prompt], thinking, generators=[generator])
+        branch = Branch(plans[0], (engine.start(contest.grid, generator),))
+        engine.paint([Group(prompt, contest.grid, (branch,))], contest.config.sampler)
+
+
+def tree_rollout(contest):
+    """All members of the group together, as tree.roll_out does it."""
+    engine, generator, size = contest.engine, contest.generator, contest.config.group_size
+    prompts, thinking = [contest.prompt], Thinking(contest.config.max_plan_tokens, 1.0)
+    prefix, generators = engine.prefill(prompts), [generator] * size
+    plans, _ = engine.think(prompts, thinking, count=size, generators=generators, prefix=prefix)
+    branches = [Branch(plan, (engine.start(contest.grid, generator),)) for plan in plans]
+    group = Group(contest.prompt, contest.grid, tuple(branches))
+    engine.paint([group], contest.config.sampler, prefix=prefix)
+
+
+# --------------------------------------------------------------------------------------------------
+# updates
+
+
+def naive_pack(contest, member, k):
+    """The pack of prompt, plan and one noised picture of a member."""
+    rollout, sequence = contest.rollout, Sequence(contest.engine.layout)
+    with sequence.document():
+        contest.prompt.write(sequence)
+        sequence.text(rollout.plans[member])
+        sequence.noise(rollout.x[k, member], rollout.grid, rollout.times[k])
+    return sequence.pack()
+
+
+def naive_update(contest):
+    """One member and one step at a time."""
+    model, rollout, config = contest.engine.model, contest.rollout, contest.config
+    of = dict(image_of_token=torch.zeros(rollout.x.shape[2], dtype=torch.long), images=1)
+    for member in range(config.group_size):
+        for k in range(config.window):
+            packed = naive_pack(contest, member, k)
+            v = model.velocity(packed, model(packed)[1])  # (T, C)
+            t, t_next = rollout.times[k], rollout.times[k + 1]
+            x, x_next = rollout.x[k, member], rollout.x_next[k, member]  # (T, C)
+            mean, std = flow.transition(x, v, t, t_next=t_next, sde=config.transition)
+            log_prob = flow.log_prob(x_next, mean, std, **of)
+            ratio = (log_prob - log_prob.detach()).exp().sum()
+            (-contest.reward[0, member] * ratio).backward()
+    model.zero_grad()
+
+
+def tree_update(contest):
+    """grpo.update, with an optimiser that changes nothing."""
+    parameters = dict(contest.engine.model.named_parameters())
+    state = TrainingState(parameters, torch.optim.SGD(parameters.values(), 0.0), {})
+    learner = grpo.Learner(contest.engine, state, None)
+    grpo.update(learner, contest.rollout, contest.reward, config=contest.config)
+
+
+def kept_for_backward(contest):
+    """Bytes that autograd keeps at a time: for one member and step; for a pack with its prompt."""
+    model, config = contest.engine.model, contest.config
+    packed = naive_pack(contest, 0, 0)
+    with kept_bytes(model.parameters()) as alone:
+        model.velocity(packed, model(packed)[1])
+    found = tree.plant(contest.engine.layout, contest.rollout, 0, config=config)
+    with kept_bytes(model.parameters()) as together:
+        tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config=config)
+    return alone.total, together.total
+
+
+# --------------------------------------------------------------------------------------------------
+# 7B, computed
+
+
+def print_seven_billion(group_size=32, window=3, steps=16, *, plan=150):
+    """FLOPs of one group at 1024 px and BAGEL's size, naive and over the tree; its KV cache."""
+    shape = ModelConfig()
+    width, key_width = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    block = width * (2 * width + 2 * key_width) + 3 * width * shape.intermediate_size
+    active = block * shape.num_hidden_layers  # weights that a token meets
+    pair = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    kv = 4 * shape.num_hidden_layers * key_width  # bytes a token
+
+    def flop(tokens, keys):
+        """keys: visible to a token, on average."""
+        return 2 * active * tokens + pair * tokens * keys
+
+    print(
+        f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, "
+        f"{window} of them trained, plans of {plan}; PFLOP a group"
+    )
+    print(
+        f"{'references':>12s}{'prompt':>9s}{'rollout':>10s}{'tree':>8s}{'update':>10s}{'tree':>8s}"
+        f"{'KV cache, naive and tree, GB':>32s}"
+    )
+    for references in range(1, 5):
+        picture, prompt = IMAGE + 2, references * (IMAGE + 2 + VIT + 2) + 60
+        once, own = flop(prompt, prompt / 2), flop(plan, prompt + plan / 2)
+        image = flop(picture, prompt + plan + picture)
+        naive = group_size * (2 * once + own + steps * image)
+        shared = once + group_size * (own + steps * image)
+        naive_trained = 3 * group_size * window * (once + own + image)
+        shared_trained = 3 * (once + group_size * (own + window * image))
+        naive_cache = kv * group_size * (prompt + plan + picture)
+        shared_cache = kv * (prompt + group_size * (plan + picture))
+        print(
+            f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{shared / 1e15:8.0f}"
+            f"{naive_trained / 1e15:10.0f}{shared_trained / 1e15:8.0f}"
+            f"{naive_cache / 1e9:22.1f}{shared_cache / 1e9:10.1f}"
+        )

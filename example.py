@@ -1,0 +1,127 @@
+"""
+One sample as stage 1 trains on it: prompt, plan, and noised copies of the target in one document.
+
+    pictures | instruction | plan (carries L_cot) | {noised copy: x_t = (1 - t) x_0 + t noise} ...
+
+A document is a tree without forks; the noised copies are leaves that nobody sees, at different
+times, so that one prompt and one plan serve them all. Conditions are dropped as in BAGEL
+(docs/BAGEL.md §13.3), so that guidance has its contexts: all text, the latents or the ViT tokens of
+a reference; and a share of the samples has no plan, so that the model can still draw directly.
+What is dropped, the noise and its times depend on (seed, sample) alone.
+
+`pack` fills sequences of at most `tokens_per_pack` tokens with whole examples, without padding.
+Stage 2's trees, which do fork, are in tree.py. Letters: sequence.py.
+Left out: sorting examples by length (order is part of what is reproducible).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import flow
+import iccot
+from engine import Prompt
+from runtime.config import UserError
+from sequence import Packed, Sequence
+from vision import transform
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of sft.py that say what the model sees of a sample."""
+
+    max_references: int = 4  # pictures in a prompt, at most
+    tokens_per_pack: int = 36_864  # at most in one pass (BAGEL): bounds the memory, not the result
+    noise_copies: int = 1  # noised copies of each target, sharing prompt and plan
+    in_context: bool = True  # false: several references become text to image with the caption
+    plan_dropout: float = 0.2  # share of samples without IC-CoT (unpublished in the paper)
+    text_dropout: float = 0.1  # share of samples that lose instruction and plan (BAGEL)
+    vae_dropout: float = 0.3  # share of references that lose their latents
+    vit_dropout: float = 0.3  # share of references that lose their ViT tokens
+    timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
+
+
+@dataclass
+class Example:
+    """One sample as the model trains on it."""
+
+    prompt: Prompt
+    plan: list | None  # token ids; None: paint directly
+    noised: list  # (x_t (T, C), t) of each copy of the target
+    grid: tuple  # (h, w) tokens of the target
+    target: torch.Tensor  # (copies * T, C) velocities
+
+    def __len__(self):
+        """Tokens in a pack, markers included."""
+        text = len(self.plan) + 2 if self.plan is not None else 0
+        return len(self.prompt) + text + sum(len(x) + 2 for x, _ in self.noised)
+
+    def write(self, sequence):
+        with sequence.document():
+            self.prompt.write(sequence)
+            if self.plan is not None:
+                sequence.text(self.plan, loss=True)
+            for x_t, t in self.noised:
+                sequence.noise(x_t, self.grid, t)
+
+
+def make_example(engine, one, config, *, generator):
+    """iccot.Sample -> Example. What is dropped, the noise and its times come from the generator."""
+    model, tokenizer = engine.model, engine.tokenizer
+    if len(one.references) > config.max_references:
+        raise UserError(
+            f"sample {one.key} has {len(one.references)} references, "
+            f"max_references={config.max_references}; raise it"
+        )
+    if len(one.references) > 1 and not config.in_context:
+        one = replace(one, references=(), instruction=one.plan.caption)
+
+    def chance(probability):
+        return float(torch.rand((), generator=generator)) < probability
+
+    without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
+    items = []
+    for image in one.references:
+        reference = model.read(image)
+        if chance(config.vae_dropout):
+            reference = replace(reference, latents=None)
+        if chance(config.vit_dropout):
+            reference = replace(reference, patches=None)
+        items.append(reference)
+    plan = None
+    if not without_text:
+        items.append(tokenizer.encode(one.instruction))
+        plan = None if without_plan else tokenizer.encode(iccot.render(one.plan))
+    clean, grid = model.to_latents(transform(one.target, model.config.image_rule))  # (T, C)
+    noised, targets = [], []
+    for t in flow.sample_timesteps(config.noise_copies, config.timestep_shift, generator).tolist():
+        noise = torch.randn(clean.shape, generator=generator)  # (T, C)
+        noised.append((flow.interpolate(clean, noise, t), t))
+        targets.append(flow.velocity(clean, noise))
+    return Example(Prompt(tuple(items)), plan, noised, grid, torch.cat(targets))
+
+
+@dataclass
+class Pack:
+    """Whole examples in one sequence, and the velocities (M, C) of its noised tokens."""
+
+    packed: Packed
+    target: torch.Tensor
+
+
+def pack(layout, examples, tokens_per_pack):
+    """Fill packs with whole examples, in order: a list of Pack."""
+    found, room = [], 0
+    for example in examples:
+        if len(example) > tokens_per_pack:
+            raise UserError(
+                f"a sample takes {len(example)} tokens, more than "
+                f"tokens_per_pack={tokens_per_pack}; raise it, or allow fewer references"
+            )
+        if len(example) > room:
+            found.append((Sequence(layout), []))
+            room = tokens_per_pack
+        example.write(found[-1][0])
+        found[-1][1].append(example.target)
+        room -= len(example)
+    return [Pack(sequence.pack(), torch.cat(targets)) for sequence, targets in found]  # (M, C)

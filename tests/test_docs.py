@@ -1,0 +1,177 @@
+"""The documents against the tree: what README, CONTRIBUTING and docs/PAPER.md name is there.
+
+That documented commands parse and that logged keys are explained is in test_commands.py.
+"""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/PAPER.md")
+FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
+ENTRY = re.compile(r"`([\w/]+\.py):([\w.]+)`")
+
+# what an idea of the paper is called here; each is the first cell of a row of docs/PAPER.md
+IDEAS = (
+    "in-context image generation and editing (ICGE)",
+    "semantic guidance",
+    "reference association",
+    "one packed interleaved sequence",
+    "L_cot",
+    "L_img",
+    "SFT with and without IC-CoT",
+    "the path",
+    "rollout",
+    "RID, reasoning-induced diversity",
+    "surrogate reward, CLIP-L2",
+    "group advantage",
+    "SDE sampler",
+    "clipped ratio",
+    "KL to the model of stage 1",
+    "the task mix",
+    "1. reference pools",
+    "2. adaptive instruction",
+    "3. IC-CoT",
+    "4. target",
+    "5. filter",
+    "PF, prompt following",
+    "SC, subject consistency",
+    "Overall",
+    "CLIP_out",
+    "OmniContext",
+    "DreamOmni2Bench",
+    "the ablation",
+    "wrong captions, consistently drawn",
+    "noisy references",
+    "mismatched references",
+    "more than four references",
+)
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def names_of(path):
+    """Functions, classes and names of a file; what belongs to a class as Class.name."""
+
+    def within(body, prefix=""):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield prefix + node.name
+                if isinstance(node, ast.ClassDef):
+                    yield from within(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.AnnAssign):
+                yield prefix + ast.unparse(node.target)
+            elif isinstance(node, ast.Assign):
+                yield from (prefix + ast.unparse(target) for target in node.targets)
+            elif isinstance(node, ast.If):
+                yield from within(node.body + node.orelse, prefix)
+
+    return set(within(ast.parse(text_of(path)).body)) if (ROOT / path).is_file() else set()
+
+
+def rows():
+    """(first cell, place, proof) of every row of docs/PAPER.md's tables."""
+    for line in text_of("docs/PAPER.md").splitlines():
+        if line.startswith("| ") and not line.startswith(("| ---", "| idea")):
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            assert len(cells) == 4, f"docs/PAPER.md: four cells expected: {line}"
+            yield cells[0], cells[2], cells[3]
+
+
+def test_every_entry_of_the_paper_exists():
+    missing = [
+        f"{document}: `{path}:{name}`"
+        for document in DOCUMENTS
+        for path, name in ENTRY.findall(text_of(document))
+        if name not in names_of(path)
+    ]
+    assert not missing, "\n" + "\n".join(missing)
+
+
+def test_every_idea_has_a_place_and_a_proof():
+    """The last cell names tests, the one before names what is no test."""
+    broken = []
+    for idea, place, proof in rows():
+        if not ENTRY.search(place) or any(
+            path.startswith("tests/") for path, _ in ENTRY.findall(place)
+        ):
+            broken.append(f"{idea}: the place is no entry of the code: {place}")
+        proofs = ENTRY.findall(proof)
+        if not proofs or not all(
+            path.startswith("tests/test_") and name.startswith("test_") for path, name in proofs
+        ):
+            broken.append(f"{idea}: the proof is no test: {proof}")
+    ideas = [idea for idea, *_ in rows()]
+    broken += [f"{idea}: no row" for idea in IDEAS if ideas.count(idea) != 1]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_every_concept_is_in_the_paper():
+    """A file at the top is a concept or a command of the paper: some idea lives there."""
+    named = {path for _, place, _ in rows() for path, _ in ENTRY.findall(place)}
+    commands_without_an_idea = {"evaluate.py"}  # it calls studies/, where the ideas are
+    missing = {path.name for path in ROOT.glob("*.py")} - named - commands_without_an_idea
+    assert not missing, f"docs/PAPER.md names nothing of {', '.join(sorted(missing))}"
+
+
+def paths_of(text):
+    """(path, where else it may start) of what is named in backticks or as the target of a link.
+
+    A row of the map that begins with a folder names the files of that folder.
+    """
+    for line in text.splitlines():
+        folder = re.match(r"\| `(\w+/)` \|", line)
+        for word in re.findall(r"`([^`]+)`", line):
+            word = word.split(":")[0]
+            if re.fullmatch(r"[\w./-]+(\.(py|md|toml|txt|sh|png)|/)", word):
+                yield word, folder[1] if folder else ""
+        for word in re.findall(r"\]\(((?!https?:)[^)#]+)\)", line):
+            yield word, ""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_exists(document):
+    made_by_runs = ("out/", "samples/", "model/")
+    base = (ROOT / document).parent
+    missing = {
+        path
+        for path, folder in paths_of(text_of(document))
+        if not path.startswith(made_by_runs)
+        and not any((start / path).exists() for start in (ROOT / folder, ROOT, base))
+    }
+    assert not missing, f"{document} names {', '.join(sorted(missing))}"
+
+
+def test_the_map_is_complete():
+    """README's file map has every file at the top and every folder, and each file of those."""
+    readme = text_of("README.md")
+    start = readme.index("## What is where")
+    words = {
+        folder + path for path, folder in paths_of(readme[start : readme.index("\n## ", start + 1)])
+    }
+    files = [path.name for path in sorted(ROOT.glob("*.py"))]
+    for folder in FOLDERS:
+        files += [f"{folder}/{path.name}" for path in sorted(ROOT.glob(f"{folder}/[!_]*.py"))]
+    missing = [name for name in files if name not in words]
+    assert not missing, f"README's map leaves out {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_papers_ideas_go_by_their_names(document):
+    numbered = re.findall(r"(?<!BAGEL\.md )§ ?[\d.]+|\b[Ss]ections? \d[\d.]*", text_of(document))
+    assert not numbered, f"{document}: {', '.join(numbered)}"
+
+
+def test_what_the_readme_installs_and_tests_is_what_ci_does():
+    readme, ci = text_of("README.md"), text_of(".ci/run")
+    for words in ("pip install -r requirements.txt", "python -m pytest"):
+        assert words in readme and words in ci
+    assert "ruff format --check ." in ci and "ruff check ." in ci
+    assert re.search(r"^ruff>=", text_of("requirements.txt"), re.MULTILINE)

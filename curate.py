@@ -236,14 +236,17 @@ class Crew:
         self.head = aesthetic_head(self.config.aesthetic, self.clip)
 
     def instruct(self, record):
+        """The instruction, by the MLLM."""
         question = writer.instruction_question(record, pictures_of(record, self.config))
         return writer.usable_answer(self.chat, question, partial(writer.read_instruction, record))
 
     def plan(self, record):
+        """The IC-CoT, by the MLLM, which does not see the target."""
         question = writer.plan_question(record, pictures_of(record, self.config))
         return writer.usable_answer(self.chat, question, partial(writer.read_plan, record))
 
     def paint(self, record):
+        """The target, by the image model."""
         images, size = pictures_of(record, self.config), self.config.image_size
         question = writer.target_question(record, images, size)
         return writer.usable_answer(
@@ -439,6 +442,7 @@ def curate(config):
 
 
 def main(config):
+    """The toy endpoint, or the pipeline. Exits with status 2 after a mistake of the user."""
     with exit_on_user_error(ValueError):
         if config.serve_toy:
             serve(config.port)

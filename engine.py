@@ -366,7 +366,7 @@ class Engine:
         """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
 
         groups: each branch holds one `Noised`, the noise that its picture starts from.
-        `step(k, x, v, t, t_next) -> x` replaces the Euler step (GRPO's window of SDE steps).
+        `step(k, x, v, t=, t_next=) -> x` replaces the Euler step (GRPO's window of SDE steps).
         prefix: what `prefill` gave for the prompts of these groups.
         """
         packed, rows = lay_out(self.layout, groups, sampler.contexts)
@@ -389,7 +389,8 @@ class Engine:
             v = guided(
                 v, rows, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
             )  # (I * T, C)
-            x = step(k, x, v, t, t_next) if step else flow.euler_step(x, v, t, t_next=t_next)
+            times = dict(t=t, t_next=t_next)
+            x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
         return x
 
     def _fill(self, packed: Packed, prefix: Cache | None) -> Cache:

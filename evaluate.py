@@ -132,7 +132,7 @@ PRESETS = {
 # fmt: on
 
 
-def evaluate(config, engine, clip, samples):
+def evaluate(config, engine, clip, *, samples):
     """Paint and measure; prints the tables and returns the row."""
     results = config.held_out.paint(engine, samples)
     row = measure(samples, results, clip)
@@ -175,7 +175,7 @@ def main(config):
             return
         engine, clip, samples = load_engine(), metric(), config.held_out.samples()
     processes.choose_threads(config.threads)
-    evaluate(config, engine, clip, samples)
+    evaluate(config, engine, clip, samples=samples)
 
 
 if __name__ == "__main__":

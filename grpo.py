@@ -5,8 +5,7 @@ For each prompt a group of G members is sampled. With RID, reasoning-induced div
 writes its own plan; without it one plan serves the group. A member's reward compares its picture
 with its own caption, CLIP-L2 (reward.py):
 
-    r_i      = -|| CLIP(picture_i) - CLIP(caption_i) ||_2       (a plan that does not parse: the
-                                                                lowest r of its group)
+    r_i      = -|| CLIP(picture_i) - CLIP(caption_i) ||_2       bad form: lowest r of its group
     A_i      = (r_i - mean r) / max(std r, std_floor)           over the group, clamped; equal: 0
     ratio_ik = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)      for each step k of the SDE window
     L        = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps))
@@ -19,20 +18,17 @@ keeps its meaning at any resolution: the mean may move by about clip_kappa stand
 
 Rollout and update run over the same tree (tree.py): prompt | branch a plan | leaf a step x_k. The
 prompt is computed once; the update cuts the tree there, so that a group of any size fits, without
-changing the gradient. p_old is evaluated by the packs of the update before its first optimiser
-step, so the first ratio is exactly 1; its distance to the rollout's own log-probability is logged
-as `mismatch`. Whole groups stay on one process.
+changing the gradient. p_old is evaluated by the packs of the update, so the first ratio is exactly
+1; its distance to the rollout's log-probability is `mismatch`. Whole groups stay on one process.
 
 Differences from the paper: its SDE, clip, window and KL are unpublished; these are Flow-GRPO's
 (arXiv 2505.05470), with the window of MixGRPO. Plan tokens get no policy gradient unless
 `train_text` asks for it: the caption is the target of the reward, and easy captions would win. The
 toy asks for it: its pictures hardly depend on the noise; only its plans have a gradient that stands
-out from chance (LOG.md). The reference of the KL is no second model: the trained weights are
-exchanged for what they were (sharding.exchanged).
+out from chance (LOG.md). The KL needs no second model: weights are exchanged for what they were.
 Letters: sequence.py. Left out: denoising trees, replay.
 
-    python grpo.py --config toy            trains the CLIPs and stage 1 first if they are missing
-Run the same command again to resume.
+    python grpo.py --config toy        trains what it needs first; the same command again resumes
 """
 
 import sys
@@ -125,15 +121,9 @@ class Config(loop.Options, tree.Options):
     @property
     def held_out(self):
         """Prompts of the final table and of the strips."""
-        return HeldOut(
-            self.eval_data,
-            self.eval_samples,
-            self.max_references,
-            self.scale,
-            self.picture_side,
-            Sampler(self.eval_timesteps, self.timestep_shift, guidance_interval=(0.0, 1.0)),
-            Thinking(self.eval_plan_tokens),
-        )
+        sampler = Sampler(self.eval_timesteps, self.timestep_shift, guidance_interval=(0.0, 1.0))
+        prompts = self.eval_data, self.eval_samples, self.max_references, self.scale
+        return HeldOut(*prompts, self.picture_side, sampler, Thinking(self.eval_plan_tokens))
 
 
 # fmt: off
@@ -242,7 +232,8 @@ def objective(new, old, anchor, *, actions, config):
     loss = clipped(ratio, actions.advantage.to(ratio), actions.clip_range)  # (B, S)
     if config.guard:
         loss = loss / actions.step_size.to(loss)
-    loss, kl = loss.sum() * actions.scale, divergence(new, anchor, actions.image_of_token, config)
+    loss = loss.sum() * actions.scale
+    kl = divergence(new, anchor, actions.image_of_token, kind=config.kl)
     total = loss + config.kl_beta * kl * ratio.numel() * actions.scale
     if config.train_text:
         text_ratio, advantage = (new.text - old.text).exp(), actions.text_advantage.to(new.text)
@@ -272,11 +263,11 @@ def clipped(ratio, advantage, clip_range):
     return torch.maximum(-advantage * ratio, -advantage * near)
 
 
-def divergence(new, anchor, image_of_token, config):
+def divergence(new, anchor, image_of_token, *, kind):
     """KL of the policy to the stage 1 model, a mean over the batch; 0 without an anchor."""
     if anchor is None:
         return torch.zeros((), device=new.v.device)
-    if config.kl == "velocity":
+    if kind == "velocity":
         return flow.velocity_mse(new.v, anchor.v)
     of = dict(image_of_token=image_of_token.to(new.v.device), images=new.log_prob.numel())
     return flow.kl_divergence(new.mean, anchor.mean, new.std, **of).mean()
@@ -465,9 +456,8 @@ def train(config):
         each = processes.share(prompts, "prompts a step", "prompts_per_step", parts=config.updates)
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)
-        source = open_source(
-            config.data, config.seed + 1, config.max_references, scale=config.scale
-        )
+        seed, references = config.seed + 1, config.max_references
+        source = open_source(config.data, seed, references, scale=config.scale)
         learner = build(config)
         clip = Clip(config.clip_name, config.clip, processes.device())
     run = loop.Run(folder, config, learner.state, desc="grpo")
@@ -482,7 +472,7 @@ def train(config):
         numbers = sample_numbers(config, step)
         run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):
-            save_strip(folder, step + 1, learner.engine, config.held_out)
+            save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()
     model = learner.engine.model
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(model)}")
@@ -501,8 +491,8 @@ def finish(config, folder, begun):
     where = f"model in {folder}/model, pictures in {folder}/grid.png"
     print(f"grpo: {loop.seconds(begun)} with the table; {where}", flush=True)
     if config.target is not None and gain < config.target:
-        missed = f"Overall rose by {gain:.3f}, less than the target of {config.target}"
-        print(missed, file=sys.stderr)
+        target = f"less than the target of {config.target}"
+        print(f"Overall rose by {gain:.3f}, {target}", file=sys.stderr)
         sys.exit(1)
 
 

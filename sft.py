@@ -18,7 +18,7 @@ Letters: sequence.py. Left out: tricks of large batches (the number of processes
     python sft.py --config toy             draws the toy world, trains on a CPU, writes out/toy-sft
     python sft.py --config smoke           the same in seconds
     python sft.py --config full --init BAGEL-7B-MoT     fine-tunes a checkpoint
-Run the same command again to resume. Then look: python sample.py --checkpoint out/toy-sft --help
+Run the same command again to resume. Then look at out/toy-sft/samples, or at sample.py.
 """
 
 import sys
@@ -76,15 +76,8 @@ class Config(loop.Options, example.Options, ModelConfig):
     def held_out(self):
         """Prompts of the strips."""
         sampler = Sampler(self.sample_timesteps, self.sample_shift, guidance_interval=(0.0, 1.0))
-        return HeldOut(
-            self.data,
-            8,
-            self.max_references,
-            self.scale,
-            self.sample_side,
-            sampler,
-            Thinking(self.sample_plan_tokens),
-        )
+        prompts = self.data, 8, self.max_references, self.scale
+        return HeldOut(*prompts, self.sample_side, sampler, Thinking(self.sample_plan_tokens))
 
 
 # fmt: off
@@ -244,7 +237,7 @@ def train(config):
         run.end_step(step, values, finite=finite, decay=decay, made_of=numbers)
         if run.strip_is_due(step) or step + 1 == config.steps:
             with sharding.exchanged(engine.model, state.average):
-                save_strip(folder, step + 1, engine, config.held_out)
+                save_strip(folder, step + 1, engine, held_out=config.held_out)
     run.finish()
     run.export(engine, state.average)
     processes.say(f"sft: {loop.seconds(run.begun)}{run.pace(engine.model)}")

@@ -269,7 +269,7 @@ def paint_members(engine, groups, noises, *, window, prefix, config):
     members, kept = len(groups) * count, []
     image_of_token = torch.arange(members, device=engine.device).repeat_interleave(tokens)
 
-    def sde_or_ode(k, x, v, t, t_next):
+    def sde_or_ode(k, x, v, *, t, t_next):
         if not window.first <= k < window.first + config.window:
             return flow.euler_step(x, v, t, t_next=t_next)
         noise = draw_noise([tokens] * members, x.shape[1], noises)  # (members * T, C)

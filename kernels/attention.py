@@ -61,9 +61,10 @@ from kernels.triton_kernels import triton
 #     ds_ij = p_ij (dp_ij - delta_i),     delta_i = sum_j p_ij dp_ij = do_i . o_i
 #     dq_i  = c sum_j ds_ij k_j,          dk_j = c sum_i ds_ij q_i
 #
-# (ds is softmax's Jacobian, one row.) p is computed again from q, k and lse instead of being stored,
-# so memory is O(N). The sums for dq run over keys and those for dk, dv over queries: two kernels,
-# each with one writer for each of its rows. No atomics, so a repeated call gives the same bits.
+# (ds is softmax's Jacobian, one row.) p is computed again from q, k and lse instead of being
+# stored, so memory is O(N). The sums for dq run over keys and those for dk, dv over queries: two
+# kernels, each with one writer for each of its rows. No atomics, so a repeated call gives the same
+# bits.
 
 
 def reference(q, k, v, mask):

@@ -107,8 +107,8 @@ def main():
         return 2
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     print(
-        f"sm_90, {dtype}, head_dim {head_dim}, 7 query heads a key head, torch {torch.__version__}, "
-        f"triton {triton.__version__}"
+        f"sm_90, {dtype}, head_dim {head_dim}, 7 query heads a key head, "
+        f"torch {torch.__version__}, triton {triton.__version__}"
     )
     for name in ("forward", "few", "dq", "dkdv"):
         config = tile_config(name, head_dim, torch_dtype, torch.device("cpu"))

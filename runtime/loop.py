@@ -148,7 +148,7 @@ class Run:
 
     def pace(self, model):
         """tokens/s and MFU of this command, as text to append."""
-        return pace(self.folder, self.first, model, self.config.precision)
+        return pace(self.folder, self.first, model, precision=self.config.precision)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def matmul_speed(precision):
     return 2 * n**3 / best
 
 
-def pace(folder, first, model, precision):
+def pace(folder, first, model, *, precision):
     """Text: tokens/s of the job and its MFU, from the log since step `first`; "" without any.
 
     A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, unless it

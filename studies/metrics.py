@@ -175,7 +175,7 @@ def save_grid(path, samples, results, *, side=128, pad=4):
     sheet.save(path)
 
 
-def save_strip(folder, step, engine, held_out):
+def save_strip(folder, step, engine, *, held_out):
     """The grid of the same eight prompts from the same noise after `step` steps of training.
 
     All processes take part, the first one paints.

@@ -225,7 +225,7 @@ def auc(score, right):
     return ((difference > 0).float() + (difference == 0).float() / 2).mean().item()
 
 
-def caption_scores(engine, clip, samples, results):
+def caption_scores(engine, clip, samples, *, results):
     """{name: (number of plans,)} of the scores that need a single plan, see above."""
     written = clip.embed_captions([result.plan.caption for result in results])  # (B, E)
     asked = clip.embed_captions([one.instruction for one in samples])  # (B, E)
@@ -251,7 +251,9 @@ def captions(engine, clip, config):
         print(f"none of {len(written)} plans parses: train the model first")
         return {}
     right = torch.tensor([written[i] == samples[i].plan.caption for i in keep])
-    scores = caption_scores(engine, clip, [samples[i] for i in keep], [results[i] for i in keep])
+    scores = caption_scores(
+        engine, clip, [samples[i] for i in keep], results=[results[i] for i in keep]
+    )
     scores["votes"] = votes(written, config.draws)[keep]  # (number of plans,)
     well = scores["picture"] >= scores["picture"][right].median() if right.any() else right
     print(

@@ -1,4 +1,4 @@
-"""Every test file imports the project's modules from the root of the repository, on one CPU thread, without a network."""
+"""Every test file imports the project's modules from the root, on one thread, offline."""
 
 import os
 import sys

@@ -1,12 +1,14 @@
 """
-Kill a random process at a random moment, again and again; every continuation must equal the uninterrupted run bit for bit.
+Kill a random process at a random moment, again and again; every continuation must equal the
+uninterrupted run bit for bit.
 
-    python tests/faults.py --rounds 50          prints what was hit, and fails at the first difference
+    python tests/faults.py --rounds 50       prints what was hit, and fails at the first difference
 
-First one process is stopped (SIGSTOP) in the middle: the other must end the job when its time-out is over. Then the rounds.
-A round starts two processes of sft.py that save after every step, waits for a random time after the first new step, kills
-one of them with SIGKILL (also while a state is being written: counted as "inside a save"), and starts again. When the run
-is finished, its weights and its log are compared with those of a run that nobody disturbed, and the next run begins.
+First one process is stopped (SIGSTOP) in the middle: the other must end the job when its time-out
+is over. Then the rounds. A round starts two processes of sft.py that save after every step, waits
+for a random time after the first new step, kills one of them with SIGKILL (also while a state is
+being written: counted as "inside a save"), and starts again. When the run is finished, its weights
+and its log are compared with those of a run that nobody disturbed, and the next run begins.
 """
 
 import json
@@ -27,10 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from runtime import (
-    loop,  # noqa: E402
-    state,  # noqa: E402
-)
+from runtime import loop, state  # noqa: E402
 from runtime.config import parse  # noqa: E402
 
 STEPS = 24
@@ -104,7 +103,7 @@ def losses(folder):
 
 
 def hang(folder, config):
-    """Seconds from the moment one process is stopped until the job has ended, with a time-out of 6 s."""
+    """Seconds from the stop of one process to the end of the job, with a time-out of 6 s."""
     launcher = start(folder, config, 0.1)
     while steps_done(folder) < 2:
         time.sleep(0.05)

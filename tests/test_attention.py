@@ -1,10 +1,11 @@
 """
-kernels/attention.py and kernels/mask.py against float64, brute force and each other.
+kernels/ against float64, brute force and each other.
 
-Without a GPU the Triton kernels run in the interpreter (TRITON_INTERPRET=1, set here before the import), which shows
-that masks, lists and algebra are right, not that the GPU's precision or shapes are. It multiplies the bit patterns of
-bfloat16 numbers and truncates when it rounds to bfloat16 (Triton 3.9); the fixture `bfloat16_in_the_interpreter`
-repairs both, so that the bfloat16 cases mean something.
+Without a GPU the Triton kernels run in the interpreter (TRITON_INTERPRET=1, set here before the
+import), which shows that masks, lists and algebra are right, not that the GPU's precision or shapes
+are. It multiplies the bit patterns of bfloat16 numbers and truncates when it rounds to bfloat16
+(Triton 3.9); the fixture `bfloat16_in_the_interpreter` repairs both, so that the bfloat16 cases
+mean something.
 """
 
 import itertools
@@ -12,39 +13,44 @@ import os
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.nn.attention.flex_attention import create_block_mask
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from kernels import attention as A  # noqa: E402
+from kernels import tiles  # noqa: E402
+from kernels import triton_attention as T  # noqa: E402
 from kernels.mask import Mask  # noqa: E402
+from kernels.triton_kernels import triton  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 needs_kernel = pytest.mark.skipif(
-    not CUDA and not A.interpreted(), reason="no Triton, or imported without interpreter"
+    not CUDA and not T.interpreted(), reason="no Triton, or imported without interpreter"
 )
 TOLERANCE = {torch.float32: 1e-5 if CUDA else 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-shipped_config = A.tile_config
+shipped_config = T.tile_config
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles so small that a hundred tokens fill several, and unequal so that rows and keys cannot be confused."""
-    tiles = {"forward": (64, 32), "few": (32, 16), "dq": (32, 64), "dkdv": (32, 64)}
-    monkeypatch.setattr(A, "tile_config", lambda kernel, *rest: (*tiles[kernel], 4, 1))
+    """A hundred tokens fill several tiles, unequal so that rows and keys cannot be confused."""
+    sizes = {"forward": (64, 32), "few": (32, 16), "dq": (32, 64), "dkdv": (32, 64)}
+    monkeypatch.setattr(T, "tile_config", lambda kernel, *rest: T.Tiling(*sizes[kernel], 4, 1))
 
 
 @pytest.fixture(autouse=True)
 def loop_bounds_in_the_interpreter(monkeypatch):
-    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.5 refuses; later ones squeeze it."""
-    if CUDA or A.triton is None:
+    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.5 refuses."""
+    if CUDA or triton is None:
         return
     from triton.runtime import interpreter as I
 
@@ -67,11 +73,9 @@ def bfloat16_in_the_interpreter(monkeypatch):
     tl, builder = I.tl, I.InterpreterBuilder
 
     def widen(x):
-        return (
-            (x.data.astype(np.uint32) << 16).view(np.float32)
-            if x.dtype.scalar == tl.bfloat16
-            else x.data
-        )
+        if x.dtype.scalar != tl.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
 
     def narrow(data):  # float32 -> bfloat16 bits, to nearest even
         bits = np.ascontiguousarray(data).view(np.uint32)
@@ -82,29 +86,28 @@ def bfloat16_in_the_interpreter(monkeypatch):
     def create_dot(self, a, b, d, *rest):
         if a.dtype.scalar != tl.bfloat16:
             return dot(self, a, b, d, *rest)
-        return I.TensorHandle(
-            np.matmul(widen(a), widen(b), dtype=np.float32) + d.data, d.dtype.scalar
-        )
+        product = np.matmul(widen(a), widen(b), dtype=np.float32)
+        return I.TensorHandle(product + d.data, d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             return I.TensorHandle(narrow(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(
-        builder, "create_fp_to_fp", lambda self, src, dst, mode: cast_impl(self, src, dst)
-    )
+    def create_fp_to_fp(self, src, dst_type, mode):
+        return cast_impl(self, src, dst_type)
+
+    for function in (create_dot, cast_impl, create_fp_to_fp):
+        monkeypatch.setattr(builder, function.__name__, function)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masks. A node is (length, "causal" or "both", children); a forest is a list of nodes.
 
 
 def lay_out(forest):
     """(q_hi, k_hi, dense oracle by explicit ancestors) of a forest laid out depth first."""
-    runs, q_hi, k_hi = [], [], []
+    runs, q_hi, k_hi = [], [], []  # runs: (range, kind, ancestors)
 
     def visit(node, ancestors):
         length, kind, children = node
@@ -157,7 +160,7 @@ def image(n, *children):
 
 
 def bagel_pack():
-    """Two documents: text, clean image, ViT image, text, then a noised image beside what follows it."""
+    """Two documents: text, clean image, ViT image, text, a noised image beside what follows it."""
     one = text(9, image(16, image(7, text(11, image(13), image(13, text(5))))))
     return mask_of([one, text(21, image(12))])
 
@@ -169,20 +172,19 @@ def grpo_tree():
 
 
 def cached_queries():
-    """A noised image and a causal continuation as queries against a cache that holds everything."""
+    """A noised image and a causal continuation as queries against a cache of everything."""
     whole = mask_of([text(13, image(20, text(17, image(22))))])
     rows = torch.cat([torch.arange(33, 50), torch.arange(50, 72)])
     return Mask(whole.q_hi[rows], whole.k_hi, rows)
 
 
 def decoding():
-    """Three members on one prefix of 45 tokens, 11 cache slots each, of which 3, 1 and 11 are written."""
+    """Three members on one prefix of 45 tokens, 11 cache slots each; 3, 1 and 11 are written."""
     prefix, slots, written = 45, 11, [3, 1, 11]
     starts = [prefix + slots * g for g in range(3)]
     q_pos = torch.tensor([s + w - 1 for s, w in zip(starts, written)])
-    k_hi = torch.cat(
-        [torch.full((prefix,), prefix + 33), *(torch.full((slots,), s + slots) for s in starts)]
-    )
+    own = [torch.full((slots,), s + slots) for s in starts]
+    k_hi = torch.cat([torch.full((prefix,), prefix + 33), *own])  # (Nk,)
     return Mask(q_pos + 1, k_hi, q_pos)
 
 
@@ -219,23 +221,41 @@ MASKS = {
 }
 
 
-def tensors(mask, heads=4, key_heads=2, head_dim=16, dtype=torch.float32, seed=0):
+class Inputs(NamedTuple):
+    """q (Nq, H, D), k and v (Nk, K, D), and the gradient of the output (Nq, H, D)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gradient: torch.Tensor
+
+
+class Results(NamedTuple):
+    """The output (Nq, H, D) and the gradients of q, k, v."""
+
+    out: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def tensors(mask, heads=4, key_heads=2, *, head_dim=16, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     n_queries, n_keys = len(mask.q_hi), len(mask.k_hi)
     shapes = (n_queries, heads), (n_keys, key_heads), (n_keys, key_heads), (n_queries, heads)
     q, k, v, gradient = (torch.randn(*shape, head_dim, device=DEVICE).to(dtype) for shape in shapes)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient
+    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient)
 
 
-def results(q, k, v, gradient, mask, backend):
-    """out, dq, dk, dv."""
-    out = A.attention(q, k, v, mask.to(DEVICE), backend)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), gradient)
+def results(data, mask, backend):
+    out = A.attention(*data[:3], mask.to(DEVICE), backend)
+    return Results(out.detach(), *torch.autograd.grad(out, data[:3], data.gradient))
 
 
-def exact(q, k, v, gradient, mask):
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    return results(*wide, gradient.double(), mask, "reference")
+def exact(data, mask):
+    """The reference in float64."""
+    wide = [x.detach().double().requires_grad_() for x in data[:3]]
+    return results(Inputs(*wide, data.gradient.double()), mask, "reference")
 
 
 def assert_close(got, expected, tolerance):
@@ -247,12 +267,12 @@ def assert_close(got, expected, tolerance):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The mask and its tiles
 
 
 def test_theorem_on_every_small_matrix():
-    """The matrices that two vectors can make are those without a zero that has a one to its right and one below."""
+    """Two vectors make the matrices in which no zero has a one to its right and one below."""
     rows, keys = 3, 3
     vectors = list(itertools.product(range(4), repeat=3))
     made = {
@@ -289,14 +309,14 @@ def test_mask_refuses_what_it_cannot_mean():
         Mask(torch.ones(3), torch.ones(3).int())
 
 
-def tiles_of(dense, group, block_m, block_n):
-    """(any, all) over tiles of the dense mask with folded rows; beyond the edges nothing is visible."""
-    dense = dense.repeat_interleave(group, 0)
-    dense = torch.nn.functional.pad(
-        dense, (0, -dense.shape[1] % block_n, 0, -dense.shape[0] % block_m)
-    )
-    tiles = dense.view(dense.shape[0] // block_m, block_m, -1, block_n).transpose(1, 2).flatten(2)
-    return tiles.any(2), tiles.all(2)
+def tiles_of(dense, group, *, block_m, block_n):
+    """(any, all) over tiles of the mask (Nq, Nk), rows folded; beyond the edges nothing is seen."""
+    dense = dense.repeat_interleave(group, 0)  # (Nq * group, Nk)
+    overhang = -dense.shape[0] % block_m, -dense.shape[1] % block_n
+    dense = torch.nn.functional.pad(dense, (0, overhang[1], 0, overhang[0]))
+    # (row tiles, key tiles, block_m * block_n)
+    cut = dense.view(dense.shape[0] // block_m, block_m, -1, block_n).transpose(1, 2).flatten(2)
+    return cut.any(2), cut.all(2)
 
 
 @pytest.mark.parametrize("group", [1, 2, 7])
@@ -310,8 +330,8 @@ def test_tile_classes_against_every_element(group):
             mask, square = Mask(q_hi[rows], k_hi, rows), False
         if trial % 3 == 2:
             mask, square = Mask(torch.where(torch.rand(len(q_hi)) < 0.2, 0, q_hi), k_hi), False
-        some, all_ = tiles_of(mask.dense(), group, 8, 4)
-        whole, partly = A.classify_tiles(mask.q_hi, mask.positions(), mask.k_hi, group, 8, 4)
+        some, all_ = tiles_of(mask.dense(), group, block_m=8, block_n=4)
+        whole, partly = tiles.classify_tiles(mask.q_hi, mask.positions(), mask.k_hi, group, 8, 4)
         assert torch.equal(whole, all_)  # exact
         assert not (some & ~whole & ~partly).any()  # nothing visible is skipped
         if square and group == 1:
@@ -322,7 +342,7 @@ def test_lists_hold_each_tile_once_whole_ones_first():
     torch.manual_seed(0)
     whole = torch.rand(17, 9) < 0.4
     partly = (torch.rand(17, 9) < 0.4) & ~whole
-    index, counts = A.compact(whole, partly)
+    index, counts = tiles.compact(whole, partly)
     for t in range(17):
         n_whole, n_all = counts[t].tolist()
         assert index[t, :n_whole].tolist() == whole[t].nonzero()[:, 0].tolist()
@@ -331,7 +351,7 @@ def test_lists_hold_each_tile_once_whole_ones_first():
 
 @pytest.mark.parametrize("extra", [0, 3, 40])
 def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
-    monkeypatch.setattr(A, "MIN_PIECE", 1)
+    monkeypatch.setattr(tiles, "MIN_PIECE", 1)
     random = torch.Generator().manual_seed(extra)
     for lengths in (
         torch.randint(0, 50, (12,), generator=random),
@@ -339,14 +359,13 @@ def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
         torch.zeros(3).long(),
     ):
         counts = torch.stack([(lengths * 0.6).long(), lengths], 1).int()
-        work, pieces = A.cut_lists(counts, extra)
+        work, pieces = tiles.cut_lists(counts, extra)
         assert work.shape == (len(lengths) + extra, 5)
         items = [item for item in work.tolist() if item[0] >= 0]
         for t, (n_whole, n_all) in enumerate(counts.tolist()):
-            mine = sorted((item for item in items if item[0] == t), key=lambda item: item[1])
-            assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all)), (
-                "each entry once, in order"
-            )
+            mine = sorted([item for item in items if item[0] == t], key=lambda item: item[1])
+            # each entry once, in order
+            assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all))
             assert all(i[1] <= i[2] <= i[3] and i[2] == min(max(n_whole, i[1]), i[3]) for i in mine)
             first, number = pieces[t].tolist()
             assert len(mine) == max(number, 1) and number != 1
@@ -359,8 +378,6 @@ def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
 
 
 def test_block_mask_for_flex_is_that_of_create_block_mask():
-    from torch.nn.attention.flex_attention import create_block_mask
-
     mask = mask_of([text(300, image(200), image(200, text(90))), text(150, image(140))])
     ours = A.flex_block_mask(mask)
     theirs = create_block_mask(ours.mask_mod, 1, 1, *ours.seq_lengths, device="cpu")
@@ -368,13 +385,11 @@ def test_block_mask_for_flex_is_that_of_create_block_mask():
         numbers = getattr(ours, f"{kind}_num_blocks")
         assert torch.equal(numbers, getattr(theirs, f"{kind}_num_blocks"))
         for t, n in enumerate(numbers[0, 0].tolist()):
-            lists = (
-                getattr(x, f"{kind}_indices")[0, 0, t, :n].sort().values for x in (ours, theirs)
-            )
-            assert torch.equal(*lists)
+            mine, other = (getattr(x, f"{kind}_indices")[0, 0, t, :n] for x in (ours, theirs))
+            assert torch.equal(mine.sort().values, other.sort().values)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The kernels against float64
 
 
@@ -383,7 +398,7 @@ def test_block_mask_for_flex_is_that_of_create_block_mask():
 def test_masks(name):
     mask = MASKS[name]()
     data = tensors(mask)
-    assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[torch.float32])
+    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.float32])
 
 
 @needs_kernel
@@ -391,7 +406,7 @@ def test_masks(name):
 def test_head_ratios(heads, key_heads):
     mask = mask_of([text(7, text(4, image(9), image(6)), text(8)), text(5)])
     data = tensors(mask, heads, key_heads)
-    assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[torch.float32])
+    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.float32])
 
 
 @needs_kernel
@@ -399,42 +414,39 @@ def test_head_ratios(heads, key_heads):
 @pytest.mark.parametrize("head_dim", [20, 64, 72, 128, 256])
 def test_types_and_head_dims(dtype, head_dim, bfloat16_in_the_interpreter):
     mask = mask_of([text(17, image(9), image(6, text(10)))])
-    data = tensors(mask, 2, 1, head_dim, dtype)
-    assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[dtype])
+    data = tensors(mask, 2, 1, head_dim=head_dim, dtype=dtype)
+    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[dtype])
 
 
 @needs_kernel
 def test_float32_with_a_head_dim_that_is_padded():
     mask = mask_of([image(33), text(9)])
-    data = tensors(mask, 2, 2, 18)  # rows of 72 bytes: not a multiple of 16
-    assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[torch.float32])
+    data = tensors(mask, 2, 2, head_dim=18)  # rows of 72 bytes: not a multiple of 16
+    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.float32])
 
 
 @needs_kernel
 def test_shipped_tiles(monkeypatch, bfloat16_in_the_interpreter):
-    """The tiles of the GPU, and the text of the chapter's example: 7 heads to a key head, bfloat16."""
-    monkeypatch.setattr(A, "tile_config", shipped_config)
+    """The tiles of the GPU, and the chapter's example: 7 heads to a key head, bfloat16."""
+    monkeypatch.setattr(T, "tile_config", shipped_config)
     mask = mask_of([image(70, text(20, image(50)), text(11, image(30))), text(37)])
-    data = tensors(mask, 7, 1, 32, torch.bfloat16)
-    assert_close(results(*data, mask, "triton"), exact(*data, mask), TOLERANCE[torch.bfloat16])
+    data = tensors(mask, 7, 1, head_dim=32, dtype=torch.bfloat16)
+    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.bfloat16])
 
 
 @needs_kernel
 def test_lists_cut_into_pieces_change_nothing_but_rounding(monkeypatch):
     """A tree whose prompt is seen by all, and decoding: the two cases in which lists are cut."""
-    monkeypatch.setattr(A, "MIN_PIECE", 1)
-    monkeypatch.setattr(A, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "MIN_PIECE", 1)
+    monkeypatch.setattr(T, "PROGRAMS", 8)
     tree = mask_of([text(20, *[text(5, image(16), image(16)) for _ in range(3)])]).to(DEVICE)
     data = tensors(tree)
-    assert (A.backward_lists(tree, *data[:2])[5][:, 1] > 1).any(), (
-        "no list was cut: this test tests nothing"
-    )
-    assert_close(results(*data, tree, "triton"), exact(*data, tree), TOLERANCE[torch.float32])
+    # else no list was cut, and this test tests nothing
+    assert (T.backward_lists(tree, *data[:2])[5][:, 1] > 1).any()
+    assert_close(results(data, tree, "triton"), exact(data, tree), TOLERANCE[torch.float32])
     members = decoding().to(DEVICE)
     q, k, v, _ = tensors(members)
-    assert (A.forward_lists(members, q, k)[2][:, 1] > 1).any(), (
-        "no list was cut: this test tests nothing"
-    )
+    assert (T.forward_lists(members, q, k)[2][:, 1] > 1).any()
     expected = A.reference(q.double(), k.double(), v.double(), members)
     assert_close([A.attention(q, k, v, members, "triton")], [expected], TOLERANCE[torch.float32])
 
@@ -444,27 +456,19 @@ def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
     mask = padded()
     empty = ~mask.dense().any(1)
     unseen = ~mask.dense().any(0)
-    out, dq, dk, dv = results(*tensors(mask), mask, "triton")
+    out, dq, dk, dv = results(tensors(mask), mask, "triton")
     assert empty.sum() == 33 and not out[empty].any() and not dq[empty].any()
     assert not dk[unseen].any() and not dv[unseen].any()
 
 
 @needs_kernel
 def test_log_sum_exp():
-    mask = padded()
-    q, k, v, _ = tensors(mask, 4, 4)
-    arguments = mask.to(DEVICE).q_hi, mask.to(DEVICE).positions(), mask.to(DEVICE).k_hi
-    out, lse = A.attention_forward(
-        q.detach(),
-        k.detach(),
-        v.detach(),
-        *arguments,
-        A.forward_lists(mask.to(DEVICE), q, k),
-        [],
-        0.25,
-    )
+    mask = padded().to(DEVICE)
+    q, k, v = (x.detach() for x in tensors(mask, 4, 4)[:3])
+    vectors, lists = (mask.q_hi, mask.positions(), mask.k_hi), T.forward_lists(mask, q, k)
+    _, lse = T.attention_forward(q, k, v, *vectors, lists, [], 0.25)
     scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) / 4
-    expected = scores.masked_fill(~mask.dense().to(DEVICE), -torch.inf).logsumexp(2)
+    expected = scores.masked_fill(~mask.dense(), -torch.inf).logsumexp(2)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -473,10 +477,10 @@ def test_log_sum_exp():
 def test_tree_in_one_call_equals_its_branches_run_alone():
     prompt, plans, images = 14, (6, 3), (9, 7)
     tree = mask_of([text(prompt, *[text(n, *[image(m) for m in images]) for n in plans])])
-    q, k, v, gradient = tensors(tree)
-    tree_results = results(q, k, v, gradient, tree, "triton")
+    data = tensors(tree)
+    tree_results = results(data, tree, "triton")
     sums = [torch.zeros_like(x) for x in tree_results]
-    seen, start = torch.zeros(len(q), dtype=torch.bool), prompt
+    seen, start = torch.zeros(len(data.q), dtype=torch.bool), prompt
     for n in plans:
         plan, position = list(range(start, start + n)), start + n
         for m in images:
@@ -484,13 +488,12 @@ def test_tree_in_one_call_equals_its_branches_run_alone():
             alone = mask_of([text(prompt + n, image(m))])
             own = torch.where(seen[rows], 0, 1).to(DEVICE)  # shared rows get their gradient once
             seen[rows] = True
-            parts = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
-            for total, part in zip(
-                sums, results(*parts, gradient[rows] * own[:, None, None], alone, "triton")
-            ):
-                total[rows] += part
-            out = A.attention(*parts, alone.to(DEVICE), "triton")
-            torch.testing.assert_close(out, tree_results[0][rows], atol=1e-6, rtol=1e-5)
+            q, k, v = (x.detach()[rows].requires_grad_() for x in data[:3])
+            part = Inputs(q, k, v, data.gradient[rows] * own[:, None, None])
+            for total, x in zip(sums, results(part, alone, "triton")):
+                total[rows] += x
+            out = A.attention(q, k, v, alone.to(DEVICE), "triton")
+            torch.testing.assert_close(out, tree_results.out[rows], atol=1e-6, rtol=1e-5)
             position += m
         start = position
     assert_close(sums[1:], tree_results[1:], 1e-6)
@@ -512,34 +515,26 @@ def test_rows_against_a_cache_equal_rows_of_the_whole():
 def test_the_same_call_gives_the_same_bits():
     mask = bagel_pack()
     data = tensors(mask)
-    for a, b in zip(results(*data, mask, "triton"), results(*data, mask, "triton")):
+    for a, b in zip(results(data, mask, "triton"), results(data, mask, "triton")):
         assert torch.equal(a, b)
 
 
 @needs_kernel
 def test_views_of_a_fused_projection():
-    """q, k, v as slices of one tensor, and a gradient that is expanded: no dense layout is assumed."""
+    """q, k, v as slices of one tensor, and a gradient that is expanded: no layout is assumed."""
     mask = mask_of([text(21, image(8), image(9))])
     fused = torch.randn(38, 8 * 16 + 3, device=DEVICE)
-    for offset in (0, 3):  # 3: not even 16-byte aligned
-        whole = (
-            fused[:, offset : offset + 128].clone().requires_grad_()
-            if offset == 0
-            else fused[:, offset:]
-        )
-        q, k, v = (
-            x.unflatten(1, (-1, 16)).detach().requires_grad_() for x in whole.split([64, 32, 32], 1)
-        )
-        expected = exact(q, k, v, torch.ones(1, device=DEVICE).expand(38, 4, 16), mask)
+    aligned, shifted = fused[:, :128].clone(), fused[:, 3:]  # shifted: not even 16-byte aligned
+    for whole in (aligned, shifted):
+        parts = (x.unflatten(1, (-1, 16)) for x in whole.split([64, 32, 32], 1))  # (N, heads, D)
+        q, k, v = (x.detach().requires_grad_() for x in parts)
+        ones = torch.ones(1, device=DEVICE).expand(38, 4, 16)  # (N, H, D)
         out = A.attention(q, k, v, mask.to(DEVICE), "triton")
-        assert_close(
-            (out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))),
-            expected,
-            TOLERANCE[torch.float32],
-        )
+        got = Results(out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
+        assert_close(got, exact(Inputs(q, k, v, ones), mask), TOLERANCE[torch.float32])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Registration, back ends, dispatch
 
 
@@ -555,18 +550,9 @@ def test_reference_has_the_gradient_of_its_output():
 def test_operator_is_registered_soundly():
     mask = mask_of([text(5, image(4), image(5))]).to(DEVICE)
     q, k, v, _ = tensors(mask, 2, 1)
-    arguments = (
-        q,
-        k,
-        v,
-        mask.q_hi,
-        mask.positions(),
-        mask.k_hi,
-        A.forward_lists(mask, q, k),
-        A.backward_lists(mask, q, k),
-        0.25,
-    )
-    torch.library.opcheck(A.attention_forward, arguments)
+    vectors = mask.q_hi, mask.positions(), mask.k_hi
+    lists = T.forward_lists(mask, q, k), T.backward_lists(mask, q, k)
+    torch.library.opcheck(T.attention_forward, (q, k, v, *vectors, *lists, 0.25))
 
 
 @needs_kernel
@@ -577,7 +563,7 @@ def test_compiled_and_checkpointed_equal_eager():
     def run(function, mask, seed):
         q, k, v, gradient = tensors(mask, 2, 2, seed=seed)
         out = function(q, k, v, mask.to(DEVICE))
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), gradient)
+        return Results(out.detach(), *torch.autograd.grad(out, (q, k, v), gradient))
 
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -599,7 +585,7 @@ def test_compiled_and_checkpointed_equal_eager():
 def test_sdpa_equals_the_reference(name):
     mask = MASKS[name]()
     data = tensors(mask)
-    assert_close(results(*data, mask, "sdpa"), exact(*data, mask), 1e-6)
+    assert_close(results(data, mask, "sdpa"), exact(data, mask), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -609,25 +595,27 @@ def test_flex_equals_the_reference(name):
     q, k, v, _ = tensors(mask)
     with torch.no_grad():
         out = A.attention(q, k, v, mask.to(DEVICE), "flex")
-        assert_close(
-            [out], [A.reference(q.double(), k.double(), v.double(), mask.to(DEVICE))], 1e-5
-        )
+        expected = A.reference(q.double(), k.double(), v.double(), mask.to(DEVICE))
+        assert_close([out], [expected], 1e-5)
     if not CUDA:
         with pytest.raises(ValueError, match="no gradient on a CPU"):
             A.attention(q, k, v, mask, "flex")
 
 
-def test_dispatch(monkeypatch):
-    monkeypatch.setattr(A, "_forced", None)
-    assert (
-        A.choose_backend("cpu")[0] == "sdpa"
-        and A.describe_backend("cpu") == "attention: sdpa (on cpu)"
-    )
-    if A.triton is not None:
-        assert (
-            A.choose_backend("cuda")[0] == "triton"
-            and A.choose_backend("cuda", torch.float64)[0] == "sdpa"
-        )
+@pytest.fixture
+def automatic_backend():
+    """No back end forced; afterwards the environment's again."""
+    A.set_backend(None)
+    yield
+    A.set_backend(os.environ.get("REALIGN_ATTENTION") or None)
+
+
+def test_dispatch(automatic_backend):
+    assert A.choose_backend("cpu")[0] == "sdpa"
+    assert A.describe_backend("cpu") == "attention: sdpa (on cpu)"
+    if triton is not None:
+        assert A.choose_backend("cuda")[0] == "triton"
+        assert A.choose_backend("cuda", torch.float64)[0] == "sdpa"
     A.set_backend("reference")
     assert A.describe_backend("cpu") == "attention: reference (as asked)"
     with pytest.raises(ValueError, match="expected one of triton, sdpa, flex, reference"):
@@ -637,13 +625,13 @@ def test_dispatch(monkeypatch):
 def test_bad_input_is_named():
     mask = mask_of([text(5)])
     q, k, v, _ = tensors(mask)
-    with pytest.raises(ValueError, match="multiple of Hk"):
+    with pytest.raises(ValueError, match="multiple of K"):
         A.attention(q[:, :3], k, v, mask)
     with pytest.raises(ValueError, match="the mask is for 5 queries"):
         A.attention(q[:4], k, v, mask)
     with pytest.raises(ValueError, match="expected one type"):
         A.attention(q, k.double(), v, mask)
-    if not CUDA and A.interpreted():
+    if not CUDA and T.interpreted():
         with pytest.raises(ValueError, match="no kernel for torch.float64"):
             A.attention(q.double(), k.double(), v.double(), mask, "triton")
     with pytest.raises(ValueError, match="unknown"):
@@ -655,16 +643,13 @@ def test_no_queries_or_no_keys():
     empty, one = torch.zeros(0).int(), torch.ones(3).int()
     q, k = torch.randn(3, 2, 16, device=DEVICE), torch.randn(0, 1, 16, device=DEVICE)
     assert not A.attention(q, k, k, Mask(one, empty, one).to(DEVICE), "triton").any()
-    assert A.attention(q[:0], q, q, Mask(empty, one, empty).to(DEVICE), "triton").shape == (
-        0,
-        2,
-        16,
-    )
+    out = A.attention(q[:0], q, q, Mask(empty, one, empty).to(DEVICE), "triton")
+    assert out.shape == (0, 2, 16)
 
 
 def test_shipped_configurations_compile_for_hopper():
-    """Registers, spills and shared memory of the shipped configurations, compiled for sm_90 with no GPU needed."""
-    if A.triton is None:
+    """Registers, spills, shared memory of the shipped configurations, compiled for sm_90."""
+    if triton is None:
         pytest.skip("Triton is not installed")
     ptxas = pytest.importorskip(
         "triton.backends.nvidia.compiler", reason="this Triton cannot compile for NVIDIA"
@@ -672,16 +657,14 @@ def test_shipped_configurations_compile_for_hopper():
     if not os.path.exists(ptxas.get_ptxas(90).path):
         pytest.skip("this Triton brings no NVIDIA assembler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, A.__file__], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, A.__file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     lines = run.stdout.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["forward", "few", "dq", "dkdv"]
     for line in lines:
-        found = {
-            key: int(value) for key, value in re.findall(r"(\w+) (\d+)", line.split("stages")[1])
-        }
+        numbers = re.findall(r"(\w+) (\d+)", line.split("stages")[1])
+        found = {key: int(value) for key, value in numbers}
         assert found["spilled_bytes"] == found["serialized"] == 0, line
         assert found["wgmma"] > 0 and found["tma"] > 0 and found["shared"] <= 227 * 1024, line

@@ -291,7 +291,7 @@ def lay_out(bagel, drop=()):
 
 
 def test_f1_padded_latents(bagel):
-    """The official code encodes the pictures of a pack as a batch padded with grey, we each alone."""
+    """The official code encodes all pictures of a pack padded with grey, we each one alone."""
     f = bagel.tensors("f1_train")
     for image, latent in zip(f["padded_images"], f["padded_latent"]):
         close(bagel.model.codec.encode(image), latent)

@@ -1,4 +1,8 @@
-"""Stage 2: what must hold of the loop before any learning curve means something. The mathematics of a step is tested in test_flow.py."""
+"""
+Stage 2: what must hold of the loop before any learning curve means something.
+
+The mathematics of a step is tested in test_flow.py, the reward of a group in test_reward.py.
+"""
 
 import dataclasses
 
@@ -9,9 +13,12 @@ import torch
 import flow
 import grpo
 import iccot
-from engine import Prompt
+import tree
+from engine import Engine, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
+from reward import group_rewards
 from runtime import lora
+from runtime.state import TrainingState
 from sequence import Sequence
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
@@ -20,7 +27,7 @@ CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"])
 
 
 class FixedClip:
-    """Known embeddings: all captions are the first axis, so that the cosine of a picture is the score given for it."""
+    """Known embeddings: all captions are the first axis, so a picture's cosine is its score."""
 
     def __init__(self, scores):
         self.scores = torch.tensor(scores)
@@ -41,44 +48,49 @@ def toy(tmp_path_factory):
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     tokenizer = train_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer", model.config.vocab_size)
-    samples = [draw_sample("train", i) for i in range(2)]
-    return model, model.config.layout(tokenizer), tokenizer, samples
+    return Engine(model, tokenizer), [draw_sample("train", i) for i in range(2)]
 
 
-def roll(toy, config=CONFIG, step=0, true_plans=False, monkeypatch=None):
-    model, layout, tokenizer, samples = toy
-    if true_plans:
+def write_true_plans(toy, monkeypatch):
+    """From here on the engine "thinks" the plans of the samples."""
+    engine, samples = toy
 
-        def think(model, layout, prompts, size, *rest, **more):
-            plans = [
-                tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(size)
-            ]
-            return plans, [True] * len(plans)
+    def think(prompts, thinking, *, count, **_):
+        texts = [iccot.render(one.plan) for one in samples for _ in range(count)]
+        return [engine.tokenizer.encode(text) for text in texts], [True] * len(texts)
 
-        monkeypatch.setattr(grpo, "think", think)
-    return grpo.sample_groups(
-        model, layout, tokenizer, samples, range(2 * step, 2 * step + 2), config, step
-    )
+    monkeypatch.setattr(engine, "think", think)
+
+
+def roll(toy, config=CONFIG, step=0):
+    engine, samples = toy
+    numbers = [2 * step, 2 * step + 1]
+    return tree.roll_out(engine, samples, numbers, config=config, step=step)
 
 
 @pytest.mark.parametrize("same", [False, True])
 def test_members_start_from_one_noise_if_asked_to(toy, monkeypatch, same):
-    """With one plan a group all members are at the same place before the window, and at different ones after it."""
-    rollout = roll(
-        toy, dataclasses.replace(CONFIG, same_start=same), true_plans=True, monkeypatch=monkeypatch
-    )
-    of_member = lambda x: x.view(2, CONFIG.group_size, -1)  # (P, G, T * C)
-    before, after = of_member(rollout.x[0]), of_member(rollout.x_next[0])
+    """With one plan a group all members are at one place before the window, and at others after."""
+    write_true_plans(toy, monkeypatch)
+    rollout = roll(toy, dataclasses.replace(CONFIG, same_start=same))
+    before, after = (
+        x[0].view(2, CONFIG.group_size, -1) for x in (rollout.x, rollout.x_next)
+    )  # (P, G, T * C)
     assert torch.allclose(before, before[:, :1].expand_as(before), atol=1e-5) == same
     assert not torch.allclose(after[:, 0], after[:, 1], atol=1e-2)
 
 
-def run_update(toy, rollout, reward, config=CONFIG, lr=100.0, anchor=None):
+def learner(engine, optimizer, anchor=None):
+    return grpo.Learner(engine, TrainingState({}, optimizer, {}), anchor)
+
+
+def run_update(toy, rollout, reward, config=CONFIG, *, lr=100.0, anchor=None):
     """One update phase on a copy of the weights: health, weights before, weights after."""
-    model, layout, _, _ = toy
+    engine, _ = toy
+    model = engine.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(lora.trained_parameters(model, config.train).values(), lr)
-    health, finite = grpo.update(model, anchor, optimizer, layout, rollout, reward, config)
+    health, finite = grpo.update(learner(engine, optimizer, anchor), rollout, reward, config=config)
     assert finite
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -124,15 +136,16 @@ def test_ratio_is_exactly_one_before_the_first_update(toy, name):
 
 def test_rid_gives_every_member_its_own_plan(toy):
     with_rid, without = roll(toy), roll(toy, dataclasses.replace(CONFIG, rid=False))
-    assert all(len({tuple(plan) for plan in group}) > 1 for group in with_rid.plans)
-    assert all(len({tuple(plan) for plan in group}) == 1 for group in without.plans)
+    size = CONFIG.group_size
+    for group in range(2):
+        assert len({tuple(plan) for plan in with_rid.plans[group * size :][:size]}) > 1
+    assert len(without.plans) == 2
 
 
 def test_seeds_differ_between_members_and_iterations(toy):
     rollout = roll(toy)
-    n = rollout.grid[0] * rollout.grid[1]
-    members = rollout.x.shape[1] // n
-    steps = (rollout.x_next - rollout.x).view(len(rollout.x), members, n, -1)
+    steps = rollout.x_next - rollout.x  # (S, P * G, T, C)
+    members = steps.shape[1]
     assert len({tuple(steps[0, m, 0].tolist()) for m in range(members)}) == members
     again = roll(toy)
     assert torch.equal(again.x_next, rollout.x_next) and again.plans == rollout.plans
@@ -168,51 +181,97 @@ def test_advantages():
 def test_global_std_and_pictures_of_one_plan():
     reward = some_reward().double()
     images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, std="global"))
-    torch.testing.assert_close(
-        images, (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0)
-    )
+    expected = (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0)
+    torch.testing.assert_close(images, expected.flatten())
     images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, images_per_cot=2))
     pairs = reward.view(2, 2, 2)
     torch.testing.assert_close(
         images.view(2, 2, 2), grpo.group_advantage(pairs.flatten(0, 1), 0.003, 5.0).view(2, 2, 2)
     )
-    torch.testing.assert_close(plans, grpo.group_advantage(pairs.mean(2), 0.003, 5.0))
+    torch.testing.assert_close(plans, grpo.group_advantage(pairs.mean(2), 0.003, 5.0).flatten())
 
 
 def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch):
-    rollout = roll(toy, true_plans=True, monkeypatch=monkeypatch)
-    assert rollout.valid.all() and rollout.captions[0] == toy[3][0].plan.caption
-    config = dataclasses.replace(CONFIG, reward="clip_cos")
+    write_true_plans(toy, monkeypatch)
+    rollout = roll(toy)
+    assert rollout.valid.all() and rollout.captions[0] == toy[1][0].plan.caption
     clip = FixedClip([0.5, 0.1, 0.2, 0.9, 0.1, 0.3, 0.4, 0.8])
-    rollout.valid[1], rollout.captions[1] = False, ""
-    reward = grpo.rewards(clip, rollout, config)
-    torch.testing.assert_close(reward, torch.tensor([[0.5, 0.2, 0.2, 0.9], [0.1, 0.3, 0.4, 0.8]]))
-    for i in range(4):
-        rollout.valid[i], rollout.captions[i] = False, ""
-    reward = grpo.rewards(clip, rollout, config)
+
+    def rewards(captions):
+        return group_rewards(clip, rollout.images, captions, groups=2, kind="clip_cos")
+
+    captions = [*rollout.captions]
+    captions[1] = ""
+    expected = torch.tensor([[0.5, 0.2, 0.2, 0.9], [0.1, 0.3, 0.4, 0.8]])
+    torch.testing.assert_close(rewards(captions), expected)
     # a group without any plan teaches nothing
-    assert not grpo.group_advantage(reward, 0.003, 5.0)[0].any()
-    rollout.valid[:], rollout.captions = False, [""] * 8
-    assert not grpo.rewards(clip, rollout, config).any()
+    advantage = grpo.group_advantage(rewards([""] * 4 + captions[4:]), 0.003, 5.0)
+    assert not advantage[0].any() and advantage[1].any()
+    assert not rewards([""] * 8).any()
 
 
 def test_cross_scores_are_means_over_the_captions_of_the_group(toy, monkeypatch):
+    def unit(angle):
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
     class Angles:
         embed_images = staticmethod(lambda images: unit(torch.linspace(0, 1, len(images))))
         embed_captions = staticmethod(lambda captions: unit(torch.linspace(2, 3, len(captions))))
 
-    unit = lambda angle: torch.stack([angle.cos(), angle.sin()], 1)
-    rollout = roll(toy, true_plans=True, monkeypatch=monkeypatch)
-    got = grpo.rewards(
-        Angles, rollout, dataclasses.replace(CONFIG, reward="clip_cos", cross_score=True)
-    )
-    e, u = (
-        Angles.embed_images(rollout.images).view(2, 4, 2),
-        Angles.embed_captions(rollout.captions).view(2, 4, 2),
-    )
+    write_true_plans(toy, monkeypatch)
+    rollout = roll(toy)
+    asked = Angles, rollout.images, rollout.captions
+    e = Angles.embed_images(rollout.images).view(2, 4, 2)
+    u = Angles.embed_captions(rollout.captions).view(2, 4, 2)
+    got = group_rewards(*asked, groups=2, kind="clip_cos", cross_score=True)
     torch.testing.assert_close(got, torch.einsum("pgd,pcd->pgc", e, u).mean(2))
-    own = grpo.rewards(Angles, rollout, dataclasses.replace(CONFIG, reward="clip_cos"))
+    own = group_rewards(*asked, groups=2, kind="clip_cos")
     torch.testing.assert_close(own, (e * u).sum(-1))
+
+
+def make_policy(log_prob, *, v=None, text=None, mean=None, std=None):
+    v = torch.zeros(2, 3) if v is None else v
+    return tree.Policy(log_prob, text, v if mean is None else mean, std, v)
+
+
+def make_actions(**changes):
+    """Two members, one step each of one token, and three plan tokens."""
+    known = dict(
+        advantage=torch.tensor([[1.0], [-2.0]]),
+        image_of_token=torch.arange(2),
+        step_size=torch.tensor([0.25]),
+        text_advantage=torch.tensor([1.0, 1.0, -1.0]),
+        text_counts=torch.tensor([True, False, True]),
+        clip_range=0.1,
+        scale=1 / 2,
+        text_scale=1 / 2,
+    )
+    return grpo.Actions(**known | changes)
+
+
+def test_objective_is_the_equation():
+    """L by hand: clipped ratios, divergence and text, each with its weight."""
+    old = make_policy(torch.zeros(2, 1), text=torch.zeros(3))
+    new = make_policy(
+        torch.tensor([[0.3], [0.05]]),
+        v=torch.full((2, 3), 2.0),
+        text=torch.tensor([0.1, 9.0, -0.4]),
+    )
+    anchor = make_policy(torch.zeros(2, 1), v=torch.zeros(2, 3))
+    config = dataclasses.replace(CONFIG, kl_beta=0.5, train_text=True, text_clip_range=0.2)
+    found = grpo.objective(new, old, anchor, actions=make_actions(), config=config)
+    ratio = torch.tensor([0.3, 0.05]).exp()
+    images = (-1.0 * 1.1 + 2.0 * ratio[1]) / 2  # the first is clipped at 1 + eps
+    text = -torch.tensor(0.1).exp() + 0.8  # the last is clipped at 0.8, against its advantage
+    torch.testing.assert_close(found.images, images)
+    torch.testing.assert_close(found.kl, torch.tensor(4.0))
+    torch.testing.assert_close(found.total, images + 0.5 * 4.0 + text / 2)
+    torch.testing.assert_close(found.ratio.flatten(), ratio)
+    guard = dataclasses.replace(CONFIG, guard=True)
+    std = torch.ones(2, 1)
+    same = make_policy(torch.zeros(2, 1), std=std)
+    found = grpo.objective(same, same, None, actions=make_actions(), config=guard)
+    torch.testing.assert_close(found.total, torch.tensor((-1.0 + 2.0) / 0.25 / 2))
 
 
 def test_gradient_at_ratio_one_is_reinforce():
@@ -230,84 +289,83 @@ def test_clipping_stops_only_what_goes_too_far():
     assert (gradient != 0).tolist() == [False, True, True, False]
 
 
-def test_guard_centres_the_ratio_and_levels_the_steps(toy):
-    """A known change of the mean: the plain log-ratio is -|dm|^2 / (2 std^2) off on average, the guarded one is not."""
+def test_guard_centres_the_ratio_and_levels_the_steps():
+    """A known change of the mean shifts the plain log-ratio by -|dm|^2 / (2 std^2) on average."""
     g, n, scale = torch.Generator().manual_seed(0), 20_000, 0.05
-    mean, std = (
-        torch.zeros(n, 4),
-        torch.cat([torch.full((n // 2, 1), 0.1), torch.full((n // 2, 1), 0.5)]),
-    )
+    mean = torch.zeros(n, 4)
+    std = torch.cat([torch.full((n // 2, 1), 0.1), torch.full((n // 2, 1), 0.5)])  # (n, 1)
     image_of_token = torch.arange(2).repeat_interleave(n // 2)
     x_next = mean + std * torch.randn(n, 4, generator=g)
     moved = mean + scale * std
-    log_prob = lambda centre: flow.log_prob(x_next, centre, std, image_of_token, 2).view(1, 2)
-    new, old = (grpo.Policy(log_prob(centre), None, centre, std, None) for centre in (moved, mean))
-    batch = grpo.Batch(None, None, None, None, None, None, None, None, image_of_token)
-    plain = grpo.likelihood_ratio(new, old, batch, CONFIG).log()
-    guarded = grpo.likelihood_ratio(new, old, batch, dataclasses.replace(CONFIG, guard=True)).log()
+    new, old = (
+        make_policy(
+            flow.log_prob(x_next, at, std, image_of_token=image_of_token, images=2).view(1, 2),
+            mean=at,
+            std=std,
+        )
+        for at in (moved, mean)
+    )
+    plain = grpo.likelihood_ratio(new, old, image_of_token, guard=False).log()
+    guarded = grpo.likelihood_ratio(new, old, image_of_token, guard=True).log()
     expected = (plain + scale**2 / 2) * torch.tensor([[0.1, 0.5]])
     torch.testing.assert_close(guarded, expected, rtol=1e-3, atol=1e-6)
     assert (plain < 0).all() or (guarded.abs() < plain.abs()).all()
 
 
-def naive_loss(model, layout, rollout, reward, config):
-    """One member and one step at a time, each in a sequence of its own; texts one plan at a time."""
+def naive_loss(engine, rollout, reward, config):
+    """One member and one step at a time, each in a sequence of its own; texts plan by plan."""
     advantage, plan_advantage = grpo.advantages(reward, config)
-    n, size, terms = rollout.grid[0] * rollout.grid[1], config.group_size, []
-    pictures = size // config.plans_per_group
-    for group, prompt in enumerate(rollout.prompts):
-        for i in range(size):
-            plan = rollout.plans[group][i // pictures]
-            span = slice((group * size + i) * n, (group * size + i + 1) * n)
-            for k in range(len(rollout.x)):
-                x, t, t_next = rollout.x[k, span], rollout.times[k], rollout.times[k + 1]
-                v = velocity_alone(model, layout, prompt, plan, x, rollout.grid, t)
-                if config.text_guidance > 1:
-                    pictures_only = Prompt(prompt.items[:-1])
-                    texts_only = Prompt(prompt.items[-1:])
-                    others = [
-                        velocity_alone(model, layout, one, None, x, rollout.grid, t)
-                        for one in (pictures_only, texts_only)
-                    ]
-                    if flow.guidance_active(t, config.sampler.guidance_interval):
-                        v = flow.guide(v, *others, config.text_guidance, config.image_guidance)
-                mean, std = flow.transition(
-                    x.to(v), v, t.to(v), t_next.to(v), config.noise_level, config.sde
-                )
-                density = (
-                    torch.distributions.Normal(mean, std)
-                    .log_prob(rollout.x_next[k, span].to(v))
-                    .mean()
-                )
-                terms.append(-advantage[group, i] * (density - density.detach()).exp())
+    terms = []
+    for member in range(rollout.x.shape[1]):
+        prompt = rollout.prompts[member // config.group_size]
+        plan = rollout.plans[member // config.pictures_per_plan]
+        for k in range(len(rollout.x)):
+            x, t, t_next = rollout.x[k, member], rollout.times[k], rollout.times[k + 1]
+            v = guided_alone(engine, prompt, plan, x, t=t, config=config)
+            mean, std = flow.transition(
+                x.to(v), v, t.to(v), t_next=t_next.to(v), sde=config.transition
+            )
+            normal = torch.distributions.Normal(mean, std)
+            density = normal.log_prob(rollout.x_next[k, member].to(v)).mean()
+            terms.append(-advantage[member] * (density - density.detach()).exp())
     loss = torch.stack(terms).mean()
     if config.train_text:
-        words = []
-        for group, prompt in enumerate(rollout.prompts):
-            for j, plan in enumerate(rollout.plans[group]):
-                sequence = Sequence(layout)
-                with sequence.document():
-                    prompt.write(sequence)
-                    sequence.text(plan, loss=True)
-                packed = sequence.pack()
-                log_prob = -model.cross_entropy(model(packed)[0], packed)
-                log_prob = log_prob[
-                    : len(plan) + int(rollout.ended[group * config.plans_per_group + j])
-                ]
-                words.append(-plan_advantage[group, j] * (log_prob - log_prob.detach()).exp())
-        loss = loss + torch.cat(words).mean()
+        loss = loss + naive_text_loss(engine, rollout, plan_advantage, config)
     return loss
 
 
-def velocity_alone(model, layout, prompt, plan, x, grid, t):
-    sequence = Sequence(layout)
+def naive_text_loss(engine, rollout, advantage, config):
+    words = []
+    for j, plan in enumerate(rollout.plans):
+        sequence = Sequence(engine.layout)
+        with sequence.document():
+            rollout.prompts[j // config.plans_per_group].write(sequence)
+            sequence.text(plan, loss=True)
+        packed = sequence.pack()
+        log_prob = -engine.model.cross_entropy(engine.model(packed)[0], packed)
+        log_prob = log_prob[: len(plan) + int(rollout.ended[j])]
+        words.append(-advantage[j] * (log_prob - log_prob.detach()).exp())
+    return torch.cat(words).mean()
+
+
+def guided_alone(engine, prompt, plan, x, *, t, config):
+    v = velocity_alone(engine, prompt, plan, x, t=t)
+    if config.text_guidance <= 1 or not flow.guidance_active(t, config.sampler.guidance_interval):
+        return v
+    pictures_only, texts_only = Prompt(prompt.items[:-1]), Prompt(prompt.items[-1:])
+    others = [velocity_alone(engine, one, None, x, t=t) for one in (pictures_only, texts_only)]
+    return flow.guide(v, *others, guidance=config.sampler.guidance)
+
+
+def velocity_alone(engine, prompt, plan, x, *, t):
+    sequence = Sequence(engine.layout)
     with sequence.document():
         prompt.write(sequence)
         if plan is not None:
             sequence.text(plan)
-        sequence.noise(x, grid, t)
+        sequence.noise(x, (int(len(x) ** 0.5),) * 2, t)
     packed = sequence.pack()
-    return model.velocity(packed, model(packed)[1])
+    return engine.model.velocity(packed, engine.model(packed)[1])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -316,12 +374,12 @@ def velocity_alone(model, layout, prompt, plan, x, grid, t):
     ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"],
 )
 def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
-    """Gradients of an update: prompt shared and cut, plans shared, steps packed, against one forward for each."""
-    _, layout, _, _ = toy
+    """Gradients of an update: prompt cut, plans shared, steps packed, against a pass for each."""
     config = dataclasses.replace(CONFIG, **VARIANTS[name], updates=1, max_grad_norm=1e9)
     rollout = roll(toy, config)
-    model = UnifiedModel(toy[0].config).to(dtype)
-    model.load_state_dict(toy[0].state_dict())
+    model = UnifiedModel(toy[0].model.config).to(dtype)
+    model.load_state_dict(toy[0].model.state_dict())
+    engine = Engine(model, toy[0].tokenizer)
     rollout.x, rollout.x_next, rollout.times = (
         x.to(dtype) for x in (rollout.x, rollout.x_next, rollout.times)
     )
@@ -329,7 +387,7 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     reward = some_reward(config).to(dtype)
     parameters = dict(model.named_parameters())
     naive = torch.autograd.grad(
-        naive_loss(model, layout, rollout, reward, config), parameters.values(), allow_unused=True
+        naive_loss(engine, rollout, reward, config), parameters.values(), allow_unused=True
     )
     found = {}
 
@@ -339,7 +397,8 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
                 {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
             )
 
-    grpo.update(model, None, Recorder(model.parameters(), 0.0), layout, rollout, reward, config)
+    recorder = Recorder(model.parameters(), 0.0)
+    grpo.update(learner(engine, recorder), rollout, reward, config=config)
     largest = max(gradient.norm() for gradient in naive if gradient is not None)
     for key, gradient in zip(parameters, naive):
         got, gradient = (torch.zeros(1) if one is None else one for one in (found[key], gradient))
@@ -350,7 +409,7 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
 @pytest.mark.parametrize("kind", ["velocity", "latent"])
 def test_kl_is_zero_at_the_anchor_and_pulls_back_after(toy, kind):
     rollout = roll(toy)
-    anchor = {name: p.detach().clone() for name, p in toy[0].named_parameters()}
+    anchor = {name: p.detach().clone() for name, p in toy[0].model.named_parameters()}
     config = dataclasses.replace(CONFIG, kl=kind, kl_beta=1.0, updates=1)
     zero = torch.zeros(2, CONFIG.group_size)
     health, before, after = run_update(toy, rollout, zero, config, anchor=anchor)
@@ -391,24 +450,21 @@ def test_impossible_combinations_are_refused(change, words):
         dataclasses.replace(CONFIG, **change)
 
 
-def test_a_detached_context_is_not_the_gradient(toy):
-    """What published systems leave out: without the way through the prompt, the gradient is another one."""
-    model, layout, _, _ = toy
-    rollout, config = roll(toy), dataclasses.replace(CONFIG, updates=1)
-    shared, (batch, *_) = grpo.batches(layout, rollout, 0, config)
+def test_a_detached_prompt_is_not_the_gradient(toy):
+    """What published systems leave out: without the way through the prompt it is another one."""
+    engine, _ = toy
+    model, config = engine.model, dataclasses.replace(CONFIG, updates=1)
+    planted = tree.plant(engine.layout, roll(toy), 0, config=config)
 
     def gradient(detach):
         model.zero_grad()
-        context = model.keys_and_values(shared)
-        context = [tuple(x.detach() for x in pair) for pair in context] if detach else context
-        policy = grpo.policy(model, context, batch, config)
-        (
-            policy.log_prob
-            * torch.linspace(-1, 1, policy.log_prob.numel()).view_as(policy.log_prob)
-        ).sum().backward()
-        found = torch.cat(
-            [p.grad.flatten() for name, p in model.named_parameters() if ".gen." in name]
-        )
+        prefix = model.keys_and_values(planted.prompt)
+        prefix = [tuple(x.detach() for x in pair) for pair in prefix] if detach else prefix
+        log_prob = tree.policy(model, prefix, planted.batches[0], config=config).log_prob
+        weights = torch.linspace(-1, 1, log_prob.numel()).view_as(log_prob)
+        (log_prob * weights).sum().backward()
+        gen = [p.grad.flatten() for name, p in model.named_parameters() if ".gen." in name]
+        found = torch.cat(gen)
         model.zero_grad()
         return found
 
@@ -418,27 +474,21 @@ def test_a_detached_context_is_not_the_gradient(toy):
 
 def test_a_synthetic_reward_rises(toy, monkeypatch):
     """The whole machine on a reward that needs no CLIP: pictures shall get redder."""
-    from model import UnifiedModel
-
-    _, layout, tokenizer, samples = toy
-    model = UnifiedModel(toy[0].config).initialise(0)
+    model = UnifiedModel(toy[0].model.config).initialise(0)
+    engine, samples = Engine(model, toy[0].tokenizer), toy[1]
+    write_true_plans((engine, samples), monkeypatch)
     config = dataclasses.replace(CONFIG, group_size=8, window=3, updates=1)
 
-    def redness(clip, rollout, config):
-        pixels = [torch.from_numpy(np.asarray(image).astype("float32")) for image in rollout.images]
-        return torch.tensor(
-            [float(p[..., 0].mean() - p[..., 1:].mean()) / 255 for p in pixels]
-        ).view(-1, config.group_size)
+    def redness(images):
+        pixels = [torch.from_numpy(np.asarray(image).astype("float32")) for image in images]
+        values = [float(p[..., 0].mean() - p[..., 1:].mean()) / 255 for p in pixels]
+        return torch.tensor(values).view(-1, config.group_size)  # (P, G)
 
-    plans = [tokenizer.encode(iccot.render(one.plan)) for one in samples for _ in range(8)]
-    monkeypatch.setattr(grpo, "think", lambda *_, **__: (plans, [True] * len(plans)))
     optimizer = torch.optim.AdamW(lora.trained_parameters(model, "all").values(), 2e-3)
     means = []
     for step in range(8):
-        rollout = grpo.sample_groups(
-            model, layout, tokenizer, samples, [2 * step, 2 * step + 1], config, step
-        )
-        reward = redness(None, rollout, config)
+        rollout = roll((engine, samples), config, step)
+        reward = redness(rollout.images)
         means.append(reward.mean().item())
-        grpo.update(model, None, optimizer, layout, rollout, reward, config)
+        grpo.update(learner(engine, optimizer), rollout, reward, config=config)
     assert sum(means[-3:]) / 3 > sum(means[:2]) / 2 + 0.05, means

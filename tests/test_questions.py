@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import iccot
-import sft
 from engine import Engine, Result
-from model import UnifiedModel
+from model import SMOKE, ModelConfig, UnifiedModel
 from sequence import Sequence
 from studies import questions
 from studies.metrics import held_out
@@ -82,8 +81,7 @@ def test_prompts_by_number_of_references():
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    config = sft.Config(config="smoke", **sft.PRESETS["smoke"])
-    model = UnifiedModel(sft.model_config(config)).initialise(0)
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
     tokenizer = train_tokenizer(tmp_path_factory.mktemp("questions"), model.config.vocab_size)
     return Engine(model, tokenizer)
 

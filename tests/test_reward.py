@@ -174,7 +174,7 @@ def test_loading_mistakes_give_one_clear_sentence(tmp_path, folder, caplog):
         (FileNotFoundError, f"not found at {missing}", base, missing),
         (ValueError, f"w.{unfit}", small, weights),
         (ValueError, f"other.{unfit}", small, other),
-        (FileNotFoundError, "is not a toy CLIP: clip.json is missing", "toy", empty),
+        (FileNotFoundError, "is not a CLIP of one's own: clip.json is missing", "toy", empty),
     ]:
         with pytest.raises(error, match=sentence) as caught:
             reward.Clip(name, str(pretrained))

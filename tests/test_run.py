@@ -1,4 +1,4 @@
-"""One process and several: the same losses and gradients, states that any number of processes can read, staying alive."""
+"""One process and several: the same losses and gradients, states that any number can read."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ import torch
 import worker
 from safetensors.torch import load_file
 
-import grpo
 from runtime import loop, processes
 from runtime.config import UserError
 
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def torchrun(*words, processes=2, timeout=300, code=0):
-    """Start processes as torchrun does, on a port of its own; they are killed when the time is over."""
+    """Start processes as torchrun does, on a port of its own; killed when the time is over."""
     command = [
         sys.executable,
         "-m",
@@ -40,15 +39,12 @@ def torchrun(*words, processes=2, timeout=300, code=0):
 def worlds(tmp_path_factory):
     """The work of tests/worker.py by one process, by two, and the rest of it by one again."""
     folder = tmp_path_factory.mktemp("worlds")
-    try:
-        (folder / "tokenizer-run").mkdir()
-        worker.train(folder, "first", steps=3)
-        os.rename(folder / "first" / "model", folder / "init")
-        worker.work(folder)
-        torchrun("tests/worker.py", folder)
-        worker.train(folder, "handed-on-by-2")
-    finally:
-        grpo.think = worker.REAL_THINK
+    (folder / "tokenizer-run").mkdir()
+    worker.train(folder, "first", steps=3)
+    os.rename(folder / "first" / "model", folder / "init")
+    worker.work(folder)
+    torchrun("tests/worker.py", folder)
+    worker.train(folder, "handed-on-by-2")
     return folder
 
 
@@ -57,7 +53,7 @@ def weights(folder):
 
 
 def close(a, b, tolerance):
-    """Relative to a tensor's size, or to a thousandth of the largest (some gradients are zero but for rounding)."""
+    """Relative to a tensor's size, or to a thousandth of the largest (some are only rounding)."""
     assert a.keys() == b.keys()
     largest = max(tensor.float().norm() for tensor in a.values())
     for name in a:
@@ -94,7 +90,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(worlds, world):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_another_number_of_processes_goes_on(worlds, world):
-    """Began by `world` processes, finished by the other number: as if nothing had happened, but for rounding."""
+    """Begun by `world` processes, finished by the other number: the same but for rounding."""
     close(weights(worlds / f"handed-on-by-{world}"), weights(worlds / "whole-1"), 2e-3)
 
 
@@ -169,8 +165,8 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
     with pytest.raises(
         UserError, match="5 processes in 2 updates; use --prompts_per_step=40 or 50"
     ):
-        processes.share(48, "prompts", "prompts_per_step", 2)
-    assert processes.share(40, "prompts", "prompts_per_step", 2) == 8
+        processes.share(48, "prompts", "prompts_per_step", parts=2)
+    assert processes.share(40, "prompts", "prompts_per_step", parts=2) == 8
 
 
 def test_killed_processes_change_nothing():

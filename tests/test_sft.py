@@ -1,15 +1,17 @@
-"""Stage 1: packing changes nothing, dropped conditions leave their positions, a checkpoint brings its own shape."""
+"""Stage 1: packing changes nothing, dropped conditions leave positions, a checkpoint its shape."""
 
 import dataclasses
 
 import pytest
 import torch
 
+import example
 import sft
+from engine import Engine
 from model import ModelConfig, UnifiedModel
 from runtime import loop, processes
 from runtime.config import UserError
-from runtime.pretrained import save_model
+from runtime.pretrained import save_model, shape_with
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
@@ -19,21 +21,31 @@ CONFIG = sft.Config(config="smoke", **sft.PRESETS["smoke"])
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    model = UnifiedModel(sft.model_config(CONFIG)).initialise(0)
+    model = UnifiedModel(shape(CONFIG)).initialise(0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     tokenizer = train_tokenizer(folder / "tokenizer", model.config.vocab_size)
     save_model(model, tokenizer, folder / "model")
-    return model, model.config.layout(tokenizer), tokenizer, folder
+    return Engine(model, tokenizer), folder
 
 
-def encode(toy, count=6, **options):
+def shape(config):
+    return shape_with(config, sft.PRESETS[config.config])
+
+
+def examples_of(toy, count=6, **options):
     config = dataclasses.replace(CONFIG, **options)
     return [
-        sft.encode(toy[0], toy[2], draw_sample("train", i), config, processes.generator(0, i))
+        example.make_example(
+            toy[0], draw_sample("train", i), config, generator=processes.generator(0, i)
+        )
         for i in range(count)
     ]
+
+
+def pack(toy, examples, budget=10**9):
+    return example.pack(toy[0].layout, examples, budget)
 
 
 def gradients(model, packs):
@@ -45,21 +57,15 @@ def gradients(model, packs):
 
 
 def test_losses_and_gradients_do_not_depend_on_the_packing(toy):
-    model, layout, *_ = toy
-    examples = encode(toy, plan_dropout=0.3, noise_copies=2)
-    assert any(example.plan is None for example in examples) and any(
-        example.plan for example in examples
-    )
+    model = toy[0].model
+    examples = examples_of(toy, plan_dropout=0.3, noise_copies=2)
+    assert {one.plan is None for one in examples} == {True, False}
     longest = max(map(len, examples))
-    packings = [sft.pack(layout, examples, budget) for budget in (10**9, 2 * longest, longest)]
-    assert (
-        [len(packs) for packs in packings][0] == 1
-        and len(packings[1]) > 1
-        and len(packings[2]) > len(packings[1])
-    )
+    packings = [pack(toy, examples, budget) for budget in (10**9, 2 * longest, longest)]
+    assert 1 == len(packings[0]) < len(packings[1]) < len(packings[2])
     (ce, mse), expected = gradients(model, packings[0])
     for packs in packings[1:]:
-        assert all(len(packed) <= 2 * longest for packed, _ in packs)
+        assert all(len(one.packed) <= 2 * longest for one in packs)
         means, found = gradients(model, packs)
         assert means == pytest.approx([ce, mse], rel=1e-5)
         for name in expected:
@@ -74,31 +80,31 @@ def test_an_example_knows_its_length(toy):
         dict(plan_dropout=1.0),
         dict(text_dropout=1.0),
     ):
-        for example in encode(toy, **options):
-            ((packed, target),) = sft.pack(toy[1], [example], 10**9)
-            assert len(packed) == len(example) and len(target) == len(packed.noised)
+        for one in examples_of(toy, **options):
+            (found,) = pack(toy, [one])
+            assert len(found.packed) == len(one)
+            assert len(found.target) == len(found.packed.noised)
 
 
 def test_a_sample_over_the_budget_is_named(toy):
-    examples = encode(toy)
     with pytest.raises(UserError, match="tokens_per_pack=50"):
-        sft.pack(toy[1], examples, 50)
+        pack(toy, examples_of(toy), 50)
 
 
 def test_randomness_belongs_to_the_sample_not_to_the_step(toy):
-    first, again = encode(toy, 6), encode(toy, 3)
+    first, again = examples_of(toy, 6), examples_of(toy, 3)
     for a, b in zip(first, again):
         assert all(torch.equal(x, y) and s == t for (x, s), (y, t) in zip(a.noised, b.noised))
     assert not torch.equal(first[0].noised[0][0], first[1].noised[0][0])
 
 
 def test_dropped_conditions(toy):
-    """Dropped pictures leave two positions each; dropped text takes the plan along and leaves nothing (docs/BAGEL.md §4)."""
-    for i, (full, no_text, no_eye) in enumerate(
-        zip(encode(toy), encode(toy, text_dropout=1.0), encode(toy, vit_dropout=1.0))
-    ):
+    """A dropped picture leaves two positions, dropped text nothing (docs/BAGEL.md §4)."""
+    without_text, without_eye = dict(text_dropout=1.0), dict(vit_dropout=1.0)
+    variants = [examples_of(toy, **options) for options in ({}, without_text, without_eye)]
+    for i, (full, no_text, no_eye) in enumerate(zip(*variants)):
         references = len(draw_sample("train", i).references)
-        packs = [sft.pack(toy[1], [example], 10**9)[0][0] for example in (full, no_text, no_eye)]
+        packs = [pack(toy, [one])[0].packed for one in (full, no_text, no_eye)]
         texts = len(full.prompt.items[-1]) + 2 + (0 if full.plan is None else len(full.plan) + 2)
         at = [int(packed.positions[packed.latent_index[packed.noised[0]]]) for packed in packs]
         assert at == [2 * references + texts, 2 * references, 2 * references + texts]
@@ -106,26 +112,22 @@ def test_dropped_conditions(toy):
 
 
 def test_a_checkpoint_brings_its_shape(toy):
-    folder = str(toy[3] / "model")
+    folder = str(toy[1] / "model")
     full = sft.Config(config="full", init=folder)
-    assert sft.model_config(full) == toy[0].config
+    assert shape(full) == toy[0].model.config
     with pytest.raises(UserError, match="--intermediate_size=96"):
-        sft.model_config(dataclasses.replace(full, intermediate_size=96))
-    assert sft.model_config(CONFIG) == ModelConfig(**sft.MODELS["smoke"])
+        shape(dataclasses.replace(full, intermediate_size=96))
+    assert shape(CONFIG) == ModelConfig(**sft.MODELS["smoke"])
 
 
 def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     """One step from `init`: the first loss is that of the checkpoint, not of fresh weights."""
     config = dataclasses.replace(
-        CONFIG, init=str(toy[3] / "model"), out=str(tmp_path / "run"), steps=1, threads=1
+        CONFIG, init=str(toy[1] / "model"), out=str(tmp_path / "run"), steps=1, threads=1
     )
     sft.train(config)
-    indices = range(config.samples_per_step)
-    examples = [
-        sft.encode(toy[0], toy[2], draw_sample("train", i), config, processes.generator(0, i))
-        for i in indices
-    ]
-    means, _ = gradients(toy[0], sft.pack(toy[1], examples, config.tokens_per_pack))
+    examples = examples_of(toy, config.samples_per_step)
+    means, _ = gradients(toy[0].model, pack(toy, examples, config.tokens_per_pack))
     line = loop.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)
     assert (tmp_path / "run/model/ema.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""What every process of a test does: `torchrun … tests/worker.py FOLDER`, or `work(folder)` in a world of one."""
+"""What every process of a test does: `torchrun … tests/worker.py FOLDER`, or `work(folder)`."""
 
 import dataclasses
 import shutil
@@ -10,13 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import example  # noqa: E402
 import grpo  # noqa: E402
 import iccot  # noqa: E402
 import sft  # noqa: E402
-from runtime import (
-    processes,  # noqa: E402
-    sharding,  # noqa: E402
-)
+import tree  # noqa: E402
+from runtime import processes, sharding  # noqa: E402
 from toy.tasks import draw_sample  # noqa: E402
 
 SFT = dataclasses.replace(
@@ -55,58 +54,50 @@ def whole(tensor):
 def sft_gradients(folder, sum_every_pass):
     """The first step of stage 1: losses, and gradients of everything."""
     config = dataclasses.replace(SFT, sum_every_pass=sum_every_pass)
-    model, tokenizer = sft.build(config, folder / "tokenizer-run")
-    layout = model.config.layout(tokenizer)
+    engine = sft.build(config, folder / "tokenizer-run")
+    model = engine.model
     examples = [
-        sft.encode(model, tokenizer, draw_sample("train", i), config, processes.generator(0, i))
-        for i in sft.sample_indices(config, 0)
+        example.make_example(
+            engine, draw_sample("train", i), config, generator=processes.generator(0, i)
+        )
+        for i in sft.sample_numbers(config, 0)
     ]
-    packs = sft.pack(layout, examples, config.tokens_per_pack)
+    packs = example.pack(engine.layout, examples, config.tokens_per_pack)
     means = sft.backward(model, packs, config)
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return found | {"means": torch.tensor(means), "packs": torch.tensor([len(packs)])}
 
 
 def grpo_gradients(folder, **options):
-    """Gradients of both optimiser steps of an update, whose plans are parts of the true ones and whose rewards are random."""
+    """Gradients of both optimiser steps of an update: parts of true plans, random rewards."""
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
-    model, tokenizer, trained = grpo.build(config)
-    layout, numbers = model.config.layout(tokenizer), grpo.sample_indices(config, 0)
+    learner = grpo.build(config)
+    engine, numbers, size = learner.engine, grpo.sample_numbers(config, 0), config.group_size
     samples = [draw_sample("train", i) for i in numbers]
-    texts = [tokenizer.encode(iccot.render(one.plan)) for one in samples]
+    texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [
-        text[3 * m : 3 * m + 9 * (i + 1)]
-        for text, i in zip(texts, numbers)
-        for m in range(config.group_size)
+        text[3 * m : 3 * m + 9 * (i + 1)] for text, i in zip(texts, numbers) for m in range(size)
     ]
-    grpo.think = lambda *_, **__: (plans, [True] * len(plans))
-    with sharding.gathered(model):
-        rollout = grpo.sample_groups(model, layout, tokenizer, samples, numbers, config, 0)
-    reward = torch.stack(
-        [torch.randn(config.group_size, generator=processes.generator(7, i)) for i in numbers]
-    )
-    anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
-    found = {}
+    engine.think = lambda *_, **__: (plans, [True] * len(plans))
+    with sharding.gathered(engine.model):
+        rollout = tree.roll_out(engine, samples, numbers, config=config, step=0)
+    reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
+    trained, found = learner.state.parameters, {}
 
     class Recorder(torch.optim.SGD):
         def step(self):
-            found.update(
-                {
-                    f"{len(found)}.{name}": whole(p.grad)
-                    for name, p in trained.items()
-                    if p.grad is not None
-                }
-            )
+            reached = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            begun = len(found)
+            found.update({f"{begun}.{name}": whole(grad) for name, grad in reached.items()})
 
-    grpo.update(model, anchor, Recorder(trained.values(), 0.0), layout, rollout, reward, config)
+    learner.state.optimizer = Recorder(trained.values(), 0.0)
+    learner.anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
+    grpo.update(learner, rollout, reward, config=config)
     return found
 
 
 def train(folder, name, **options):
     sft.train(dataclasses.replace(SFT, out=str(folder / name), **options))
-
-
-REAL_THINK = grpo.think
 
 
 def work(folder):
@@ -136,10 +127,8 @@ def work(folder):
     train(folder, f"background-{world}", async_save=True)
     if world == 2:
         train(folder, "handed-on-by-1")  # what one process began
-        grpo.think = REAL_THINK
-        grpo.rewards = lambda clip, rollout, config: torch.randn(
-            len(rollout.prompts), config.group_size
-        )  # nothing parses yet
+        # nothing parses yet
+        grpo.group_rewards = lambda *_, groups, **__: torch.randn(groups, GRPO.group_size)
         grpo.train(
             dataclasses.replace(
                 GRPO,

@@ -12,6 +12,8 @@ The data pipeline of Re-Align-410K: from folders of pictures to training samples
 Each stage reads the file of the one before and appends to its own, a line a sample: it can be
 killed and repeated. Answers of models are kept in replies/ (studies/endpoint.py), so nothing is
 asked twice; scores are kept apart from the cuts, so that these can be changed without asking again.
+studies/pools.py draws the references, writer.py has the questions to the models, judge.py the
+scores.
 
 Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by
 default cuts are percentiles within a task, since CLIP's cosines differ between models and tasks.

@@ -104,7 +104,14 @@ def activations(shape, packed, checkpointing, *, prefix_rows=0, dtype=torch.bflo
     cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
     with kept_bytes(model.parameters()) as block:
         model.blocks[0](und, gen, packed, (cos, cos), None, prefix[0] if prefix else None)
-    return whole.total, block.total if checkpointing else 0
+    if not checkpointing:
+        return whole.total, 0
+    return whole.total + turn_bytes(shape, packed, cos.itemsize), block.total
+
+
+def turn_bytes(shape, packed, width):
+    """Bytes of RoPE's cos and sin (N, 1, D / 2): checkpoint holds them where no hook sees them."""
+    return len(packed) * shape.head_dim * width
 
 
 # --------------------------------------------------------------------------------------------------

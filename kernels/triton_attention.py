@@ -21,15 +21,13 @@ import torch.nn.functional as F
 from kernels.tiles import ceil_div, tile_lists
 from kernels.triton_kernels import (
     combine_kernel,
+    descriptor,
     dkdv_kernel,
     dq_kernel,
     forward_kernel,
     sum_kernel,
     triton,
 )
-
-if triton is not None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def interpreted():
@@ -156,12 +154,9 @@ def _aligned(x):
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _descriptor(x, block):
-    """(N, heads, D) seen as (heads, N, D), read in boxes of one head and `block` tokens."""
-    n, heads, head_dim = x.shape
-    return TensorDescriptor(
-        x, [heads, n, head_dim], [x.stride(1), x.stride(0), 1], [1, block, block_d(head_dim)]
-    )
+def _boxes(x, block):
+    """A descriptor of x (N, heads, D), read in boxes of one head and `block` tokens."""
+    return descriptor(x, block, block_d(x.shape[2]))
 
 
 def _options(q, k, config):
@@ -204,7 +199,7 @@ def attention_forward(
     part_shape = 2 * (work.shape[0] - pieces.shape[0]), key_heads, config.block_m  # slots first
     part = torch.empty(*part_shape, block_d(head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part_shape, dtype=torch.float32, device=q.device)
-    keys, values = _descriptor(k, config.block_n), _descriptor(v, config.block_n)
+    keys, values = _boxes(k, config.block_n), _boxes(v, config.block_n)
     vectors = q_hi, q_pos, k_hi, index, work
     sizes = n_queries, n_keys, index.shape[1], q.stride(0), q.stride(1), scale / math.log(2)
     options = _options(q, k, config)
@@ -252,7 +247,7 @@ def _launch_dq(q, k, v, vectors, lists, scale, *, out, do, lse, delta, dq):
     """Fill dq and delta."""
     index, work, _ = lists
     config = tile_config("dq", q.shape[2], q.dtype, q.device)
-    keys, values = _descriptor(k, config.block_n), _descriptor(v, config.block_n)
+    keys, values = _boxes(k, config.block_n), _boxes(v, config.block_n)
     sizes = q.shape[0], k.shape[0], index.shape[1]
     strides = q.stride(0), q.stride(1), do.stride(0), do.stride(1)
     dq_kernel[work.shape[0], k.shape[1]](
@@ -271,8 +266,8 @@ def _launch_dkdv(q, k, v, vectors, lists, scale, *, do, lse, delta, dk, dv):
     slots = 2 * (work.shape[0] - pieces.shape[0])
     part_shape = slots, key_heads, 2, block_n, block_d(head_dim)
     part = torch.empty(part_shape, dtype=torch.float32, device=q.device)
-    q_boxes, do_boxes = _descriptor(q, block_m), _descriptor(do, block_m)
-    k_boxes, v_boxes = _descriptor(k, block_n), _descriptor(v, block_n)
+    q_boxes, do_boxes = _boxes(q, block_m), _boxes(do, block_m)
+    k_boxes, v_boxes = _boxes(k, block_n), _boxes(v, block_n)
     sizes = q.shape[0], k.shape[0], index.shape[1]
     options = _options(q, k, config)
     dkdv_kernel[work.shape[0], key_heads](

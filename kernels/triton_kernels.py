@@ -32,6 +32,7 @@ Left out: dropout, biases, soft caps, second derivatives, float8.
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton here: the kernels below are never called, sdpa does the work
     triton = tl = None
 
@@ -54,6 +55,12 @@ def _folded_rows(tile, n_queries, GROUP: constexpr, BLOCK_M: constexpr):
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     return token, row - token * GROUP, token < n_queries
+
+
+def descriptor(x, block, width):
+    """x (N, heads, D) seen as (heads, N, D), for _load_2d: boxes of one head, `block` x `width`."""
+    (n, heads, head_dim), (stride, head_stride, _) = x.shape, x.stride()
+    return TensorDescriptor(x, [heads, n, head_dim], [head_stride, stride, 1], [1, block, width])
 
 
 @jit

@@ -73,6 +73,9 @@ def test_activations(shape, checkpointing):
         for pack, rows in ((shared, 0), (members, len(shared)))
     ]
     measured = [prompt.total, rest.total]
+    if checkpointing:
+        for i, pack in enumerate((shared, members)):
+            measured[i] += memory.turn_bytes(shape, pack, 4)
     # without checkpointing, this CPU's attention keeps copies of rows and keys where the kernel
     # keeps q, k and v
     assert computed == pytest.approx(measured, rel=0.05 if checkpointing else 0.35)

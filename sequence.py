@@ -4,7 +4,7 @@ tokens, without padding.
 
 A document is a tree laid out depth first. Its runs of tokens are causal (text) or bidirectional (an
 image); a token sees the runs of its ancestors and its own run. A noised image is a leaf that nobody
-else sees. Two integers a token say all of this (the proof is in kernels/attention.py):
+else sees. Two integers a token say all of this (the proof is in kernels/mask.py):
 
     visible(i, j)  <=>  j < q_hi[i]  and  i < k_hi[j]
     q_hi[i] = i + 1 in a causal run, the end of the run in a bidirectional one

@@ -1,0 +1,87 @@
+"""The metrics of the paper's tables, and the ablation that is made of them."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from engine import Result, Sampler
+from iccot import ICCoT
+from model import SMOKE, ModelConfig, UnifiedModel
+from runtime.pretrained import save_model
+from studies.ablation import ROWS, ablation_table, measure_row
+from studies.metrics import HeldOut, by_task, held_out, measure
+from toy.tokenizer import train_tokenizer
+
+
+class WordCounts:
+    """A CLIP that knows colours of pictures and lengths of captions, which is enough to compare."""
+
+    def embed_images(self, images):
+        pixels = [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) for image in images]
+        return self.unit(torch.stack(pixels).float().mean(1) / 255)
+
+    def embed_captions(self, captions):
+        return self.unit(torch.tensor([len(caption) / 100 for caption in captions]))
+
+    @staticmethod
+    def unit(angle):
+        return torch.stack([angle.cos(), angle.sin()], 1)  # (B, E)
+
+
+def painted(sample, plan=None, image=None):
+    plan = plan or sample.plan
+    return Result("text", plan, [], True, image or sample.target)
+
+
+def test_true_pictures_and_plans_measure_ten():
+    samples = held_out("toy", 12)
+    row = measure(samples, [painted(one) for one in samples], WordCounts())
+    assert row["PF"] == row["SC"] == row["Overall"] == 10 and row["n"] == 12
+    assert row["format_ok"] == row["caption_ok"] == row["plan_ok"] == 1
+    assert row["CLIP_out"] == pytest.approx(row["CLIP_plan"])
+    table, counts = by_task(samples, [painted(one) for one in samples])
+    assert sum(counts.values()) == 12 and all(scores == (10, 10, 10) for scores in table.values())
+
+
+def test_wrong_pictures_and_captions_cost_their_own_columns():
+    samples = held_out("toy", 6)
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    right = measure(samples, [painted(one) for one in samples], WordCounts())
+    wrong_picture = measure(samples, [painted(one, image=grey) for one in samples], WordCounts())
+    assert wrong_picture["Overall"] < 2 and wrong_picture["caption_ok"] == 1
+    plans = [ICCoT("A moon.", one.plan.relations) for one in samples]
+    results = [painted(one, plan) for one, plan in zip(samples, plans)]
+    wrong_plan = measure(samples, results, WordCounts())
+    assert wrong_plan["caption_ok"] == 0 and wrong_plan["Overall"] == 10
+    assert wrong_plan["CLIP_out"] == right["CLIP_out"] != wrong_plan["CLIP_plan"]
+    nothing = [replace(painted(one), plan=None, valid=False) for one in samples]
+    row = measure(samples, nothing, WordCounts())
+    assert math.isnan(row["CLIP_plan"]) and row["format_ok"] == row["caption_ok"] == 0
+
+
+def test_the_ablation_table_has_mean_deviation_and_all_seeds():
+    one = dict(PF=7.0, SC=6.0, Overall=6.5, CLIP_out=30.0)
+    seeds = [one, one | dict(PF=8.0, Overall=7.0, CLIP_out=32.0)]
+    lines = ablation_table({"SFT": seeds, "SFT without IC-CoT": seeds}).splitlines()
+    assert lines[2].startswith("| SFT | 7.50 ± 0.71 (7.51) | 6.00 ± 0.00 (6.46) | ")
+    assert lines[2].endswith(" | 6.50, 7.00 |") and "(" not in lines[3]
+    assert [name for name, row in ROWS.items() if not row.plans] == ["base", "SFT without IC-CoT"]
+
+
+def test_a_row_of_the_ablation_is_measured_once(tmp_path):
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
+    tokenizer = train_tokenizer(tmp_path / "tokenizer", model.config.vocab_size)
+    save_model(model, tokenizer, tmp_path / "run" / "model")
+    held, folder = HeldOut(count=2, sampler=Sampler(2, 10.0)), tmp_path / "run"
+    row = measure_row(folder, "SFT without IC-CoT", held, clip=WordCounts())
+    assert row["n"] == 2 and row["format_ok"] == 0  # it was not asked to plan
+    kept = json.loads((folder / "evaluation.json").read_text())
+    kept["row"]["n"] = 99
+    (folder / "evaluation.json").write_text(json.dumps(kept))
+    assert measure_row(folder, "SFT without IC-CoT", held, clip=None)["n"] == 99
+    other = replace(held, count=1)
+    assert measure_row(folder, "SFT without IC-CoT", other, clip=WordCounts())["n"] == 1

@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import ShardWriter, Source, picture_sheet
+from data import ShardWriter, Source, hash_of, picture_sheet
 from iccot import TASKS
 from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
@@ -318,7 +318,7 @@ def why_dropped(records, config):
 
 
 def write_shards(records, config):
-    """Shards of the scored records that pass, written anew; nothing is asked.
+    """Shards of the scored records that pass, written anew, tasks mixed; nothing is asked.
 
     Returns `why_dropped` of them all.
     """
@@ -330,9 +330,11 @@ def write_shards(records, config):
         "judge_model": config.judge_model or config.chat_model,
     }
     kept = ("key", "task", "instruction", "plan", "scores")
+    mixed = sorted(scored, key=lambda key: hash_of(key, "order"))
     with files.published(out / "shards") as hidden:
         with ShardWriter(hidden, config.shard_size) as shards:
-            for key, record in sorted(scored.items()):
+            for key in mixed:
+                record = scored[key]
                 if not reasons[key]:
                     about = {name: record[name] for name in kept}
                     about["provenance"] = {"references": record["references"], **makers}

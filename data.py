@@ -16,13 +16,21 @@ That is the record and its pictures; scores and provenance are free. curate.py w
 grpo.py read it.
 
     tar shard   samples-000000.tar holds the files of its samples one after the other
-                (WebDataset's layout: any of its tools can read it)
+                (WebDataset's layout: any of its tools can read it); where they are in it is kept
+                in samples-000000.index.json, written by the first who reads the shard
     folder      records.jsonl, one record a line, with "references": [paths] and "target": path
 
-A source is a list that never ends: position p is sample order[p mod n] of epoch p // n. The order
-of an epoch permutes the shards, and then the samples within stretches of `buffer` neighbours, so
-that a disk reads almost in sequence. It depends on (seed, epoch) alone: a run is resumed at any
-sample, ranks and workers take positions, nothing is stored.
+A source is a list that never ends: position p is sample order[p mod n] of epoch p // n. For the
+order of an epoch, what is on disk is cut into LANES equal stretches; each is read forward from a
+place drawn at random, a sample of each in turn, and `buffer` neighbours of what results are
+shuffled. So a step has the mixture of the whole, even of shards that are sorted by task, and a disk
+reads almost in sequence. The order depends on (seed, epoch) alone: a run is resumed at any sample,
+ranks and workers take positions, nothing is stored.
+
+A sample is held out if a hash of its key is in the lowest HELD_OUT of its range (of a few, the
+lowest one): `open_source` never trains on it, studies/metrics.py measures on nothing else. A sample
+that cannot be read is skipped and named on stderr, the next position stands in for it; among the
+last WINDOW that were read at most a share of BROKEN may be like that.
 
 Left out: streaming from object stores (mount them), captions in other files, video.
 
@@ -31,12 +39,19 @@ Left out: streaming from object stores (mount them), captions in other files, vi
     python data.py --check PATH        every record: pictures, relations, references, lengths
 """
 
+import functools
+import hashlib
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import socket
 import sys
 import tarfile
 import textwrap
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +63,7 @@ from tqdm import tqdm
 
 import iccot
 from iccot import TASKS, Sample
-from runtime import files
+from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse, with_path
 from toy.judge import judge
 from toy.tasks import Drawn, check_request, draw_sample
@@ -56,6 +71,10 @@ from toy.world import SIZE
 from vision import open_image
 
 LONGEST = 2000  # characters of an instruction; longer ones are a mistake of whoever made them
+LANES = 64  # places of the disk that are read in turn
+HELD_OUT = 1 / 50  # share of the keys that no training sees
+WINDOW, BROKEN = 200, 0.1  # reading stops if more than this share of the last reads failed
+FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sample raises
 
 
 class ShardWriter:
@@ -105,20 +124,61 @@ class ShardWriter:
 
 
 def index_of(shard) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """[(key, {suffix: (offset, size)})] of a tar shard in order, from a scan of its headers."""
-    entries = {}
+    """[(key, {suffix: (offset, size)})] of a tar shard in order.
+
+    From the index beside it, if that agrees with its name, size and time; else from a scan of its
+    headers, and the index is written, where that is possible. UserError if it is no whole tar file.
+    """
+    shard = Path(shard)
+    path = shard.with_suffix(".index.json")
     try:
-        with tarfile.open(shard) as tar:
-            for entry in tar:
-                if entry.isfile():
-                    name, _, suffix = Path(entry.name).name.partition(".")
-                    key = str(Path(entry.name).with_name(name))
-                    entries.setdefault(key, {})[suffix] = (entry.offset_data, entry.size)
+        about = shard.stat()
+        tar = {"tar": shard.name, "size": about.st_size, "mtime_ns": about.st_mtime_ns}
+        kept = _kept_index(path)
+        if kept is not None and all(kept.get(name) == value for name, value in tar.items()):
+            return [(key, _places(found)) for key, found in kept["samples"].items()]
+        entries = _scanned(shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out"
         ) from None
+    if kept is not None or not path.exists():
+        _keep_index(path, tar | {"samples": entries})
     return list(entries.items())
+
+
+def _places(found):
+    return {suffix: tuple(place) for suffix, place in found.items()}
+
+
+def _scanned(shard):
+    """{key: {suffix: (offset, size)}} from the headers of a tar file."""
+    entries = {}
+    with tarfile.open(shard) as tar:
+        for entry in tar:
+            if entry.isfile():
+                name, _, suffix = Path(entry.name).name.partition(".")
+                key = str(Path(entry.name).with_name(name))
+                entries.setdefault(key, {})[suffix] = (entry.offset_data, entry.size)
+    return entries
+
+
+def _kept_index(path):
+    """The index in a file; None if there is none, or what is there is not one of ours."""
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"tar", "samples"} <= kept.keys() else None
+
+
+def _keep_index(path, index):
+    """Write an index; a folder that cannot be written goes without. Processes may do it at once."""
+    try:
+        with files.published(path, f"-{socket.gethostname()}-{os.getpid()}") as hidden:
+            hidden.write_text(json.dumps(index))
+    except OSError:
+        pass
 
 
 def lines_of(part: Path) -> list[tuple[str, str]]:
@@ -127,39 +187,90 @@ def lines_of(part: Path) -> list[tuple[str, str]]:
     return [(f"line {number}", line) for number, line in lines if line.strip()]
 
 
-class Source(torch.utils.data.Dataset):
-    """The samples at `path`: a tar shard, a folder of tar shards, or one with records.jsonl."""
+def hash_of(key: str, purpose: str = "held out") -> float:
+    """A number in [0, 1) for a key, evenly spread, the same on every machine and in any company."""
+    digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
-    def __init__(self, path, seed: int = 0, buffer: int = 1000):
+
+def held_out_keys(keys) -> set[str]:
+    """Those of the keys whose hash is below HELD_OUT; of a few keys the lowest, if none is.
+
+    Of several keys one is left, in the same way. One alone is held out, and trained on too.
+    """
+    hashes = {key: hash_of(key) for key in keys}
+    ranked = sorted(hashes, key=hashes.get)
+    count = max(1, sum(value < HELD_OUT for value in hashes.values()))
+    return set(ranked[: min(count, max(1, len(ranked) - 1))])
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Say it on stderr, once, from the first process."""
+    if processes.is_main():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Source(torch.utils.data.Dataset):
+    """The samples at `path`: a tar shard, a folder of tar shards, or one with records.jsonl.
+
+    split: all, or train or held_out, which share no sample (but for a single one).
+    """
+
+    def __init__(self, path, seed: int = 0, split: str = "all", *, buffer: int = 1000):
         """UserError: there are none."""
         self.path, self.seed, self.buffer = Path(path), seed, buffer
-        lines = self.path / "records.jsonl"
-        if self.path.suffix == ".tar" and self.path.is_file():
-            self.parts = [self.path]
-        elif lines.is_file():
-            self.parts = [lines]
-        elif self.path.is_dir() and list(self.path.glob("*.tar")):
-            self.parts = sorted(self.path.glob("*.tar"))
-        else:
-            raise UserError(
-                f"no samples at {path}: expected a .tar file, a folder of them, "
-                "or a folder with records.jsonl"
-            )
         self.entries = []  # (part, key, where its files are or its line)
-        self.starts = []  # number of the first sample of each part
-        for part in self.parts:
+        for part in self._parts():
             found = index_of(part) if part.suffix == ".tar" else lines_of(part)
-            self.starts += [len(self.entries)] if found else []
             self.entries += [(part, *entry) for entry in found]
         if not self.entries:
             raise UserError(f"{path} holds no samples")
+        if split != "all":
+            self._keep(split)
         self.orders = {}  # of the last two epochs that were asked for
+        self.recent = deque(maxlen=WINDOW)  # what was wrong with the last ones read; "": nothing
+        self.broken = multiprocessing.RawArray("b", len(self))  # 1: skipped; shared with workers
+
+    def _parts(self):
+        lines = self.path / "records.jsonl"
+        if self.path.suffix == ".tar" and self.path.is_file():
+            return [self.path]
+        if lines.is_file():
+            return [lines]
+        if self.path.is_dir() and list(self.path.glob("*.tar")):
+            return sorted(self.path.glob("*.tar"))
+        raise UserError(
+            f"no samples at {self.path}: expected a .tar file, a folder of them, "
+            "or a folder with records.jsonl"
+        )
+
+    def _keep(self, split):
+        """Forget the samples of the other split."""
+        keys = [self.key(number) for number in range(len(self))]
+        chosen = held_out_keys(keys)
+        if len(chosen) == len(set(keys)):
+            warn(f"{self.path} holds one sample: it is trained on, and it is the held-out one too")
+            return
+        wanted = {"train": False, "held_out": True}[split]
+        pairs = zip(self.entries, keys)
+        self.entries = [entry for entry, key in pairs if (key in chosen) == wanted]
 
     def __len__(self) -> int:
         return len(self.entries)
 
+    def key(self, number: int) -> str:
+        """The key of a sample: the name of its files, or in its record; of a torn one its line."""
+        part, key, content = self.entries[number]
+        if part.suffix == ".tar":
+            return key.rpartition("/")[2]
+        try:
+            return str(json.loads(content)["key"])
+        except FAULTS:
+            return content
+
     def order(self, epoch: int) -> np.ndarray:
-        """(n,) the order of an epoch: shards permuted, then samples within stretches of buffer."""
+        """(n,) the order of an epoch: a sample of each lane in turn, neighbours shuffled."""
         if epoch not in self.orders:
             if len(self.orders) == 2:
                 del self.orders[next(iter(self.orders))]
@@ -168,38 +279,93 @@ class Source(torch.utils.data.Dataset):
 
     def _shuffled(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
-        parts = np.split(np.arange(len(self)), self.starts[1:])
-        order = np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+        lanes = np.array_split(np.arange(len(self)), min(LANES, len(self)))
+        rounds = np.full((len(lanes[0]), len(lanes)), -1)  # the first lane is a longest
+        for i, lane in enumerate(lanes):
+            rounds[: len(lane), i] = np.roll(lane, rng.integers(len(lane)))
+        order = rounds[rounds >= 0]  # (n,), round by round
         for start in range(0, len(order), self.buffer):
             rng.shuffle(order[start : start + self.buffer])
         return order
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position of the endless list."""
-        epoch, place = divmod(int(position), len(self))
-        return self.sample(int(self.order(epoch)[place]))
+        """The sample at a position of the endless list, or the next one that can be read.
+
+        UserError if too many of those that were read cannot be.
+        """
+        for place in itertools.count(int(position)):
+            epoch, rest = divmod(place, len(self))
+            sample = self._sample_or_skip(int(self.order(epoch)[rest]))
+            if sample is not None:
+                return sample
+
+    def first(self, count: int) -> list[Sample]:
+        """At most `count` samples that can be read, by the hash of their keys: however they lie on
+        disk, the same ones. UserError if there are none."""
+        numbers = sorted(range(len(self)), key=lambda number: hash_of(self.key(number)))
+        found = (one for one in map(self._sample_or_skip, numbers) if one is not None)
+        samples = list(itertools.islice(found, count))
+        if count and not samples:
+            raise UserError(f"none of the {len(self)} samples of {self.path} can be read")
+        return samples
+
+    @property
+    def skipped(self) -> int:
+        """Samples that were skipped so far, by this process and its workers."""
+        return bytes(self.broken).count(1)
+
+    def _sample_or_skip(self, number):
+        """A sample; None if it cannot be read, which is said once. UserError for too many."""
+        try:
+            sample = self._load(number)
+        except FAULTS as error:
+            self.recent.append(in_one_line(error))
+        else:
+            self.recent.append("")
+            return sample
+        if not self.broken[number]:
+            self.broken[number] = 1
+            what = f"{self.name(number)}: {self.recent[-1]}"
+            print(f"skipped ({self.skipped} so far): {what}", file=sys.stderr, flush=True)
+        reasons = Counter(filter(None, self.recent))
+        if reasons.total() > BROKEN * WINDOW:
+            raise UserError(
+                f"{self.path}: {reasons.total()} of the last {len(self.recent)} samples cannot be "
+                f"read, most often: {reasons.most_common(1)[0][0]}; "
+                f"python data.py --check {self.path} lists all that is wrong"
+            )
 
     def sample(self, number: int) -> Sample:
         """Sample `number` in the order on disk. UserError names what is wrong with it."""
-        part, key, content = self.entries[number]
-        read = self._tar_record if part.suffix == ".tar" else self._line_record
         try:
-            record, pictures = read(part, content)
-            plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
-            return Sample(
-                key=str(record["key"]),
-                task=str(record["task"]),
-                references=tuple(pictures[:-1]),
-                instruction=record["instruction"],
-                plan=plan,
-                target=pictures[-1],
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+            return self._load(number)
+        except FAULTS as error:
             raise UserError(
-                f"{part}, sample {key}: {what}; "
+                f"{self.name(number)}: {in_one_line(error)}; "
                 f"python data.py --check {self.path} lists all that is wrong"
             ) from None
+
+    def name(self, number: int) -> str:
+        """Where a sample is, for messages."""
+        part, key, _ = self.entries[number]
+        return f"{part}, sample {key}"
+
+    def _load(self, number):
+        """Sample `number`; one of FAULTS if it is broken."""
+        part, _, content = self.entries[number]
+        read = self._tar_record if part.suffix == ".tar" else self._line_record
+        record, pictures = read(part, content)
+        plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
+        if not isinstance(record["instruction"], str):
+            raise TypeError("its instruction is no text")
+        return Sample(
+            key=str(record["key"]),
+            task=str(record["task"]),
+            references=tuple(pictures[:-1]),
+            instruction=record["instruction"],
+            plan=plan,
+            target=pictures[-1],
+        )
 
     def record(self, number: int) -> dict:
         """The record of a sample, without its pictures."""
@@ -234,22 +400,56 @@ class Source(torch.utils.data.Dataset):
         return record, [open_image(part.parent / path) for path in paths]
 
 
+def in_one_line(error: Exception) -> str:
+    """What is wrong with a sample, without line breaks."""
+    text = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split())
+
+
 def open_source(path: str, seed: int, max_references: int, *, scale: int = 1):
-    """The samples that --data names: "toy" draws them, anything else is a path."""
-    return Drawn("train", seed, max_references, scale) if path == "toy" else Source(path, seed)
+    """What --data names, to train on: "toy" draws samples, else the train split of those there."""
+    if path == "toy":
+        return Drawn("train", seed, max_references, scale)
+    return Source(path, seed, "train")
+
+
+class Answers(torch.utils.data.Dataset):
+    """A source that hands over a UserError in place of a sample: a worker would wrap it in more."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, position):
+        try:
+            return self.source[position]
+        except UserError as error:
+            return error
 
 
 def stream(source, positions, workers: int = 0):
     """An iterator of the samples at these positions, in order; `workers` processes read ahead."""
     loader = torch.utils.data.DataLoader(
-        source,
+        Answers(source),
         batch_size=None,
         sampler=positions,
         num_workers=workers,
         prefetch_factor=8 if workers else None,
-        collate_fn=lambda sample: sample,
+        collate_fn=as_it_is,
     )
-    return iter(loader)
+    return samples_of(iter(loader))
+
+
+def as_it_is(sample):
+    """No batch is made of samples."""
+    return sample
+
+
+def samples_of(answers):
+    """The samples among the answers of a loader, until a UserError comes."""
+    for answer in answers:
+        if isinstance(answer, UserError):
+            raise answer
+        yield answer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,7 +462,6 @@ def problems_of(source: Source, number: int, context_length: int = 77) -> list[s
         sample = source.sample(number)
     except UserError as error:
         return [str(error).split("; python data.py")[0]]
-    where = f"{source.entries[number][0]}, sample {source.entries[number][1]}"
     count, found = len(sample.references), []
     if not sample.references:
         found.append("it has no reference")
@@ -274,7 +473,7 @@ def problems_of(source: Source, number: int, context_length: int = 77) -> list[s
     tokens = len(SimpleTokenizer().encode(sample.plan.caption)) + 2
     if tokens > context_length:
         found.append(f"its caption has {tokens} CLIP tokens, CLIP reads {context_length}")
-    return [f"{where}: {what}" for what in found]
+    return [f"{source.name(number)}: {what}" for what in found]
 
 
 def check(path: str) -> None:
@@ -348,7 +547,7 @@ class Config:
     show: bool = False  # draw a sheet of samples
     check: bool = False  # read every sample at `path`, list what is wrong; then status 1
     path: str = ""  # samples on disk; "": the toy world (--show PATH)
-    split: str = "train"  # train or held_out
+    split: str = "train"  # of the toy world: train or held_out; on disk all samples
     index: int = 0  # number of the first sample to look at
     count: int = 21  # samples to show, evenly of the seven tasks
     seed: int = 0  # of the samples

@@ -78,12 +78,18 @@ class HeldOut:
 
 
 def held_out(path, count, *, max_references=4, seed=0, scale=1):
-    """The first `count` samples of the toy world's held-out split ("toy"), or of those on disk."""
+    """`count` samples of the toy world's held-out split ("toy"), or of that of samples on disk.
+
+    Of these at most as many as are held out, by a hash of the key (data.py).
+    """
     if path == "toy":
         source = Drawn("held_out", seed, max_references, scale)
         return [source[i] for i in range(count)]
-    source = data.Source(path)
-    return [source.sample(i) for i in range(min(count, len(source)))]
+    source = data.Source(path, split="held_out")
+    if len(source) < count:
+        share = f"one sample in {round(1 / data.HELD_OUT)}"
+        data.warn(f"{path} has {len(source)} held out ({share}); {count} were asked for")
+    return source.first(count)
 
 
 def measure(samples, results, clip):

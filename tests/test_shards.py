@@ -4,17 +4,24 @@ kind of damage named."""
 import dataclasses
 import io
 import json
+import os
 import tarfile
+import time
+from collections import Counter
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
+import curate
 import data
 import iccot
 import sft
 from data import ShardWriter, Source
-from runtime import loop
+from runtime import files, loop
 from runtime.config import UserError
+from studies.metrics import held_out
 from toy.tasks import draw_sample
 from vision import to_png
 
@@ -102,8 +109,172 @@ def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):
     assert len({tuple(order) for order in orders}) == 3
     assert orders[0] == source.order(0).tolist()  # left the cache and came back
     assert orders[0] == Source(folder, seed=1, buffer=5).order(0).tolist()
-    for start in range(0, 23, 5):  # a stretch of the buffer comes from neighbours on disk
-        assert len({number // 10 for number in orders[0][start : start + 5]}) <= 2
+
+
+# --------------------------------------------------------------------------------------------------
+# the order at any size
+
+
+def tasks_in_order(count):
+    """The tasks of `count` samples sorted by task, in the paper's proportions."""
+    shares = np.array(list(iccot.TASKS.values())) / sum(iccot.TASKS.values())
+    bounds = np.floor(np.cumsum([0, *shares]) * count + 0.5).astype(int)
+    return [task for task, n in zip(sorted(iccot.TASKS), np.diff(bounds)) for _ in range(n)]
+
+
+@pytest.fixture
+def sorted_by_task(tmp_path, monkeypatch):
+    """A function of (count, shards) -> a Source of samples sorted by task, without any picture."""
+
+    def make(count, shards, **how):
+        entries = [(f"{task}-{i:06d}", {}) for i, task in enumerate(tasks_in_order(count))]
+        index, folder = {}, tmp_path / f"{count}-{shards}"
+        folder.mkdir(exist_ok=True)
+        for i, part in enumerate(np.array_split(np.arange(count), shards)):
+            path = folder / f"samples-{i:06d}.tar"
+            path.touch()
+            index[path] = [entries[number] for number in part]
+        monkeypatch.setattr(data, "index_of", index.get)
+        return Source(folder, **how)
+
+    return make
+
+
+@pytest.mark.parametrize("shards", [1, 7, 60])
+def test_every_step_has_the_mixture_of_the_whole(sorted_by_task, shards):
+    source = sorted_by_task(60_000, shards, seed=3)
+    tasks = np.array([source.entries[number][1].rsplit("-", 1)[0] for number in range(60_000)])
+    mixture = max(Counter(tasks).values()) / 60_000
+    shares = []
+    for epoch in range(2):
+        order = source.order(epoch)
+        steps = [tasks[order[start : start + 512]] for start in range(0, 60_000 - 512, 512)]
+        shares += [max(Counter(step).values()) / 512 for step in steps]
+    print(
+        f"{shards} shards: commonest task of a step {min(shares):.3f} to {max(shares):.3f}, ",
+        end="",
+    )
+    print(f"of the whole {mixture:.3f}")
+    # 512 drawn independently would stray by 0.02, one standard deviation
+    assert max(shares) < mixture + 0.08 and np.mean(shares) < mixture + 0.02
+
+
+def test_a_large_epoch_is_ordered_fast_and_read_forward(sorted_by_task):
+    source = sorted_by_task(410_000, 410)
+    begun = time.process_time()
+    order = source.order(0)
+    spent = time.process_time() - begun
+    print(f"order of 410,000 samples: {spent:.2f} s")
+    assert spent < 2 and np.array_equal(np.sort(order), np.arange(410_000))
+    unshuffled = sorted_by_task(10_000, 10, buffer=1).order(0)
+    forward = unshuffled[data.LANES :] - unshuffled[: -data.LANES] == 1
+    assert forward.mean() > 0.98
+
+
+def test_curated_shards_have_tasks_mixed(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "a.png").write_bytes(to_png(draw_sample("train", 0).target))
+    plan = {"out_caption": "A moon.", "relations": [{"relation_1": "It is from image_1."}]}
+    record = {"instruction": "Draw image 1.", "plan": plan, "scores": dict(clip=0.3, PF=10, SC=10)}
+    record |= {"references": ["a.png"], "target": "../a.png"}
+    keys = [f"{task}-{i:03d}" for i, task in enumerate(tasks_in_order(70))]
+    records = {key: record | {"key": key, "task": key[:-4]} for key in keys}
+    config = curate.Config(out=str(tmp_path / "out"), pools=str(tmp_path))
+    curate.write_shards(records, config)
+    tasks = [name[:-4] for _, name, _ in Source(tmp_path / "out/shards").entries]
+    assert sorted(tasks) == tasks_in_order(70)
+    assert sum(a != b for a, b in zip(tasks, tasks[1:])) > 30  # 6 if sorted
+
+
+# --------------------------------------------------------------------------------------------------
+# the held-out share
+
+
+def keys_of(source):
+    return [source.key(number) for number in range(len(source))]
+
+
+def test_training_never_sees_what_is_held_out(sorted_by_task):
+    whole, train, held = (
+        keys_of(sorted_by_task(5000, 5, split=split)) for split in ("all", "train", "held_out")
+    )
+    assert sorted(train + held) == sorted(whole) and not set(train) & set(held)
+    assert 0.01 < len(held) / 5000 < 0.03
+    half = whole[::2]
+    assert data.held_out_keys(half) == set(held) & set(half)  # in any company
+    assert keys_of(sorted_by_task(5000, 50, split="held_out")) == held  # in any shards
+
+
+def test_the_commands_split_what_is_on_disk(folder, samples, capsys):
+    train, held = data.open_source(str(folder), 0, 4), held_out(str(folder), 5)
+    assert "has 1 held out (one sample in 50); 5 were asked for" in capsys.readouterr().err
+    assert len(train) == 22 and len(held) == 1 and held[0].key not in keys_of(train)
+    assert {*keys_of(train), held[0].key} == {one.key for one in samples}
+    assert len(Source(folder)) == 23  # --check and --show read all
+    lines = [json.dumps({"key": one.key}) for one in samples]
+    (folder / "records.jsonl").write_text("\n".join(lines))
+    assert keys_of(Source(folder, split="held_out")) == [held[0].key]  # in any layout
+
+
+def test_few_samples_are_split_too(tmp_path, samples, capsys):
+    def source(count, split):
+        lines = [json.dumps({"key": one.key}) + "\n" for one in samples[:count]]
+        (tmp_path / "records.jsonl").write_text("".join(lines))
+        return keys_of(Source(tmp_path, split=split))
+
+    for count in (2, 3):
+        assert len(source(count, "train")) == count - 1 and len(source(count, "held_out")) == 1
+    assert capsys.readouterr().err == ""
+    assert source(1, "train") == source(1, "held_out") == [samples[0].key]
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# the index
+
+
+def test_headers_are_scanned_once(folder, samples, monkeypatch):
+    scanned, scan = [], tarfile.open
+
+    def counted(path, *rest):
+        scanned.append(path.name)
+        return scan(path, *rest)
+
+    monkeypatch.setattr(tarfile, "open", counted)
+    first = Source(folder)
+    assert len(scanned) == 3 and len(list(folder.glob("*.index.json"))) == 3
+    again = Source(folder)
+    assert len(scanned) == 3 and again.entries == first.entries
+    assert all(same(again.sample(i), one) for i, one in enumerate(samples))
+    shard, other = folder / "samples-000000.tar", folder / "samples-000001.tar"
+    os.utime(shard)  # touched: no longer known
+    assert Source(folder).entries == first.entries and scanned[3:] == [shard.name]
+    Source(folder)
+    assert len(scanned) == 4
+    shard.write_bytes(other.read_bytes())
+    assert keys_of(Source(shard)) == [one.key for one in samples[10:20]]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_is_scanned(folder, monkeypatch, capsys):
+    @contextmanager
+    def refuse(path, unique=""):
+        raise PermissionError(13, "Permission denied", str(path))
+        yield
+
+    monkeypatch.setattr(files, "published", refuse)
+    assert len(Source(folder)) == len(Source(folder)) == 23
+    assert not list(folder.glob("*.index.json")) and capsys.readouterr().err == ""
+
+
+def test_a_file_of_others_in_the_place_of_the_index_stays(folder):
+    theirs = folder / "samples-000000.index.json"
+    theirs.write_text('{"kind": "something else"}')
+    assert len(Source(folder)) == 23 and theirs.read_text() == '{"kind": "something else"}'
+
+
+# --------------------------------------------------------------------------------------------------
+# resuming, workers, broken samples
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -138,6 +309,50 @@ def edit(key, **fields):
         files[f"{key}.json"] = json.dumps(json.loads(files[f"{key}.json"]) | fields).encode()
 
     return change
+
+
+def without_target(*keys):
+    def change(files):
+        for key in keys:
+            files.pop(f"{key}.target.png")
+
+    return change
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_sample_is_skipped(folder, capfd, workers):
+    good = Source(folder / "samples-000000.tar", seed=1)
+    bad = Source(damaged(folder, without_target(KEY)), seed=1)
+    expected = [good[place].key for place in range(61)]
+    for place in range(59, -1, -1):  # the next position stands in for it
+        if expected[place] == KEY:
+            expected[place] = expected[place + 1]
+    assert [one.key for one in data.stream(bad, range(20), workers)] == expected[:20]
+    assert [one.key for one in data.stream(bad, range(20, 60), workers)] == expected[20:60]
+    err = capfd.readouterr().err
+    assert bad.skipped == 1 and err.count("skipped") == err.count(KEY) == 1
+    assert "skipped (1 so far): " in err and "no target picture" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_broken_samples_stop_the_run(folder, samples, workers):
+    keys = [one.key for one in samples[:10]]
+    bad = Source(damaged(folder, without_target(*keys[:4])))
+    with pytest.raises(UserError, match="21 of the last .*, most often: it has no target") as error:
+        for _ in data.stream(bad, range(1000), workers):
+            pass
+    assert "\n" not in str(error.value) and bad.skipped == 4
+    nothing = Source(damaged(folder, without_target(*keys)))
+    with pytest.raises(UserError, match="21 of the last 21 samples cannot be read"):
+        next(data.stream(nothing, range(1000), workers))
+
+
+def test_a_broken_sample_is_not_measured(folder, samples, capsys):
+    held = data.held_out_keys([one.key for one in samples[:10]])
+    bad = damaged(folder, without_target(*held))
+    with pytest.raises(UserError, match="none of the 1 samples of"):
+        held_out(str(bad), 3)
+    assert capsys.readouterr().err.count("skipped") == 1
 
 
 KEY = "train-0-00000000"  # its prompt has one reference

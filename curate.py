@@ -46,14 +46,16 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import ShardWriter, Source, hash_of, picture_sheet
+from data import Source, hash_of
 from iccot import TASKS
 from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
+from runtime.shards import ShardWriter
 from studies import writer
 from studies.endpoint import Access, Endpoint, Refused, in_parallel
 from studies.judge import ask_score
 from studies.pools import draw_references, pools_of
+from studies.sheets import picture_sheet
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
 from vision import open_image, to_png

@@ -46,11 +46,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
-import socket
 import sys
-import tarfile
-import textwrap
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +54,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from open_clip import SimpleTokenizer
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import iccot
 from iccot import TASKS, Sample
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse, with_path
-from toy.judge import judge
+from runtime.shards import index_of
+from studies.sheets import picture_sheet
 from toy.tasks import Drawn, check_request, draw_sample
-from toy.world import SIZE
 from vision import open_image
 
 LONGEST = 2000  # characters of an instruction; longer ones are a mistake of whoever made them
@@ -77,108 +72,8 @@ WINDOW, BROKEN = 200, 0.1  # reading stops if more than this share of the last r
 FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sample raises
 
 
-class ShardWriter:
-    """Writes samples into tar shards of `size`; one appears under its name when it is complete."""
-
-    def __init__(self, folder, size: int = 1000, prefix: str = "samples"):
-        self.folder, self.size, self.prefix = Path(folder), size, prefix
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tar, self.count, self.number = None, 0, 0
-
-    @property
-    def path(self) -> Path:
-        """Where the present shard will be."""
-        return self.folder / f"{self.prefix}-{self.number:06d}.tar"
-
-    def write(self, record: dict, references: list[bytes], target: bytes) -> None:
-        """record: as above, without pictures; references: PNG bytes of each; target: PNG bytes."""
-        if self.tar is None:
-            self.tar = tarfile.open(files.hidden_path(self.path), "w")
-        contents = {"json": json.dumps(record, ensure_ascii=False).encode()}
-        contents |= {f"ref_{i}.png": reference for i, reference in enumerate(references, 1)}
-        contents |= {"target.png": target}
-        for suffix, content in contents.items():
-            entry = tarfile.TarInfo(f"{record['key']}.{suffix}")
-            entry.size = len(content)
-            self.tar.addfile(entry, io.BytesIO(content))
-        self.count += 1
-        if self.count == self.size:
-            self.close()
-
-    def close(self) -> None:
-        """Publish the shard that is being written, if there is one."""
-        if self.tar is not None:
-            self.tar.close()
-            files.publish(files.hidden_path(self.path), self.path)
-            self.tar, self.count, self.number = None, 0, self.number + 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *rest):
-        self.close()
-
-
 # --------------------------------------------------------------------------------------------------
 # reading
-
-
-def index_of(shard) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """[(key, {suffix: (offset, size)})] of a tar shard in order.
-
-    From the index beside it, if that agrees with its name, size and time; else from a scan of its
-    headers, and the index is written, where that is possible. UserError if it is no whole tar file.
-    """
-    shard = Path(shard)
-    path = shard.with_suffix(".index.json")
-    try:
-        about = shard.stat()
-        tar = {"tar": shard.name, "size": about.st_size, "mtime_ns": about.st_mtime_ns}
-        kept = _kept_index(path)
-        if kept is not None and all(kept.get(name) == value for name, value in tar.items()):
-            return [(key, _places(found)) for key, found in kept["samples"].items()]
-        entries = _scanned(shard)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out"
-        ) from None
-    if kept is not None or not path.exists():
-        _keep_index(path, tar | {"samples": entries})
-    return list(entries.items())
-
-
-def _places(found):
-    return {suffix: tuple(place) for suffix, place in found.items()}
-
-
-def _scanned(shard):
-    """{key: {suffix: (offset, size)}} from the headers of a tar file."""
-    entries = {}
-    with tarfile.open(shard) as tar:
-        for entry in tar:
-            if entry.isfile():
-                name, _, suffix = Path(entry.name).name.partition(".")
-                key = str(Path(entry.name).with_name(name))
-                entries.setdefault(key, {})[suffix] = (entry.offset_data, entry.size)
-    return entries
-
-
-def _kept_index(path):
-    """The index in a file; None if there is none, or what is there is not one of ours."""
-    try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and {"tar", "samples"} <= kept.keys() else None
-
-
-def _keep_index(path, index):
-    """Write an index; a folder that cannot be written goes without. Processes may do it at once."""
-    try:
-        with files.published(path, f"-{socket.gethostname()}-{os.getpid()}") as hidden:
-            hidden.write_text(json.dumps(index))
-    except OSError:
-        pass
 
 
 def lines_of(part: Path) -> list[tuple[str, str]]:
@@ -490,50 +385,6 @@ def check(path: str) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # looking at them
-
-
-GREY, GREEN, BLACK = (150, 150, 150), (0, 90, 60), (0, 0, 0)
-
-
-def picture_sheet(samples: list[Sample], side: int = 128) -> Image.Image:
-    """One row a sample: references, target, and in words task, judgement, instruction and plan."""
-    cell = side + 8
-    columns = max(len(sample.references) for sample in samples)
-    sheet = Image.new("RGB", (cell * (columns + 1) + 640, cell * len(samples) + 8), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    left = 8 + columns * cell
-    for row, sample in enumerate(samples):
-        top = 8 + row * cell
-        for column, image in enumerate(sample.references):
-            sheet.paste(fitted(image, side), (8 + column * cell, top))
-        pen.rectangle((left - 4, top - 4, left + cell - 5, top + cell - 5), fill=(40, 40, 40))
-        sheet.paste(fitted(sample.target, side), (left, top))
-        for i, (line, colour) in enumerate(in_words(sample)[: side // 15]):
-            pen.text((left + cell + 8, top + 15 * i), line, fill=colour, font=font)
-    return sheet
-
-
-def in_words(sample: Sample) -> list[tuple[str, tuple]]:
-    """(line, colour): the task and how the target was judged, the instruction, the plan."""
-    about = sample.key
-    if sample.truth:
-        verdict = judge(sample.target, sample.truth)
-        about = f"(target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})"
-    plan = textwrap.wrap("> " + sample.plan.caption, 92)
-    plan += [f"> {i}: {relation}" for i, relation in enumerate(sample.plan.relations, 1)]
-    lines = [(f"{sample.task}   {about}", GREY)]
-    lines += [(line, BLACK) for line in textwrap.wrap(sample.instruction, 92)]
-    return lines + [(line, GREEN) for line in plan]
-
-
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """A toy picture enlarged so that subjects keep their size beside scenes; any other fitted."""
-    if max(image.size) <= SIZE:
-        size = (image.width * side // SIZE, image.height * side // SIZE)
-        return image.resize(size, Image.Resampling.NEAREST)
-    image = image.copy()
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return image
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from bench.timing import IMAGE, VIT, as_keys, best_of
-from data import ShardWriter, Source, stream
+from data import Source, stream
+from runtime.shards import ShardWriter
 from toy.tasks import draw_sample
 from vision import to_png
 

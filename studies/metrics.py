@@ -31,6 +31,7 @@ from runtime.files import write_text
 from runtime.pretrained import load_model
 from runtime.processes import barrier, device, is_main
 from runtime.sharding import gathered
+from studies.sheets import fitted
 from toy import world
 from toy.judge import judge
 from toy.tasks import Drawn
@@ -176,7 +177,7 @@ def save_grid(path, samples, results, *, side=128, pad=4):
         for column, image in enumerate(pictures):
             if image is not None:
                 place = (pad + column * cell, pad + row * cell)
-                sheet.paste(data.fitted(image, side), place)
+                sheet.paste(fitted(image, side), place)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

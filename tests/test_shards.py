@@ -18,9 +18,10 @@ import curate
 import data
 import iccot
 import sft
-from data import ShardWriter, Source
+from data import Source
 from runtime import files, loop
 from runtime.config import UserError
+from runtime.shards import ShardWriter
 from studies.metrics import held_out
 from toy.tasks import draw_sample
 from vision import to_png

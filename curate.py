@@ -55,9 +55,9 @@ from studies import writer
 from studies.endpoint import Access, Endpoint, Refused, in_parallel
 from studies.judge import ask_score
 from studies.pools import draw_references, pools_of
-from studies.sheets import picture_sheet
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
+from toy.sheets import picture_sheet
 from vision import open_image, to_png
 
 STAGES = ("references", "instructions", "plans", "targets", "scores", "shards")

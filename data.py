@@ -61,7 +61,7 @@ from iccot import TASKS, Sample
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse, with_path
 from runtime.shards import index_of
-from studies.sheets import picture_sheet
+from toy.sheets import picture_sheet
 from toy.tasks import Drawn, check_request, draw_sample
 from vision import open_image
 

@@ -31,9 +31,9 @@ from runtime.files import write_text
 from runtime.pretrained import load_model
 from runtime.processes import barrier, device, is_main
 from runtime.sharding import gathered
-from studies.sheets import fitted
 from toy import world
 from toy.judge import judge
+from toy.sheets import fitted
 from toy.tasks import Drawn
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52

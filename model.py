@@ -277,13 +277,19 @@ class Block(nn.Module):
         turn: cos and sin (N, 1, D / 2), sorted by expert, see `rope`. cache, prefix: (keys, values)
         of this layer, (slots, K, D) and (rows before this pack, K, D), see `UnifiedModel.forward`.
         The keys and values that are returned are those of these rows, (N, K, D), in sequence order.
+        A row of gen that the pack does not have is a ghost (`UnifiedModel.embed`): it goes through
+        the expert, counts nothing, and gives every weight that rows of gen reach a gradient of 0.
         """
         cos, sin = turn
+        ghost = gen if len(gen) > len(packed.latent_index) else None  # (1, W)
         both = (self.und, und, slice(len(und))), (self.gen, gen, slice(len(und), None))
-        parts = [part for part in both if len(part[1])]
+        parts = [part for part in both if len(part[1]) and part[1] is not ghost]
         heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
         # (N, H, D), (N, K, D), (N, K, D), in sequence order
         q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))
+        if ghost is not None:
+            none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
+            k, v = k + none_k, v + none_v  # (N, K, D)
         own = k, v
         if cache is not None:
             keys, values = cache
@@ -300,6 +306,9 @@ class Block(nn.Module):
                 und = expert.finish(x, attended[rows])
             else:
                 gen = expert.finish(x, attended[rows])
+        if ghost is not None:
+            gen = self.gen.finish(ghost, none_q.flatten(1))  # (1, W)
+            und = und + 0 * gen
         return und, gen, own
 
 
@@ -369,6 +378,8 @@ class UnifiedModel(nn.Module):
         self.codec = FluxCodec(c.codec_config) if flux else SpaceToDepth(c.codec_factor)
         # recompute each block and each layer of the eye in the backward pass
         self.checkpointing = False
+        # sharded over several processes: every pass with gradients runs every unit, see `embed`
+        self.every_unit = False
         self.tokens = 0  # that went through the blocks, for the logs
 
     def initialise(self, seed: int) -> "UnifiedModel":
@@ -400,15 +411,29 @@ class UnifiedModel(nn.Module):
         return self
 
     def embed(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W)."""
+        """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W).
+
+        Processes that share a model must run the same units in the same order and give the same
+        weights gradients, whatever their packs hold. With `every_unit` a pack without ViT tokens
+        shows the eye an empty patch, which counts nothing, and one without latents carries an
+        empty latent as a ghost through the generation experts (`Block.forward`).
+        """
+        ghosts = self.every_unit and torch.is_grad_enabled()
         und = self.embed_tokens(packed.text_ids)  # (X, W)
         if len(packed.vit_index):
             patches, ids = packed.vit_patches.to(und.dtype), packed.vit_position_ids
             features = self.eye(patches, ids, packed.vit_lengths, self.checkpointing)
             seen = self.connector(features) + self.vit_positions[ids].to(und.dtype)  # (V, W)
             und = torch.cat([und, seen])  # (U, W)
+        elif ghosts:
+            patch = und.new_zeros(1, 3 * self.config.vit_patch**2)
+            place = torch.zeros(1, dtype=torch.long, device=und.device)
+            und = und + 0 * self.connector(self.eye(patch, place, (1,), self.checkpointing))
         if not len(packed.latent_index):
-            return und, und[:0]
+            if not ghosts:
+                return und, und[:0]
+            latent, t = und.new_zeros(1, self.config.token_channels), und.new_zeros(1)
+            return und, self.latent_in(latent) + self.time_embedder(t)  # (1, W)
         time = take(self.time_embedder(packed.timesteps), packed.image_of_latent)  # (L, W)
         place = self.latent_positions[packed.latent_position_ids].to(und.dtype)  # (L, W)
         return und, self.latent_in(packed.latents.to(und.dtype)) + time + place

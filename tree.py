@@ -167,14 +167,11 @@ def roll_out_together(engine, samples, numbers, *, config, step):
     )
     references = [len(one.references) for one in samples for _ in range(each)]
     grid = engine.model.config.picture_grid(config.picture_side, config.picture_side)
-    groups = []
-    for i, starts in enumerate(generators(STARTS, many, config.same_start)):
-        mine = plans[i * each : (i + 1) * each]
-        branches = [
-            Branch(mine[member * each // many], (engine.start(grid, start),))
-            for member, start in enumerate(starts)
-        ]
-        groups.append(Group(prompts[i], grid, tuple(branches)))
+    starts = generators(STARTS, many, config.same_start)
+    groups = [
+        group_of(engine, prompt, plans[i * each : (i + 1) * each], starts=starts[i], grid=grid)
+        for i, prompt in enumerate(prompts)
+    ]
     window = draw_window(config, step)
     painted = paint_groups(
         engine, groups, generators(NOISES, many), window=window, prefix=prefix, config=config
@@ -191,6 +188,18 @@ def roll_out_together(engine, samples, numbers, *, config, step):
         window.times,
         grid,
     )
+
+
+def group_of(engine, prompt, plans, *, starts, grid):
+    """The Group of a prompt: a branch a member, with its plan and the noise it starts from.
+
+    starts: a generator for each member; members stand plan by plan.
+    """
+    branches = [
+        Branch(plans[member * len(plans) // len(starts)], (engine.start(grid, start),))
+        for member, start in enumerate(starts)
+    ]
+    return Group(prompt, grid, tuple(branches))
 
 
 def chunks(count, size):

@@ -63,6 +63,7 @@ def shard(model, precision="float32", replicas=1):
     for unit in (*model.eye.layers, *model.blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "keys_and_values")
+    model.every_unit = size() > 1
     return model
 
 

@@ -72,7 +72,15 @@ def test_stage_1_has_the_same_losses_and_gradients(worlds):
         close(two, one, 1e-4)
 
 
-@pytest.mark.parametrize("what", ["all", "gen", "lora", "text"])
+def test_a_process_without_any_picture_keeps_up_in_stage_1(worlds):
+    """Its packs never show the eye anything; the other's do, and no collective may differ."""
+    one, two = (load_file(worlds / f"bare-sft-{world}.safetensors") for world in (1, 2))
+    torch.testing.assert_close(two["means"], one["means"], rtol=1e-5, atol=0)
+    one.pop("packs"), two.pop("packs")
+    close(two, one, 1e-4)
+
+
+@pytest.mark.parametrize("what", ["all", "gen", "lora", "text", "bare-all", "bare-lora"])
 def test_stage_2_has_the_same_gradients(worlds, what):
     one, two = (load_file(worlds / f"grpo-{what}-{world}.safetensors") for world in (1, 2))
     assert max(gradient.norm() for gradient in one.values()) > 0

@@ -51,15 +51,19 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def sft_gradients(folder, sum_every_pass):
+def draw(i, bare):
+    """Sample i; with `bare` every second one, and so all of the second process, has no pictures."""
+    sample = draw_sample("train", i)
+    return dataclasses.replace(sample, references=()) if bare and i % 2 else sample
+
+
+def sft_gradients(folder, sum_every_pass, bare=False):
     """The first step of stage 1: losses, and gradients of everything."""
     config = dataclasses.replace(SFT, sum_every_pass=sum_every_pass)
     engine = sft.build(config, folder / "tokenizer-run")
     model = engine.model
     examples = [
-        example.make_example(
-            engine, draw_sample("train", i), config, generator=processes.generator(0, i)
-        )
+        example.make_example(engine, draw(i, bare), config, generator=processes.generator(0, i))
         for i in sft.sample_numbers(config, 0)
     ]
     packs = example.pack(engine.layout, examples, config.tokens_per_pack)
@@ -68,12 +72,12 @@ def sft_gradients(folder, sum_every_pass):
     return found | {"means": torch.tensor(means), "packs": torch.tensor([len(packs)])}
 
 
-def grpo_gradients(folder, **options):
+def grpo_gradients(folder, bare=False, **options):
     """Gradients of both optimiser steps of an update: parts of true plans, random rewards."""
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     learner = grpo.build(config)
     engine, numbers, size = learner.engine, grpo.sample_numbers(config, 0), config.group_size
-    samples = [draw_sample("train", i) for i in numbers]
+    samples = [draw(i, bare) for i in numbers]
     texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [
         text[3 * m : 3 * m + 9 * (i + 1)] for text, i in zip(texts, numbers) for m in range(size)
@@ -105,11 +109,14 @@ def work(folder):
     processes.launch(2.0)
     world = processes.size()
     results = {f"sft-{flag}": sft_gradients(folder, flag) for flag in (True, False)}
+    results["bare-sft"] = sft_gradients(folder, True, bare=True)
     for name, options in (
         ("all", {}),
         ("gen", {"train": "gen"}),
         ("lora", {"train": "lora", "lora_rank": 4}),
         ("text", {"train_text": True, "kl_beta": 0.0}),
+        ("bare-all", {"bare": True}),
+        ("bare-lora", {"bare": True, "train": "lora", "lora_rank": 4}),
     ):
         results[f"grpo-{name}"] = grpo_gradients(folder, **options)
     if processes.is_main():

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
@@ -70,8 +68,9 @@ class Config:
     guidance_low: float = 0.0  # guidance acts at times above this
     renorm: Literal["global", "channel", "text_channel"] = "text_channel"
     max_plan_tokens: int = 72  # of a plan, at most
-    device: str = "cpu"  # or cuda
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    device: str = "auto"  # cuda or cpu; auto: a GPU and bfloat16 if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
+    batch: int = 50  # prompts painted at once: bounds the memory
     # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation
     seeds: int = 3  # of the ablation
@@ -111,6 +110,7 @@ class Config:
             self.side,
             self.sampler,
             self.thinking,
+            self.batch,
             seed=self.seed,
             data_seed=self.data_seed,
         )
@@ -125,8 +125,7 @@ PRESETS = {
     ),
     "full": dict(
         checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0,
-        text_guidance=4.0, image_guidance=2.0, max_plan_tokens=1000, device="cuda",
-        dtype="bfloat16",
+        text_guidance=4.0, image_guidance=2.0, max_plan_tokens=1000, batch=1,
     ),
 }
 # fmt: on
@@ -157,11 +156,12 @@ def arguments(argv):
 
 def main(config):
     """One checkpoint, or the ablation, or a benchmark."""
-    dtype = getattr(torch, config.dtype)
     metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
 
     def load_engine():
-        return Engine(*load_model(config.checkpoint, config.device, dtype))
+        return Engine(
+            *load_model(config.checkpoint, *processes.placed(config.device, config.dtype))
+        )
 
     with exit_on_user_error(ValueError):
         if config.ablation:

@@ -44,7 +44,7 @@ from bench.memory import print_memory
 from data import open_source
 from engine import Engine, Sampler, Thinking
 from kernels.attention import describe_backend
-from reward import Clip, group_rewards
+from reward import Clip, group_rewards, reward_statistics
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, merge_lora, trained_parameters
@@ -123,7 +123,8 @@ class Config(loop.Options, tree.Options):
         """Prompts of the final table and of the strips."""
         sampler = Sampler(self.eval_timesteps, self.timestep_shift, guidance_interval=(0.0, 1.0))
         prompts = self.eval_data, self.eval_samples, self.max_references, self.scale
-        return HeldOut(*prompts, self.picture_side, sampler, Thinking(self.eval_plan_tokens))
+        thinking, batch = Thinking(self.eval_plan_tokens), self.eval_batch
+        return HeldOut(*prompts, self.picture_side, sampler, thinking, batch)
 
 
 # fmt: off
@@ -131,7 +132,7 @@ TOY = dict(
     clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7,
     timestep_shift=10.0, lr=3e-4, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
     groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
-    precision="float32", sum_every_pass=False,
+    precision="float32", sum_every_pass=False, eval_batch=50,
 )
 PRESETS = {
     "toy": TOY | dict(
@@ -183,7 +184,7 @@ def advantages(reward, config):
     caption is no merit of theirs; plans are compared by their mean rewards (Dual-GRPO, 2601.10332).
     """
     limits = config.std_floor, config.max_advantage
-    std = reward.std(correction=0) if config.std == "global" else None
+    std = processes.spread(reward) if config.std == "global" else None
     several = config.images_per_cot > 1
     rivals = reward.view(-1, config.images_per_cot) if several else reward  # (P * J, pictures)
     of_plan = reward.view(len(reward), config.plans_per_group, -1).mean(2)  # (P, J)
@@ -318,8 +319,9 @@ def update(learner, rollout, reward, *, config):
         health.append(done)
     old = torch.cat([policy.log_prob for one in trees for policy in one.old]).cpu()  # (P * G, S)
     mismatch = (old - rollout.log_prob).abs().mean().item()
-    values = summary(health, [norm for norm, _ in norms], clip_range)
-    return values | {"mismatch": mismatch}, all(stepped for _, stepped in norms)
+    values = {"mismatch": mismatch, "mismatch_clip": mismatch / clip_range}
+    values |= summary(health, [norm for norm, _ in norms], clip_range)
+    return values, all(stepped for _, stepped in norms)
 
 
 def actions_of(batch, worth, scales):
@@ -372,8 +374,7 @@ def group_backward(learner, group, actions, *, passes, last, config):
 
 def summary(health, norms, clip_range):
     """The logged numbers of one iteration. health: for each optimiser step its Objectives."""
-    first = torch.cat([one.ratio.flatten() for one in health[0]])
-    last = torch.cat([one.ratio.flatten() for one in health[-1]])
+    first, last = (torch.cat([x.ratio.flatten() for x in step]) for step in (health[0], health[-1]))
     every = [one for step in health for one in step]
     # fmt: off
     return {
@@ -395,41 +396,39 @@ def summary(health, norms, clip_range):
 def iteration(learner, clip, source, *, config, step):
     """One rollout and its update. Returns the line of the log, and whether all was finite."""
     model, numbers = learner.engine.model, sample_numbers(config, step)
-    clock, truncated = [(time.perf_counter(), model.tokens)], clip.truncated
+    clock, truncated = [], clip.truncated
 
+    def lap():
+        clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
+
+    lap()
     with sharding.gathered(model):
         samples = [source[i] for i in numbers]
         rollout = tree.roll_out(learner.engine, samples, numbers, config=config, step=step)
-    clock.append((time.perf_counter(), model.tokens))
-    kind = dict(kind=config.reward, cross_score=config.cross_score)
-    reward = group_rewards(clip, rollout.images, rollout.captions, groups=len(samples), **kind)
-    clock.append((time.perf_counter(), model.tokens))
+    lap()
+    how = dict(groups=len(samples), kind=config.reward, cross_score=config.cross_score)
+    reward = group_rewards(clip, rollout.images, rollout.captions, **how)
+    lap()
     health, finite = update(learner, rollout, reward, config=config)
-    clock.append((time.perf_counter(), model.tokens))
-
-    of_plan = reward.view(len(reward), config.plans_per_group, -1)  # (P, J, pictures)
+    lap()
     words = [len(caption.split()) for caption in rollout.captions if caption]
-    spent, tokens = ([b - a for a, b in zip(x, x[1:])] for x in zip(*clock))
+    spent, tokens, trained = ([b - a for a, b in zip(x, x[1:])] for x in zip(*clock))
     # fmt: off
     return {
-        "step": step, "reward": reward.mean().item(),
-        "reward_std": reward.std(1, correction=0).mean().item(),
-        "reward_std_between": of_plan.mean(2).std(1, correction=0).mean().item(),
-        "reward_std_within": of_plan.std(2, correction=0).mean().item(),
-        "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
+        "step": step, **reward_statistics(reward, config.plans_per_group),
         "parse_failures": (~rollout.valid).float().mean().item(),
         "caption_words": sum(words) / max(1, len(words)),
         "truncated": clip.truncated - truncated, **health, "skipped": float(not finite),
         "rollout_seconds": spent[0], "reward_seconds": spent[1], "update_seconds": spent[2],
-        "rollout_tokens": tokens[0], "update_tokens": tokens[2],
+        "rollout_tokens": tokens[0], "update_tokens": tokens[2], "trained_tokens": trained[2],
     }, finite
     # fmt: on
 
 
 def sample_numbers(config, step):
     """Of the samples whose groups this process rolls out; the first are for the first update."""
-    begin, each = step * config.prompts_per_step, config.prompts_per_step
-    return list(range(begin + processes.rank(), begin + each, processes.size()))
+    begin, end = (at * config.prompts_per_step for at in (step, step + 1))
+    return list(range(begin + processes.rank(), end, processes.size()))
 
 
 def build(config):
@@ -474,10 +473,10 @@ def train(config):
         if run.strip_is_due(step):
             save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()
-    model = learner.engine.model
-    processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(model)}")
-    everything = dict(model.named_parameters()) | learner.state.average
+    processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
+    everything = dict(learner.engine.model.named_parameters()) | learner.state.average
     run.export(learner.engine, merge_lora(everything, config.lora_rank, config.lora_alpha))
+    del learner, everything, run  # the table needs the memory
     if processes.is_main() and not config.export:
         finish(config, folder, begun)
 
@@ -485,16 +484,17 @@ def train(config):
 def finish(config, folder, begun):
     """The table of stage 1 and stage 2, and the grid; exit status 1 if the target is missed."""
     metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    checkpoints = {"SFT": config.init, "SFT + GRPO": folder}
-    rows = compare_checkpoints(checkpoints, config.held_out, metric, folder=folder)
+    both = {"SFT": config.init, "SFT + GRPO": folder}
+    where = dict(folder=folder, dtype=getattr(torch, config.precision))
+    rows = compare_checkpoints(both, config.held_out, metric, **where)
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
-    where = f"model in {folder}/model, pictures in {folder}/grid.png"
-    print(f"grpo: {loop.seconds(begun)} with the table; {where}", flush=True)
+    found = f"model in {folder}/model, pictures in {folder}/grid.png"
+    print(f"grpo: {loop.seconds(begun)} with the table; {found}", flush=True)
     if config.target is not None and gain < config.target:
-        target = f"less than the target of {config.target}"
-        print(f"Overall rose by {gain:.3f}, {target}", file=sys.stderr)
+        print(f"Overall rose by {gain:.3f}, less than target={config.target}", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
     train(parse(Config, PRESETS, sys.argv[1:]))
+    processes.finish()

@@ -381,6 +381,7 @@ class UnifiedModel(nn.Module):
         # sharded over several processes: every pass with gradients runs every unit, see `embed`
         self.every_unit = False
         self.tokens = 0  # that went through the blocks, for the logs
+        self.trained_tokens = 0  # of them, those in passes with gradients
 
     def initialise(self, seed: int) -> "UnifiedModel":
         """Fresh weights: fan-in scaled normal, residual outputs smaller with depth, no velocity.
@@ -455,6 +456,7 @@ class UnifiedModel(nn.Module):
 
     def _run(self, packed, cache=None, prefix=None):
         self.tokens += len(packed)
+        self.trained_tokens += len(packed) * torch.is_grad_enabled()
         und, gen = self.embed(packed)
         c, places = self.config, packed.positions[packed.order]  # (N,)
         turn = rope(places, c.head_dim, c.rope_theta, dtype=und.dtype)

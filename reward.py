@@ -155,6 +155,21 @@ def group_rewards(
     return torch.where(member_valid, scores, lowest).cpu()
 
 
+def reward_statistics(reward: Tensor, plans: int) -> dict[str, float]:
+    """What the log says of rewards (P, G), `plans` plans a group: spread is what GRPO learns from.
+
+    reward_std within groups; of it, between the mean rewards of plans and within those of a plan.
+    """
+    of_plan = reward.view(len(reward), plans, -1)  # (P, J, pictures)
+    return {
+        "reward": reward.mean().item(),
+        "reward_std": reward.std(1, correction=0).mean().item(),
+        "reward_std_between": of_plan.mean(2).std(1, correction=0).mean().item(),
+        "reward_std_within": of_plan.std(2, correction=0).mean().item(),
+        "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
+    }
+
+
 def _unit(features: list[Tensor], what: str) -> Tensor:
     """Batches of embeddings (n, E) -> all as unit vectors (B, E); ValueError if not finite."""
     if not features:

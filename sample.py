@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -58,8 +57,8 @@ class Config:
     square: bool = False  # without height and width: the largest square, not the last reference
     height: int = 0  # pixels; 0: see square
     width: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
-    device: str = "cpu"  # or cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
+    device: str = "auto"  # cuda or cpu; auto: a GPU and bfloat16 if there is one
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures
 
@@ -223,8 +222,8 @@ def print_plan(result):
 def main(config):
     """All pictures that are asked for; every mistake is found before the first is painted."""
     with exit_on_user_error(ValueError):
-        wanted, dtype = jobs(config), getattr(torch, config.dtype)
-        engine = Engine(*load_model(config.init or config.checkpoint, config.device, dtype))
+        wanted, place = jobs(config), processes.placed(config.device, config.dtype)
+        engine = Engine(*load_model(config.init or config.checkpoint, *place))
         for job in wanted:
             request_of(config, engine.model, job)
     processes.choose_threads(config.threads)

@@ -77,14 +77,15 @@ class Config(loop.Options, example.Options, ModelConfig):
         """Prompts of the strips."""
         sampler = Sampler(self.sample_timesteps, self.sample_shift, guidance_interval=(0.0, 1.0))
         prompts = self.data, 8, self.max_references, self.scale
-        return HeldOut(*prompts, self.sample_side, sampler, Thinking(self.sample_plan_tokens))
+        thinking, batch = Thinking(self.sample_plan_tokens), self.eval_batch
+        return HeldOut(*prompts, self.sample_side, sampler, thinking, batch)
 
 
 # fmt: off
 TOY = dict(
     text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
-    sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72,
+    sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
@@ -246,3 +247,4 @@ def train(config):
 
 if __name__ == "__main__":
     train(parse(Config, PRESETS, sys.argv[1:]))
+    processes.finish()

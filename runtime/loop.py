@@ -54,7 +54,8 @@ from runtime.state import Saver, newest_step, update_average
 # fmt: off
 MAY_CHANGE = (  # between resumptions
     "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
-    "timeout_minutes", "tokens_per_pack", "replicas", "export",
+    "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
+    "groups_at_once", "workers", "async_save", "eval_batch", "export_float32",
 )
 # fmt: on
 
@@ -74,10 +75,13 @@ class Options:
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     keep: int = 2  # training states that stay
     async_save: bool = False  # write states while training goes on; one more copy on the host
+    eval_batch: int = 1  # prompts painted at once by strips and tables: bounds the memory
+    export_float32: bool = False  # write out/<name>/model in float32: small updates survive
     export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
 
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
+MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
 
@@ -90,7 +94,7 @@ class Run:
 
     def __init__(self, folder, config, state, *, desc):
         self.folder, self.config, self.state, self.desc = Path(folder), config, state, desc
-        self.begun, self.bad = time.perf_counter(), 0
+        self.begun, self.bad, self.warned = time.perf_counter(), 0, False
         self.first = newest_step(folder)
         if self.first:
             state.load(folder, self.first)
@@ -121,6 +125,12 @@ class Run:
             update_average(self.state.average, self.state.parameters, decay)
         values = merged(values)
         log(self.folder, values)
+        if values.get("mismatch_clip", 0) > MISMATCH and not self.warned:
+            self.warned = True
+            say(
+                f"warning: rollout and update differ by {values['mismatch_clip']:.2f} of the clip "
+                f"range (mismatch_clip): rounding, not learning, decides what is clipped"
+            )
         shown = ("reward", "ce", "mse")
         self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
         self.saver.poll()
@@ -141,7 +151,8 @@ class Run:
 
     def export(self, engine, weights):
         """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model."""
-        whole = whole_weights(weights, getattr(torch, self.config.precision))
+        precision = "float32" if self.config.export_float32 else self.config.precision
+        whole = whole_weights(weights, getattr(torch, precision))
         if is_main():
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
@@ -182,7 +193,8 @@ def refuse_other_options(folder, before, options):
         if key not in MAY_CHANGE and before.get(key) != value:
             raise UserError(
                 f"{folder} was made with {key}={before.get(key)}, now {key}={value}; "
-                f"choose another --out, or delete the folder to start again"
+                f"choose another --out, or delete the folder to start again (what may change: "
+                f"{', '.join(MAY_CHANGE)})"
             )
 
 
@@ -287,8 +299,8 @@ def matmul_speed(precision):
 def pace(folder, first, model, *, precision):
     """Text: tokens/s of the job and its MFU, from the log since step `first`; "" without any.
 
-    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, unless it
-    belongs to a rollout, 4 more backward. The rest, attention and recomputation do not count. The
+    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, in passes
+    with gradients, 4 more backward. The rest, attention and recomputation do not count. The
     ceiling of the model FLOPs utilisation (MFU) is `matmul_speed`.
     """
     lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
@@ -298,7 +310,8 @@ def pace(folder, first, model, *, precision):
     def total(*names):
         return sum(line.get(name, 0) for line in lines for name in names)
 
-    forward, trained = total("rollout_tokens"), total("tokens", "update_tokens")
+    trained = total("tokens", "trained_tokens")  # of stage 1, of stage 2
+    forward = total("rollout_tokens", "update_tokens") - total("trained_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
     blocks = [p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")]
     flops = (2 * forward + 6 * trained) * sum(blocks) / 2

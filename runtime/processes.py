@@ -123,6 +123,22 @@ def device():
     return torch.device("cpu")
 
 
+def placed(name, dtype):
+    """(torch.device, torch.dtype) of the options --device and --dtype; UserError for no device.
+
+    auto: a CUDA device where there is one, and bfloat16 there; else the CPU and float32.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device={name}: expected auto, cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={name}: there is no CUDA device here; use --device cpu")
+    if dtype == "auto":
+        dtype = "float32" if kind == "cpu" else "bfloat16"
+    return torch.device(name), getattr(torch, dtype)
+
+
 def say(*words):
     """Print on one process only."""
     if is_main():
@@ -158,6 +174,15 @@ def reduced(numbers, how="sum"):
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device())
     dist.all_reduce(tensor, operations[how])
     return tensor.tolist()
+
+
+def spread(values):
+    """The standard deviation of a tensor's values, of all processes together."""
+    if size() == 1:
+        return values.std(correction=0)
+    wide = values.double()
+    count, total, squares = reduced([wide.numel(), float(wide.sum()), float(wide.square().sum())])
+    return torch.tensor(max(0.0, squares / count - (total / count) ** 2) ** 0.5).to(values)
 
 
 def merged(values):

@@ -127,15 +127,15 @@ def agreement(clip, pictures, captions):
     return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
 
 
-def compare_checkpoints(checkpoints, held_out, clip, *, folder):
+def compare_checkpoints(checkpoints, held_out, clip, *, folder, dtype):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
-    Prints the table, writes `folder`/table.json and grid.png (pictures of the last one), and
-    returns the rows {name: measure(...)}.
+    dtype: of the weights. Prints the table, writes table.json and grid.png (pictures of the last
+    one) into `folder`, and returns the rows {name: measure(...)}.
     """
     samples, rows = held_out.samples(), {}
     for name, path in checkpoints.items():
-        results = held_out.paint(Engine(*load_model(path, device())), samples)
+        results = held_out.paint(Engine(*load_model(path, device(), dtype)), samples)
         rows[name] = measure(samples, results, clip)
     save_grid(Path(folder) / "grid.png", samples[:8], results[:8])
     write_text(Path(folder) / "table.json", json.dumps(rows, indent=1) + "\n")

@@ -21,7 +21,7 @@ import torch
 
 from reward import Clip
 from runtime import processes
-from runtime.pretrained import load_tokenizer
+from runtime.pretrained import find_model, load_tokenizer
 from toy.clip import ToyClipSettings, train_metric_clip, train_toy_clip
 from toy.tokenizer import train_tokenizer
 
@@ -43,11 +43,17 @@ def metric_clip(name, weights, steps):
 
 
 def prepare(config):
-    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model."""
+    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model.
+
+    Stage 1 is trained for the toy presets alone, and only under its own name: any other checkpoint
+    that is not there is fetched (owner/name) or refused before anything is trained.
+    """
+    its_own = config.clip_name == "toy" and config.init == f"out/{config.config}-sft"
+    if not its_own:
+        find_model(config.init)
     if processes.is_main():
         train_clips(config)
-        init = Path(config.init)
-        if not (init / "model").is_dir() and not (init / "llm_config.json").is_file():
+        if its_own and not (Path(config.init) / "model").is_dir():
             run_stage_1(config)
     processes.barrier()
 

@@ -34,7 +34,6 @@ would ask, and then what it asks:
 
 import io
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -128,32 +127,14 @@ PRESETS = {
     ),
 }
 
+
 # --------------------------------------------------------------------------------------------------
-# files: a line a sample, appended and synced; a line torn by a crash is forgotten
+# a stage: a file with a line a sample
 
 
-def read_lines(path):
-    """{key: record}, {} where there is no file.
-
-    A last line without its end was not written: it is cut off, so that the next one starts afresh.
-    """
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    records = [json.loads(line) for line in whole.splitlines() if line.strip()]
-    return {record["key"]: record for record in records}
-
-
-def append(path, record):
-    """Add a line to a file, and wait until it is on the disk."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def by_key(path):
+    """{key: record} of a stage's file, {} where there is none."""
+    return {record["key"]: record for record in files.read_lines(path)}
 
 
 def run_stage(name, before, function, *, config):
@@ -163,12 +144,12 @@ def run_stage(name, before, function, *, config):
     goes no further. Returns {key: record}.
     """
     path = Path(config.out) / f"{name}.jsonl"
-    done = read_lines(path)
+    done = by_key(path)
     left = [record for key, record in before.items() if key not in done and "dropped" not in record]
     with tqdm(total=len(left), disable=None, desc=name) as bar:
         for record, fields in in_parallel(function, left, config.workers, bar=bar):
             done[record["key"]] = record | fields
-            append(path, done[record["key"]])
+            files.append_line(path, done[record["key"]])
     dropped = sum("dropped" in record for record in done.values())
     print(f"{name}: {len(left)} new, {len(done) - dropped} usable, {dropped} dropped")
     return done
@@ -417,7 +398,7 @@ def begin(config):
     settings, out = settings_of(config), Path(config.out)
     if config.config == "toy" and not Path(config.pools).is_dir():
         draw_pools(config.pools)
-    records = read_lines(out / "references.jsonl")
+    records = by_key(out / "references.jsonl")
     if len(records) < config.count:
         pools = pools_of(config.pools)
         records = draw_references(pools, config.count, config.max_references, seed=config.seed)
@@ -441,7 +422,7 @@ def curate(config):
                 crew.load_scorer()  # before any question: a missing CLIP is found out now
             records[name] = run_stage(name, records[before], function, config=config)
         else:
-            records[name] = read_lines(Path(config.out) / f"{name}.jsonl")
+            records[name] = by_key(Path(config.out) / f"{name}.jsonl")
         before = name
     if config.stage in ("all", "shards"):
         report(records, write_shards(records["scores"], config), config)

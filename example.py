@@ -25,13 +25,15 @@ from runtime.config import UserError
 from sequence import Packed, Sequence
 from vision import transform
 
+WORDS = 400  # tokens of an instruction and a plan, generously
+
 
 @dataclass(frozen=True)
 class Options:
     """The options of sft.py that say what the model sees of a sample."""
 
     max_references: int = 4  # pictures in a prompt, at most
-    tokens_per_pack: int = 36_864  # at most in one pass (BAGEL): bounds the memory, not the result
+    tokens_per_pack: int = 45_056  # at most in one pass: bounds the memory, not the result
     noise_copies: int = 1  # noised copies of each target, sharing prompt and plan
     in_context: bool = True  # false: several references become text to image with the caption
     plan_dropout: float = 0.2  # share of samples without IC-CoT (unpublished in the paper)
@@ -39,6 +41,22 @@ class Options:
     vae_dropout: float = 0.3  # share of references that lose their latents
     vit_dropout: float = 0.3  # share of references that lose their ViT tokens
     timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
+
+
+def check_budget(shape, config):
+    """UserError unless a pack holds the largest sample that there may be at this resolution.
+
+    Found out before the first step, not at the first sample with all references. shape: of the
+    model.
+    """
+    latents, patches = shape.latent_side**2 + 2, shape.vit_side**2 + 2
+    pictures = config.max_references * (latents + patches) + config.noise_copies * latents
+    if pictures + WORDS > config.tokens_per_pack:
+        raise UserError(
+            f"tokens_per_pack={config.tokens_per_pack}: a sample with max_references="
+            f"{config.max_references} may take {pictures + WORDS} tokens; raise tokens_per_pack to "
+            f"that, or lower max_references"
+        )
 
 
 @dataclass

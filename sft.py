@@ -218,6 +218,8 @@ def train(config):
             return
         source = open_source(config.data, config.seed, config.max_references, scale=config.scale)
         engine = build(config, folder)
+        if config.data != "toy":
+            example.check_budget(engine.model.config, config)
     parameters = dict(engine.model.named_parameters())
     rates = dict(lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(engine.model.parameters(), **rates, fused=True)

@@ -90,3 +90,35 @@ def check_writable(folder):
         raise UserError(
             f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
         ) from None
+
+
+def read_lines(path):
+    """The JSON objects of a file that `append_line` wrote, [] where there is none.
+
+    A last line without its end was not written: it is cut off, so that the next one starts afresh.
+    Lines end at a newline only, whatever else text may hold. UserError for a line that is no JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    found = []
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is no JSON ({error})") from None
+    return found
+
+
+def append_line(path, record):
+    """Add a JSON object as a line to a file, and wait until it is on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

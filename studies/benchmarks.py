@@ -108,6 +108,7 @@ def run_benchmark(config, load_engine, metric):
     }[config.bench]
     cases, folder = read(config.bench_path), model_folder(config)
     files.check_writable(folder)
+    check_settings(folder / "settings.json", config)
     if any(not is_whole(picture_path(config, case)) for case in cases):
         paint_missing(load_engine(), cases, config)
     save_sheets(cases, config)
@@ -122,6 +123,35 @@ def run_benchmark(config, load_engine, metric):
     print_published(table, tasks, config)
     files.write_text(folder / f"{config.bench}.json", json.dumps(table, indent=1) + "\n")
     return table
+
+
+# what pictures depend on; a folder of pictures belongs to one of each
+SETTINGS = (
+    "checkpoint",
+    "bench_path",
+    "use_plan",
+    "max_plan_tokens",
+    "num_timesteps",
+    "seed",
+    "timestep_shift",
+    "text_guidance",
+    "image_guidance",
+    "guidance_low",
+    "renorm",
+)
+
+
+def check_settings(path, config):
+    """Record what the pictures depend on; UserError if those that are there were made otherwise."""
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    before = files.read_json(path) if path.is_file() else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"the pictures in {path.parent} were made with {name}={before.get(name)}, now "
+                f"{name}={value}; choose another --model_name or --result_dir, or delete them"
+            )
+    files.write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,15 +371,12 @@ def judge_cases(cases, config):
     done = {}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            done |= {(row["task_type"], row["key"]): row for row in map(json.loads, lines)}
+        done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path)}
     left = painted([case for case in cases if (case.task, case.key) not in done], config)
     ask = partial(judge_case, judge, config)
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
         for case, row in in_parallel(ask, left, config.judge_workers, bar=bar):
-            with open(paths[case.task], "a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            files.append_line(paths[case.task], row)
             done[case.task, case.key] = row
     return [done[key] for case in cases if (key := (case.task, case.key)) in done]
 

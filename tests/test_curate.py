@@ -34,7 +34,7 @@ import iccot
 import sft
 from data import Source
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import loop
+from runtime import files, loop
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
 from studies import benchmarks, judge, writer
@@ -196,7 +196,7 @@ def test_the_shards_are_right_and_judged_ten(curated, capsys):
 
 def test_cuts_can_be_changed_without_asking(curated):
     folder, *_ = curated
-    lines = curate.read_lines(folder / "out/scores.jsonl")
+    lines = curate.by_key(folder / "out/scores.jsonl")
     scored = {key: record for key, record in lines.items() if "dropped" not in record}
 
     def kept(**cuts):
@@ -219,7 +219,7 @@ def test_sft_trains_on_it(curated, tmp_path):
 def test_the_target_is_never_in_a_question_about_the_plan(curated):
     """Not its pixels, not its name: only references are shown, and there is no target yet."""
     folder, *_ = curated
-    for record in curate.read_lines(folder / "out/targets.jsonl").values():
+    for record in curate.by_key(folder / "out/targets.jsonl").values():
         if "dropped" in record:
             continue
         images = curate.pictures_of(record, config_of(folder))
@@ -368,12 +368,12 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):
 
 def test_a_line_torn_by_a_crash_is_forgotten(tmp_path):
     path = tmp_path / "x.jsonl"
-    curate.append(path, {"key": "a"})
+    files.append_line(path, {"key": "a"})
     with open(path, "a") as file:
         file.write('{"key": "b"')
-    assert curate.read_lines(path) == {"a": {"key": "a"}}
-    curate.append(path, {"key": "c"})
-    assert list(curate.read_lines(path)) == ["a", "c"]
+    assert curate.by_key(path) == {"a": {"key": "a"}}
+    files.append_line(path, {"key": "c"})
+    assert list(curate.by_key(path)) == ["a", "c"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,8 +455,15 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
         official = {"key", "task_type", "instruction", "PF_score", "SC_score", "output_image_path"}
         assert len(rows) == 16 and official <= set(rows[0])
 
+        for path in (tmp_path / "results/ours/toy").rglob("score.jsonl"):
+            path.write_bytes(path.read_bytes()[:-20])  # torn: asked again, answered from replies
+            break
         run_benchmark(*where)
         assert counted.requests == 2 * 16 + 2  # judged once
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            run_benchmark(*where, "--num_timesteps", "9")
+        assert "made with num_timesteps=7, now num_timesteps=9" in capsys.readouterr().err
     table = json.loads((tmp_path / "results/ours/omnicontext.json").read_text())
     assert table["average"]["n"] == 16 and table["average"]["null"] == 0
     assert (tmp_path / "results/ours/scene_object.png").is_file()

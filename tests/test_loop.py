@@ -1,18 +1,24 @@
 """The bookkeeping of a run: what may change, what is counted, what is refused before it starts."""
 
 import dataclasses
+import json
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import grpo
+import sample
 import sft
-from engine import Engine
+import toy.prepare
+from engine import Engine, Result
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import loop, processes
-from runtime.config import UserError
+from runtime import loop, pretrained, processes
+from runtime.config import UserError, parse
 from runtime.state import TrainingState
+from studies import metrics
 from toy.prepare import prepare
 from toy.tokenizer import train_tokenizer
 
@@ -20,12 +26,33 @@ SFT = dataclasses.replace(sft.Config(config="smoke", **sft.PRESETS["smoke"]), th
 GRPO = dataclasses.replace(grpo.Config(config="smoke", **grpo.PRESETS["smoke"]), threads=1)
 
 
-def test_what_bounds_memory_alone_may_change_and_the_refusal_says_so(tmp_path):
-    config = dataclasses.replace(GRPO, out=str(tmp_path / "run"))
+def strict(text):
+    """The value of a JSON text; ValueError for NaN and the infinities, which are no JSON."""
+
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+BOUNDS_MEMORY = dict(pictures_at_once=3, groups_at_once=1, eval_batch=2, async_save=True, keep=5)
+
+
+@pytest.mark.parametrize("base, change", [(GRPO, BOUNDS_MEMORY), (SFT, dict(workers=2, keep=5))])
+def test_what_bounds_memory_alone_may_change_and_the_refusal_says_so(tmp_path, base, change):
+    config = dataclasses.replace(base, out=str(tmp_path / "run"))
     loop.start(config)
-    loop.start(dataclasses.replace(config, pictures_at_once=3, groups_at_once=1, eval_batch=2))
-    with pytest.raises(UserError, match="lr=0.0003, now lr=0.5.*what may change.*eval_batch"):
+    for name, value in change.items():
+        loop.start(dataclasses.replace(config, **{name: value}))
+    with pytest.raises(UserError, match="now lr=0.5.*what may change") as refused:
         loop.start(dataclasses.replace(config, lr=0.5))
+    assert all(name in str(refused.value) for name in change)
+    with pytest.raises(UserError, match="checkpointing"):  # may change bits
+        loop.start(dataclasses.replace(config, checkpointing=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# stage 1 before stage 2
 
 
 @pytest.mark.parametrize(
@@ -42,6 +69,65 @@ def test_only_a_toy_trains_stage_1_and_under_its_own_name(tmp_path, monkeypatch,
     with pytest.raises(FileNotFoundError, match=words):
         prepare(dataclasses.replace(GRPO, **change))
     assert not list((tmp_path / "out").iterdir())  # nothing was trained, no CLIP either
+
+
+@pytest.mark.parametrize("preset", ["smoke", "full"])
+def test_a_mistyped_init_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys, preset):
+    """Or the folder would belong to the mistake: the right --init would be refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    words = ["--config", preset, "--init", "out/smoke-stf", "--threads", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        grpo.train(parse(grpo.Config, grpo.PRESETS, words))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1
+    assert "out/smoke-stf" in error and "python sft.py" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_full_trains_no_stage_1_whatever_its_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(grpo.Config(config="full"), clip_name="toy", clip="clip")
+    with pytest.raises(FileNotFoundError, match="out/full-sft"):
+        prepare(config)
+
+
+def test_a_name_on_the_hub_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "llm_config.json").write_text("{}")
+    fetched, trained = [], []
+
+    def download(name):
+        fetched.append(name)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr(pretrained, "download", download)
+    monkeypatch.setattr(toy.prepare, "train_clips", trained.append)
+    monkeypatch.setattr(toy.prepare, "run_stage_1", lambda config: pytest.fail("trained"))
+    prepare(dataclasses.replace(GRPO, init="owner/name"))
+    assert fetched == ["owner/name"] and len(trained) == 1
+
+
+def test_a_toy_trains_its_own_stage_1_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = []
+
+    def run_stage_1(config):
+        trained.append(config.init)
+        folder = tmp_path / config.init / "model"
+        folder.mkdir(parents=True)
+        (folder / "llm_config.json").write_text("{}")
+
+    monkeypatch.setattr(toy.prepare, "train_clips", lambda config: None)
+    monkeypatch.setattr(toy.prepare, "run_stage_1", run_stage_1)
+    prepare(GRPO)
+    prepare(GRPO)
+    assert trained == ["out/smoke-sft"]
+
+
+# --------------------------------------------------------------------------------------------------
+# a run
 
 
 @pytest.fixture
@@ -67,7 +153,10 @@ def test_rounding_that_decides_what_is_clipped_is_said_once(run, capsys):
     for step, mismatch in enumerate((0.01, 0.2, 0.3)):
         values = {"step": step, "mismatch_clip": mismatch}
         one.end_step(step, values, finite=True, decay=0.0, made_of=[])
-    assert capsys.readouterr().out.count("warning") == 1
+    said = capsys.readouterr()
+    assert said.err.count("warning") == 1 and "warning" not in said.out
+    (line,) = [line for line in said.err.splitlines() if "warning" in line]
+    assert "0.20" in line and "clip range" in line
 
 
 def test_weights_are_exported_in_float32_on_request(run):
@@ -78,6 +167,63 @@ def test_weights_are_exported_in_float32_on_request(run):
         written = load_file(folder / "model" / "ema.safetensors")
         assert written["language_model.lm_head.weight"].dtype == dtype
     assert torch.equal(written["language_model.lm_head.weight"], weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("step, warned", [(1e-5, True), (1e-1, False)])
+def test_an_export_that_loses_what_was_learned_says_so(run, tmp_path, capsys, step, warned):
+    make, engine, folder = run
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    pretrained.save_model(engine.model, engine.tokenizer, tmp_path / "init")
+    with torch.no_grad():
+        engine.model.lm_head.weight.mul_(1 + step)
+    weights = dict(engine.model.named_parameters())
+    count = engine.model.lm_head.weight.count_nonzero().item()
+    one = make(precision="bfloat16", init=str(tmp_path / "init"))
+    one.export(engine, weights)
+    error = capsys.readouterr().err
+    assert ("--export_float32" in error) == warned
+    assert (f"{count:,} of the {count:,} weights" in error) == warned  # untouched ones are no loss
+    make(precision="bfloat16", export_float32=True).export(engine, weights)
+    assert "--export_float32" not in capsys.readouterr().err
+
+
+def test_frozen_weights_in_bfloat16_are_no_loss(run, tmp_path, capsys):
+    """LoRA keeps them so; the file they came from may be float32."""
+    make, engine, _ = run
+    pretrained.save_model(engine.model, engine.tokenizer, tmp_path / "init")
+    one = make(precision="bfloat16", init=str(tmp_path / "init"))
+    one.state.parameters = {"blocks.0.gen.q_proj.lora_b": None}
+    weights = {name: p.detach().bfloat16() for name, p in engine.model.named_parameters()}
+    one.export(engine, weights)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_null_on_disk(run, capsys):
+    make, _, folder = run
+    one = make(save_every=100)
+    for step in range(loop.BAD_STEPS - 1):
+        values = {"step": step, "ce": float("nan"), "grad_norm": float("inf"), "n": 1}
+        one.end_step(step, values, finite=False, decay=0.0, made_of=[])
+    lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 0, "ce": None, "grad_norm": None, "n": 1}
+    with pytest.raises(UserError, match="without a finite gradient"):
+        one.end_step(2, values, finite=False, decay=0.0, made_of=[7])
+    (bad,) = folder.glob("bad-step-*.json")
+    assert strict(bad.read_text())["values"]["ce"] is None
+    loop.start(dataclasses.replace(one.config, max_grad_norm=float("inf"), out=str(folder / "b")))
+    strict((folder / "b" / "config.json").read_text())
+    loop.start(dataclasses.replace(one.config, max_grad_norm=float("inf"), out=str(folder / "b")))
+
+
+def test_a_system_without_sigusr1(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delattr(signal, "SIGUSR1")
+    try:
+        assert not loop.Stop().wanted()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_passes_without_gradients_are_no_training(tmp_path, monkeypatch):
@@ -108,9 +254,154 @@ def test_the_spread_is_that_of_all_processes(monkeypatch):
     torch.testing.assert_close(processes.spread(values), expected)
 
 
-@pytest.mark.parametrize("name, words", [("gpu", "expected auto"), ("cuda", "no CUDA device")])
+# --------------------------------------------------------------------------------------------------
+# the final table
+
+
+def test_toys_paint_fifty_prompts_at_once_and_larger_models_one():
+    for module in (sft, grpo):
+        assert module.Config().held_out.batch == 1
+        assert module.Config(**module.PRESETS["toy"]).held_out.batch == 50
+    assert parse(grpo.Config, grpo.PRESETS, ["--eval_batch", "3"]).held_out.batch == 3
+
+
+@pytest.mark.parametrize("module, option", [(sft, "eval_batch"), (grpo, "eval_batch")])
+def test_a_batch_of_nothing_is_refused_before_anything_is_written(tmp_path, module, option):
+    config = dataclasses.replace({sft: SFT, grpo: GRPO}[module], out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"{option}=0"):
+        loop.start(dataclasses.replace(config, **{option: 0}))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="batch=0"):
+        evaluate.Config(batch=0)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """compare_checkpoints with nothing painted: the types of the weights that it loads."""
+    asked = []
+
+    def load(path, where, dtype):
+        asked.append(dtype)
+        return path, None
+
+    monkeypatch.setattr(metrics, "load_model", load)
+    monkeypatch.setattr(metrics, "Engine", lambda *parts: parts)
+    monkeypatch.setattr(metrics, "save_grid", lambda *_: None)
+    row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {"n": 1}
+    monkeypatch.setattr(metrics, "measure", lambda *_: row)
+    held = metrics.HeldOut(count=1)
+    monkeypatch.setattr(metrics.HeldOut, "paint", lambda *_: [Result("", None, [], False, None)])
+    return held, asked
+
+
+@pytest.mark.parametrize(
+    "where, precision, dtype",
+    [
+        ("cpu", "float32", torch.float32),
+        ("cpu", "bfloat16", torch.float32),  # slower there, and no smaller than what trained
+        ("cuda", "bfloat16", torch.bfloat16),
+        ("cuda", "float32", torch.float32),
+    ],
+)
+def test_the_final_table_is_in_the_runs_precision(
+    tables, tmp_path, monkeypatch, where, precision, dtype
+):
+    held, asked = tables
+    monkeypatch.setattr(metrics, "device", lambda: torch.device(where))
+    metrics.compare_checkpoints({"a": "x"}, held, None, folder=tmp_path, precision=precision)
+    assert asked == [dtype]
+    assert strict((tmp_path / "table.json").read_text())["a"]["PF"] is None
+
+
+def test_the_final_table_comes_after_the_training_state_is_gone(tmp_path, monkeypatch):
+    """A cycle, as sharded modules make them, keeps memory until it is collected."""
+    import gc
+    import weakref
+
+    class Held:
+        pass
+
+    held, alive = Held(), []
+    held.me = held
+    seen = weakref.ref(held)
+    monkeypatch.setattr(metrics.HeldOut, "samples", lambda self: alive.append(seen()) or [])
+    monkeypatch.setattr(metrics, "save_grid", lambda *_: None)
+    monkeypatch.setattr(metrics, "print_table", lambda *_: None)
+    gc.disable()
+    try:
+        del held
+        monkeypatch.setattr(metrics, "load_model", lambda *_: pytest.fail("nothing to compare"))
+        metrics.compare_checkpoints({}, metrics.HeldOut(), None, folder=tmp_path, precision="float32")
+    finally:
+        gc.enable()
+    assert alive == [None]
+
+
+# --------------------------------------------------------------------------------------------------
+# processes and devices
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"RANK": "0"}, "RANK is set, but LOCAL_RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "one", "LOCAL_RANK": "0"}, "RANK=one"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_LOCALID"),
+    ],
+)
+def test_half_a_launcher_is_one_line(environment, words, tmp_path, monkeypatch, capsys):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        sft.train(dataclasses.replace(SFT, out="run"))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and words in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def machine(monkeypatch, *, cuda=0, mps=False):
+    """What this machine seems to have."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    "has, name",
+    [(dict(cuda=2, mps=True), "cuda"), (dict(mps=True), "mps"), (dict(), "cpu")],
+)
+def test_the_best_device_is_found(monkeypatch, has, name):
+    machine(monkeypatch, **has)
+    dtype = torch.float32 if name == "cpu" else torch.bfloat16
+    assert processes.placed("auto", "auto") == (torch.device(name), dtype)
+    assert processes.placed("auto", "float32") == (torch.device(name), torch.float32)
+    assert processes.placed("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    for module in (sample, evaluate):
+        assert module.Config().device == module.Config().dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("gpu", "expected auto, cuda, mps or cpu"),
+        ("cuda", "no CUDA device here"),
+        ("mps", "no MPS device here"),
+        ("cpu:x", "expected auto"),
+    ],
+)
 def test_devices_that_are_not_there(name, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    machine(monkeypatch)
     with pytest.raises(UserError, match=words):
         processes.placed(name, "auto")
-    assert processes.placed("auto", "auto") == (torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:one", "cuda:"])
+def test_a_device_number_that_is_not_there(name, monkeypatch):
+    machine(monkeypatch, cuda=2)
+    with pytest.raises(UserError, match=f"--device={name}"):
+        processes.placed(name, "auto")
+    assert processes.placed("cuda:1", "auto")[0] == torch.device("cuda:1")

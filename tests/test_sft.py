@@ -91,6 +91,14 @@ def test_a_sample_over_the_budget_is_named(toy):
         pack(toy, examples_of(toy), 50)
 
 
+def test_a_budget_that_cannot_hold_four_references_is_refused_at_the_start():
+    """`full` once had 36,864 tokens a pack, and met its first four references in the middle."""
+    full, seven_b = sft.Config(config="full"), ModelConfig()
+    example.check_budget(seven_b, full)
+    with pytest.raises(UserError, match="tokens_per_pack=36864.*may take 40498 tokens"):
+        example.check_budget(seven_b, dataclasses.replace(full, tokens_per_pack=36_864))
+
+
 def test_randomness_belongs_to_the_sample_not_to_the_step(toy):
     first, again = examples_of(toy, 6), examples_of(toy, 3)
     for a, b in zip(first, again):

@@ -21,7 +21,7 @@ from toy.tasks import draw_sample  # noqa: E402
 SFT = dataclasses.replace(
     sft.Config(config="smoke", **sft.PRESETS["smoke"]),
     samples_per_step=6,
-    tokens_per_pack=500,
+    tokens_per_pack=400,
     plan_dropout=0.4,
     decay=0.0,
     save_every=3,
@@ -36,7 +36,7 @@ GRPO = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
     prompts_per_step=4,
     updates=2,
-    tokens_per_pack=500,
+    tokens_per_pack=560,  # two passes for a group of short plans, four for one of long plans
     kl_beta=0.1,
     text_guidance=3.0,
     clip_steps=1,
@@ -57,19 +57,40 @@ def draw(i, bare):
     return dataclasses.replace(sample, references=()) if bare and i % 2 else sample
 
 
-def sft_gradients(folder, sum_every_pass, bare=False):
+def uneven(config, i):
+    """Dropouts of sample i: odd ones lose all ViT tokens and the plan, even ones all clean latents.
+
+    So of two processes one never shows the eye anything and has no labels.
+    """
+    odd = float(i % 2)
+    some = dict(vit_dropout=odd, plan_dropout=odd, vae_dropout=1 - odd, text_dropout=0.0)
+    return dataclasses.replace(config, **some)
+
+
+def least_and_most(passes):
+    """(2, groups): the fewest and the most passes that any process has to make."""
+    return torch.tensor([processes.reduced(passes, how) for how in ("min", "max")])
+
+
+def sft_gradients(folder, sum_every_pass, is_uneven=False):
     """The first step of stage 1: losses, and gradients of everything."""
     config = dataclasses.replace(SFT, sum_every_pass=sum_every_pass)
     engine = sft.build(config, folder / "tokenizer-run")
     model = engine.model
     examples = [
-        example.make_example(engine, draw(i, bare), config, generator=processes.generator(0, i))
+        example.make_example(
+            engine,
+            draw_sample("train", i),
+            uneven(config, i) if is_uneven else config,
+            generator=processes.generator(0, i),
+        )
         for i in sft.sample_numbers(config, 0)
     ]
     packs = example.pack(engine.layout, examples, config.tokens_per_pack)
     means = sft.backward(model, packs, config)
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return found | {"means": torch.tensor(means), "packs": torch.tensor([len(packs)])}
+    passes = least_and_most([len(packs)])
+    return found | {"means": torch.tensor(means), "passes": passes}
 
 
 def grpo_gradients(folder, bare=False, **options):
@@ -86,6 +107,8 @@ def grpo_gradients(folder, bare=False, **options):
     with sharding.gathered(engine.model):
         rollout = tree.roll_out(engine, samples, numbers, config=config, step=0)
     reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
+    trees = [tree.plant(engine.layout, rollout, i, config=config) for i in range(len(numbers))]
+    passes = least_and_most([len(one.batches) for one in trees])
     trained, found = learner.state.parameters, {}
 
     class Recorder(torch.optim.SGD):
@@ -97,7 +120,7 @@ def grpo_gradients(folder, bare=False, **options):
     learner.state.optimizer = Recorder(trained.values(), 0.0)
     learner.anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
     grpo.update(learner, rollout, reward, config=config)
-    return found
+    return found | {"passes": passes}
 
 
 def train(folder, name, **options):
@@ -109,13 +132,14 @@ def work(folder):
     processes.launch(2.0)
     world = processes.size()
     results = {f"sft-{flag}": sft_gradients(folder, flag) for flag in (True, False)}
-    results["bare-sft"] = sft_gradients(folder, True, bare=True)
+    results |= {f"uneven-{flag}": sft_gradients(folder, flag, True) for flag in (True, False)}
     for name, options in (
         ("all", {}),
         ("gen", {"train": "gen"}),
         ("lora", {"train": "lora", "lora_rank": 4}),
         ("text", {"train_text": True, "kl_beta": 0.0}),
         ("bare-all", {"bare": True}),
+        ("bare-gen", {"bare": True, "train": "gen"}),
         ("bare-lora", {"bare": True, "train": "lora", "lora_rank": 4}),
     ):
         results[f"grpo-{name}"] = grpo_gradients(folder, **options)

@@ -13,8 +13,6 @@ the second being OmniContext or DreamOmni2Bench with an MLLM as the judge (studi
 Left out: judging real pictures without an MLLM.
 """
 
-import json
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +22,7 @@ from typing import Literal
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
+from runtime.loop import to_json
 from runtime.pretrained import load_model
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
@@ -68,8 +67,8 @@ class Config:
     guidance_low: float = 0.0  # guidance acts at times above this
     renorm: Literal["global", "channel", "text_channel"] = "text_channel"
     max_plan_tokens: int = 72  # of a plan, at most
-    device: str = "auto"  # cuda or cpu; auto: a GPU and bfloat16 if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
     batch: int = 50  # prompts painted at once: bounds the memory
     # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation
@@ -86,6 +85,8 @@ class Config:
                 f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
                 f"picture"
             )
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: expected at least 1 prompt")
         if bool(self.bench) != bool(self.bench_path):
             raise ValueError(
                 "--bench needs the name of a benchmark and its data: --bench omnicontext PATH"
@@ -144,8 +145,7 @@ def evaluate(config, engine, clip, *, samples):
         save_grid(config.grid, samples[:8], results[:8])
         print(f"pictures in {config.grid}")
     if config.json:
-        known = {key: None if math.isnan(value) else round(value, 4) for key, value in row.items()}
-        print(json.dumps(known))
+        print(to_json({key: round(value, 4) for key, value in row.items()}))
     return row
 
 

@@ -230,8 +230,9 @@ def image_sum(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:
     Added up in float64: a GPU adds in any order, and in float32 the same numbers would not always
     give the same sum.
     """
-    total = torch.zeros(images, dtype=torch.float64, device=values.device)  # (I,)
-    return total.index_add(0, image_of_token, values.double()).to(values.dtype)  # (I,)
+    wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.zeros(images, dtype=wide, device=values.device)  # (I,)
+    return total.index_add(0, image_of_token, values.to(wide)).to(values.dtype)  # (I,)
 
 
 def image_mean(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:

@@ -52,7 +52,7 @@ from runtime.pretrained import shape_of
 from runtime.state import TrainingState, new_average, newest_step
 from studies.metrics import HeldOut, compare_checkpoints, save_strip
 from toy import world
-from toy.prepare import metric_clip, prepare
+from toy.prepare import find_stage_1, metric_clip, prepare
 
 
 @dataclass(frozen=True)
@@ -451,12 +451,12 @@ def train(config):
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
-        folder, prompts = loop.start(config), config.prompts_per_step
+        find_stage_1(config)  # or the folder would belong to a mistyped --init
+        folder, prompts, seed = loop.start(config), config.prompts_per_step, config.seed + 1
         each = processes.share(prompts, "prompts a step", "prompts_per_step", parts=config.updates)
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)
-        seed, references = config.seed + 1, config.max_references
-        source = open_source(config.data, seed, references, scale=config.scale)
+        source = open_source(config.data, seed, config.max_references, scale=config.scale)
         learner = build(config)
         clip = Clip(config.clip_name, config.clip, processes.device())
     run = loop.Run(folder, config, learner.state, desc="grpo")
@@ -476,7 +476,7 @@ def train(config):
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     everything = dict(learner.engine.model.named_parameters()) | learner.state.average
     run.export(learner.engine, merge_lora(everything, config.lora_rank, config.lora_alpha))
-    del learner, everything, run  # the table needs the memory
+    del learner, everything, run, clip  # the table needs the memory
     if processes.is_main() and not config.export:
         finish(config, folder, begun)
 
@@ -484,14 +484,14 @@ def train(config):
 def finish(config, folder, begun):
     """The table of stage 1 and stage 2, and the grid; exit status 1 if the target is missed."""
     metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    both = {"SFT": config.init, "SFT + GRPO": folder}
-    where = dict(folder=folder, dtype=getattr(torch, config.precision))
-    rows = compare_checkpoints(both, config.held_out, metric, **where)
+    both, how = {"SFT": config.init, "SFT + GRPO": folder}, dict(precision=config.precision)
+    rows = compare_checkpoints(both, config.held_out, metric, folder=folder, **how)
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
     found = f"model in {folder}/model, pictures in {folder}/grid.png"
     print(f"grpo: {loop.seconds(begun)} with the table; {found}", flush=True)
     if config.target is not None and gain < config.target:
         print(f"Overall rose by {gain:.3f}, less than target={config.target}", file=sys.stderr)
+        processes.finish()
         sys.exit(1)
 
 

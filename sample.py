@@ -57,8 +57,8 @@ class Config:
     square: bool = False  # without height and width: the largest square, not the last reference
     height: int = 0  # pixels; 0: see square
     width: int = 0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
-    device: str = "auto"  # cuda or cpu; auto: a GPU and bfloat16 if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures
 

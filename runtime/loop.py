@@ -23,6 +23,8 @@ Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
 import json
+import math
+import re
 import signal
 import sys
 import time
@@ -35,7 +37,7 @@ from tqdm import tqdm
 
 from runtime.config import UserError, to_dict
 from runtime.files import check_writable, read_json, write_text
-from runtime.pretrained import save_model
+from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
     barrier,
     choose_threads,
@@ -47,6 +49,7 @@ from runtime.processes import (
     reduced,
     say,
     size,
+    warn,
 )
 from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
@@ -127,9 +130,9 @@ class Run:
         log(self.folder, values)
         if values.get("mismatch_clip", 0) > MISMATCH and not self.warned:
             self.warned = True
-            say(
-                f"warning: rollout and update differ by {values['mismatch_clip']:.2f} of the clip "
-                f"range (mismatch_clip): rounding, not learning, decides what is clipped"
+            warn(
+                f"rollout and update differ by {values['mismatch_clip']:.2f} of the clip range "
+                f"(mismatch_clip): rounding, not learning, decides what is clipped"
             )
         shown = ("reward", "ce", "mse")
         self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
@@ -150,12 +153,52 @@ class Run:
         self.saver.wait()
 
     def export(self, engine, weights):
-        """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model."""
-        precision = "float32" if self.config.export_float32 else self.config.precision
-        whole = whole_weights(weights, getattr(torch, precision))
+        """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model.
+
+        Warns if rounding undoes most of what was learned since `init`.
+        """
+        config, whole, moved, lost = self.config, {}, 0, 0
+        dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
+        before = self.weights_before(engine.model) if dtype != torch.float32 else {}
+        for name, tensor in weights.items():
+            known = name in before
+            found = whole_weights({name: tensor}, torch.float32 if known else dtype)
+            whole |= {key: value.to(dtype) for key, value in found.items()}
+            if known:
+                old = before[name]()
+                is_new = found[name] != old
+                moved += int(is_new.sum())
+                lost += int((is_new & (whole[name] == old.to(dtype))).sum())
+        if lost > moved / 2:
+            warn(
+                f"{lost:,} of the {moved:,} weights that training changed are again what they were "
+                f"in {config.init}, rounded to {config.precision}; the same command with --export "
+                f"--export_float32 writes them as they are"
+            )
         if is_main():
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
+
+    def weights_before(self, model):
+        """{name: function that reads it} of what is trained, adapters as the weights they change.
+
+        {} on other processes than the first, and without a checkpoint to start from.
+        """
+        if not (is_main() and self.config.init):
+            return {}
+        types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        folder = find_model(self.config.init)
+
+        def reader(name):
+            def read():  # as it was when training began: a frozen weight is rounded
+                return stored_tensor(folder, name).to(types[name]).float()
+
+            return read
+
+        return {
+            name: reader(name)
+            for name in (re.sub(r"\.lora_[ab]$", ".weight", key) for key in self.state.parameters)
+        }
 
     def pace(self, model):
         """tokens/s and MFU of this command, as text to append."""
@@ -173,8 +216,10 @@ def start(config):
     with, unless told otherwise: sums round differently with another.
     """
     folder = Path(config.out)
+    if config.eval_batch < 1:
+        raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
     check_writable(folder / "samples")
-    options = json.loads(json.dumps(to_dict(config)))
+    options = json.loads(to_json(to_dict(config)))
     path, threads = folder / "config.json", config.threads
     if path.is_file():
         before = read_json(path)
@@ -183,7 +228,7 @@ def start(config):
     threads = choose_threads(threads or (1 if size() > 1 else 0))
     if is_main():
         about = {"options": options, "argv": sys.argv, "threads": threads, "processes": size()}
-        write_text(path, json.dumps(about, indent=1) + "\n")
+        write_text(path, to_json(about, indent=1) + "\n")
     return folder
 
 
@@ -198,11 +243,24 @@ def refuse_other_options(folder, before, options):
             )
 
 
+def to_json(value, indent=None):
+    """JSON text of objects, lists and numbers; null for what is not finite, which JSON lacks."""
+
+    def known(x):
+        if isinstance(x, dict):
+            return {key: known(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [known(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(known(value), indent=indent, allow_nan=False)
+
+
 def log(folder, values):
     """Append one line to metrics.jsonl."""
     if is_main():
         with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(to_json(values) + "\n")
 
 
 def read_log(folder):
@@ -237,12 +295,13 @@ def last_step(folder, step, config):
 
 
 class Stop:
-    """`Stop()` catches SIGTERM and SIGUSR1 (what SLURM sends before the end)."""
+    """`Stop()` catches SIGTERM and, where there is one, SIGUSR1 (SLURM's before the end)."""
 
     def __init__(self):
         self.flag = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._catch)
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
 
     def _catch(self, *_):
         self.flag = True
@@ -267,7 +326,7 @@ def stop_here(step):
 def give_up(folder, step, what):
     """Too many steps without a finite gradient: keep what they were made of, and say so."""
     path = Path(folder) / f"bad-step-{step:06d}-rank-{rank()}.json"
-    write_text(path, json.dumps(what, indent=1) + "\n")
+    write_text(path, to_json(what, indent=1) + "\n")
     raise UserError(
         f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it "
         f"was made of is in {path}. Lower --lr, or look at these samples"

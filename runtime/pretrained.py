@@ -395,6 +395,12 @@ def check_keys(path, found, wanted, *, optional):
         raise ValueError(f"{path} does not fit the configs beside it: tensors {'; '.join(parts)}")
 
 
+def stored_tensor(folder, name):
+    """The tensor that ema.safetensors in a model folder has for our parameter `name`."""
+    with safe_open(Path(folder) / "ema.safetensors", "pt") as file:
+        return file.get_tensor(official_name(name))
+
+
 def load_tokenizer(folder):
     """The tokenizer of a model folder, through transformers, without a network."""
     from transformers import AutoTokenizer

@@ -19,6 +19,7 @@ Not a concept of the paper. Left out: tensor and pipeline parallelism, restartin
 
 import os
 import re
+import sys
 import time
 from datetime import timedelta
 
@@ -29,6 +30,13 @@ from runtime.config import UserError
 
 # the variables that make a process one of several
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+# what each launcher sets, all of it: numbers, then words
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"), ("MASTER_ADDR",)
+SRUN = (
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID"),
+    ("SLURM_STEP_NODELIST",),
+)
 
 # --------------------------------------------------------------------------------------------------
 # the process group
@@ -63,16 +71,19 @@ def placement(environment):
     """{rank, local_rank, size, address} of this process: torchrun's, srun's, or a world of one.
 
     The batch shell of sbatch has SLURM_NTASKS too, but no step of several tasks: it is no rank.
+    UserError where a launcher's variables are there in part only.
     """
     e = environment
     if "RANK" in e:
+        check_launcher(e, "torchrun", TORCHRUN[0], words=TORCHRUN[1])
         return {
             "rank": int(e["RANK"]),
             "local_rank": int(e["LOCAL_RANK"]),
             "size": int(e["WORLD_SIZE"]),
             "address": f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}",
         }
-    if int(e.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if (e.get("SLURM_STEP_NUM_TASKS") or "1") != "1":
+        check_launcher(e, "srun", SRUN[0], words=SRUN[1])
         port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 20_000
         host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
         return {
@@ -82,6 +93,19 @@ def placement(environment):
             "address": f"tcp://{host}:{port}",
         }
     return {"rank": 0, "local_rank": 0, "size": 1, "address": None}
+
+
+def check_launcher(environment, launcher, numbers, *, words=()):
+    """UserError unless all variables of this launcher are set, and its numbers are numbers."""
+    missing = [name for name in (*numbers, *words) if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"{numbers[0]} is set, but {', '.join(missing)} not: start the processes with "
+            f"{launcher}, or unset {numbers[0]} for one process alone"
+        )
+    for name in numbers:
+        if not environment[name].isdecimal():
+            raise UserError(f"{name}={environment[name]}: expected a whole number, as {launcher}'s")
 
 
 def first_host(nodes):
@@ -126,14 +150,26 @@ def device():
 def placed(name, dtype):
     """(torch.device, torch.dtype) of the options --device and --dtype; UserError for no device.
 
-    auto: a CUDA device where there is one, and bfloat16 there; else the CPU and float32.
+    auto: the first that is there of cuda, mps and cpu; bfloat16 on a GPU, float32 on a CPU.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device={name}: expected auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={name}: there is no CUDA device here; use --device cpu")
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, found in here.items() if found)
+    kind, colon, number = name.partition(":")
+    if kind not in here or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise UserError(f"--device={name}: expected auto, cuda, mps or cpu; one of several: cuda:1")
+    if not here[kind]:
+        raise UserError(
+            f"--device={name}: there is no {kind.upper()} device here; use --device cpu"
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
     return torch.device(name), getattr(torch, dtype)
@@ -143,6 +179,12 @@ def say(*words):
     """Print on one process only."""
     if is_main():
         print(*words, flush=True)
+
+
+def warn(text):
+    """A warning on stderr, from one process only."""
+    if is_main():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def share(count, what, option, *, parts=1):

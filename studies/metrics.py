@@ -16,11 +16,12 @@ training run, the final table of stage 2 and the ablation all measure through `H
 Left out: confidence intervals (the ablation repeats training instead), FID.
 """
 
-import json
+import gc
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import data
@@ -28,6 +29,7 @@ from engine import Engine, Sampler, Thinking
 from iccot import TASKS
 from reward import compare
 from runtime.files import write_text
+from runtime.loop import to_json
 from runtime.pretrained import load_model
 from runtime.processes import barrier, device, is_main
 from runtime.sharding import gathered
@@ -127,18 +129,22 @@ def agreement(clip, pictures, captions):
     return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
 
 
-def compare_checkpoints(checkpoints, held_out, clip, *, folder, dtype):
+def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
-    dtype: of the weights. Prints the table, writes table.json and grid.png (pictures of the last
-    one) into `folder`, and returns the rows {name: measure(...)}.
+    precision: of the weights on a GPU; a CPU takes float32. Whatever nobody holds any more is freed
+    first: cycles keep a model that was trained. Prints the table, writes table.json and grid.png
+    (pictures of the last one) into `folder`, and returns the rows {name: measure(...)}.
     """
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing without a GPU
+    dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
     samples, rows = held_out.samples(), {}
     for name, path in checkpoints.items():
         results = held_out.paint(Engine(*load_model(path, device(), dtype)), samples)
         rows[name] = measure(samples, results, clip)
     save_grid(Path(folder) / "grid.png", samples[:8], results[:8])
-    write_text(Path(folder) / "table.json", json.dumps(rows, indent=1) + "\n")
+    write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
     print_table(rows)
     return rows
 

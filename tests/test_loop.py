@@ -1,8 +1,10 @@
 """The bookkeeping of a run: what may change, what is counted, what is refused before it starts."""
 
 import dataclasses
+import gc
 import json
 import signal
+import weakref
 
 import pytest
 import torch
@@ -180,12 +182,12 @@ def test_an_export_that_loses_what_was_learned_says_so(run, tmp_path, capsys, st
         engine.model.lm_head.weight.mul_(1 + step)
     weights = dict(engine.model.named_parameters())
     count = engine.model.lm_head.weight.count_nonzero().item()
-    one = make(precision="bfloat16", init=str(tmp_path / "init"))
-    one.export(engine, weights)
+    how = dict(precision="bfloat16", init=str(tmp_path / "init"))
+    make(**how).export(engine, weights)
     error = capsys.readouterr().err
     assert ("--export_float32" in error) == warned
     assert (f"{count:,} of the {count:,} weights" in error) == warned  # untouched ones are no loss
-    make(precision="bfloat16", export_float32=True).export(engine, weights)
+    make(**how, export_float32=True).export(engine, weights)
     assert "--export_float32" not in capsys.readouterr().err
 
 
@@ -195,8 +197,7 @@ def test_frozen_weights_in_bfloat16_are_no_loss(run, tmp_path, capsys):
     pretrained.save_model(engine.model, engine.tokenizer, tmp_path / "init")
     one = make(precision="bfloat16", init=str(tmp_path / "init"))
     one.state.parameters = {"blocks.0.gen.q_proj.lora_b": None}
-    weights = {name: p.detach().bfloat16() for name, p in engine.model.named_parameters()}
-    one.export(engine, weights)
+    one.export(engine, dict(engine.model.to(torch.bfloat16).named_parameters()))
     assert "warning" not in capsys.readouterr().err
 
 
@@ -313,25 +314,24 @@ def test_the_final_table_is_in_the_runs_precision(
     assert strict((tmp_path / "table.json").read_text())["a"]["PF"] is None
 
 
-def test_the_final_table_comes_after_the_training_state_is_gone(tmp_path, monkeypatch):
+def test_the_final_table_comes_after_the_training_state_is_gone(tables, tmp_path, monkeypatch):
     """A cycle, as sharded modules make them, keeps memory until it is collected."""
-    import gc
-    import weakref
 
-    class Held:
+    class State:
         pass
 
-    held, alive = Held(), []
-    held.me = held
-    seen = weakref.ref(held)
-    monkeypatch.setattr(metrics.HeldOut, "samples", lambda self: alive.append(seen()) or [])
-    monkeypatch.setattr(metrics, "save_grid", lambda *_: None)
-    monkeypatch.setattr(metrics, "print_table", lambda *_: None)
+    held, alive, state = tables[0], [], State()
+    state.me, seen = state, weakref.ref(state)
+
+    def load(path, where, dtype):
+        alive.append(seen())
+        return path, None
+
+    monkeypatch.setattr(metrics, "load_model", load)
     gc.disable()
     try:
-        del held
-        monkeypatch.setattr(metrics, "load_model", lambda *_: pytest.fail("nothing to compare"))
-        metrics.compare_checkpoints({}, metrics.HeldOut(), None, folder=tmp_path, precision="float32")
+        del state
+        metrics.compare_checkpoints({"a": "x"}, held, None, folder=tmp_path, precision="float32")
     finally:
         gc.enable()
     assert alive == [None]
@@ -346,7 +346,8 @@ def test_the_final_table_comes_after_the_training_state_is_gone(tmp_path, monkey
     [
         ({"RANK": "0"}, "RANK is set, but LOCAL_RANK"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
-        ({"RANK": "one", "LOCAL_RANK": "0"}, "RANK=one"),
+        (dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"], "x"), "MASTER_ADDR"),
+        (dict.fromkeys([*processes.TORCHRUN[0], "MASTER_ADDR"], "x"), "RANK=x"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_LOCALID"),
     ],
 )
@@ -371,8 +372,7 @@ def machine(monkeypatch, *, cuda=0, mps=False):
 
 
 @pytest.mark.parametrize(
-    "has, name",
-    [(dict(cuda=2, mps=True), "cuda"), (dict(mps=True), "mps"), (dict(), "cpu")],
+    "has, name", [(dict(cuda=2, mps=True), "cuda"), (dict(mps=True), "mps"), (dict(), "cpu")]
 )
 def test_the_best_device_is_found(monkeypatch, has, name):
     machine(monkeypatch, **has)

@@ -3,6 +3,7 @@ What a run on the toy world prepares for itself where it is missing.
 
     toy_tokenizer(folder, vocab_size)    stage 1: the tokenizer, trained on toy texts
     prepare(config)                      stage 2: CLIPs of reward and metric, then stage 1 itself
+    find_stage_1(config)                 whether that stands, before anything is written
     metric_clip(name, weights, steps)    the CLIP of CLIP_out, trained first if it is the toys'
 
 So `python grpo.py --config toy` is one command from nothing. Everything is made by the first
@@ -25,6 +26,8 @@ from runtime.pretrained import find_model, load_tokenizer
 from toy.clip import ToyClipSettings, train_metric_clip, train_toy_clip
 from toy.tokenizer import train_tokenizer
 
+TOYS = ("toy", "smoke", "small")  # presets whose stage 1 is trained from nothing
+
 
 def toy_tokenizer(folder, vocab_size):
     """The tokenizer of the run, trained once on toy texts by the first process."""
@@ -42,18 +45,24 @@ def metric_clip(name, weights, steps):
     return Clip(name, weights)
 
 
-def prepare(config):
-    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model.
+def find_stage_1(config):
+    """The model folder that stage 2 starts from; None where it is to be trained first.
 
-    Stage 1 is trained for the toy presets alone, and only under its own name: any other checkpoint
-    that is not there is fetched (owner/name) or refused before anything is trained.
+    That is so for the toy presets alone, and only under their own name: any other checkpoint is
+    fetched (owner/name), or a FileNotFoundError.
     """
-    its_own = config.clip_name == "toy" and config.init == f"out/{config.config}-sft"
-    if not its_own:
-        find_model(config.init)
+    its_own = config.config in TOYS and config.init == f"out/{config.config}-sft"
+    if its_own and not (Path(config.init) / "model").is_dir():
+        return None
+    return find_model(config.init)
+
+
+def prepare(config):
+    """Train what stage 2 needs and is missing: two small CLIPs and the stage 1 model."""
+    stage_1 = find_stage_1(config)
     if processes.is_main():
         train_clips(config)
-        if its_own and not (Path(config.init) / "model").is_dir():
+        if stage_1 is None:
             run_stage_1(config)
     processes.barrier()
 

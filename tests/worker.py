@@ -72,9 +72,9 @@ def least_and_most(passes):
     return torch.tensor([processes.reduced(passes, how) for how in ("min", "max")])
 
 
-def sft_gradients(folder, sum_every_pass, is_uneven=False):
+def sft_gradients(folder, is_uneven=False, **options):
     """The first step of stage 1: losses, and gradients of everything."""
-    config = dataclasses.replace(SFT, sum_every_pass=sum_every_pass)
+    config = dataclasses.replace(SFT, **options)
     engine = sft.build(config, folder / "tokenizer-run")
     model = engine.model
     examples = [
@@ -131,13 +131,19 @@ def work(folder):
     """Everything; what is to be compared goes to files named by the number of processes."""
     processes.launch(2.0)
     world = processes.size()
-    results = {f"sft-{flag}": sft_gradients(folder, flag) for flag in (True, False)}
-    results |= {f"uneven-{flag}": sft_gradients(folder, flag, True) for flag in (True, False)}
+    results = {}
+    for flag in (True, False):
+        for name, is_uneven in (("sft", False), ("uneven", True)):
+            found = sft_gradients(folder, is_uneven, sum_every_pass=flag)
+            results[f"{name}-{flag}"] = found
+    precision = "float32" if world == 1 else "bfloat16"
+    narrow = sft_gradients(folder, True, precision=precision, checkpointing=True)
+    results["narrow"] = narrow
     for name, options in (
         ("all", {}),
         ("gen", {"train": "gen"}),
         ("lora", {"train": "lora", "lora_rank": 4}),
-        ("text", {"train_text": True, "kl_beta": 0.0}),
+        ("text", {"train_text": True, "kl_beta": 0.0, "sum_every_pass": True}),
         ("bare-all", {"bare": True}),
         ("bare-gen", {"bare": True, "train": "gen"}),
         ("bare-lora", {"bare": True, "train": "lora", "lora_rank": 4}),

@@ -6,10 +6,12 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import evaluate
 import grpo
 import sample
 import sft
+from engine import Engine
 from runtime import files, loop, processes, state
 from runtime.config import parse
 from studies import questions
@@ -90,6 +93,43 @@ def test_the_same_command_again_does_not_train_again(trained):
     before = (cwd / "out/smoke-sft/metrics.jsonl").read_text()
     assert "finished" in command("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
     assert (cwd / "out/smoke-sft/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_the_process_group_is_left_at_a_normal_end(trained, tmp_path, monkeypatch, script):
+    shutil.copytree(trained[0] / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    left = []
+    monkeypatch.setattr(processes, "finish", lambda: left.append(True))
+    words = ["--config", "smoke", "--threads", "1", "--export"]  # finished long ago
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert left == [True]
+
+
+def test_the_final_table_paints_few_at_once_after_training_is_freed(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0] / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    build, paint, held, seen, left = grpo.build, Engine.paint, [], [], []
+
+    def watched(config):
+        learner = build(config)
+        held.extend(map(weakref.ref, (learner, learner.engine.model, learner.state)))
+        return learner
+
+    def recorded(self, groups, *rest):
+        seen.append((len(groups), [one() for one in held]))
+        return paint(self, groups, *rest)
+
+    monkeypatch.setattr(grpo, "build", watched)
+    monkeypatch.setattr(Engine, "paint", recorded)
+    monkeypatch.setattr(processes, "finish", lambda: left.append(True))
+    words = ["--config", "smoke", "--threads", "1", "--eval_batch", "6", "--target", "20"]
+    with pytest.raises(SystemExit) as stopped:  # nothing is left to train: the table alone
+        grpo.train(parse(grpo.Config, grpo.PRESETS, words))
+    assert stopped.value.code == 1 and left == [True]
+    assert [count for count, _ in seen] == 2 * [6, 6, 4]
+    assert all(found == [None] * 3 for _, found in seen)
 
 
 def test_evaluate_ends_with_json(trained):
@@ -303,6 +343,8 @@ def test_bad_reference(trained, pictures, capsys, name, words):
         (["--prompts", "text.png", "--prompt", "A"], "leave --prompt"),
         (["--prompt", "A", "--seeds", "2"], "several pictures go into a folder"),
         (["--prompt", "A", "--seed", "one"], "--seed"),
+        (["--prompt", "A", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
+        (["--prompt", "A", "--device", "cuda:99"], "--device=cuda:99"),
     ],
 )
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
@@ -324,6 +366,11 @@ def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message
         (sft, ["--config", "tiny"], "tiny"),
         (sft, ["--config", "smoke", "--hidden_size", "63"], "hidden_size 63"),
         (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
+        (evaluate, ["--config", "smoke", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
+        (evaluate, ["--config", "smoke", "--device", "cuda:99"], "--device=cuda:99"),
+        (evaluate, ["--config", "smoke", "--batch", "0"], "batch=0"),
+        (sft, ["--config", "smoke", "--eval_batch", "0"], "eval_batch=0"),
+        (grpo, ["--config", "smoke", "--init", "out/typo"], "out/typo"),
         (questions, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
         (questions, ["--question", "captoins"], "noise, mismatch, references, captions"),
     ],

@@ -43,6 +43,7 @@ from sequence import Layout, Packed, Sequence
 from vision import Reference, to_pil, unpatchify
 
 THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
+LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewhere every token
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,10 +234,18 @@ def draw_noise(lengths: list[int], channels: int, generators: list) -> torch.Ten
     return torch.cat([torch.randn(n, channels, generator=one) for n, one in pairs])
 
 
-def choose(logits: torch.Tensor, thinking: Thinking, generators: list | None) -> torch.Tensor:
-    """The next token of each row, (B, vocabulary) -> (B,).
+def draw_uniform(count: int, generators: list) -> torch.Tensor:
+    """(B, count) of [0, 1) in float64 on the CPU, a row from each generator."""
+    rows = [torch.rand(count, generator=one, dtype=torch.float64) for one in generators]
+    return torch.stack(rows)
 
-    Drawn on the CPU: a seed means the same everywhere.
+
+def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | None) -> torch.Tensor:
+    """The next token of each row, (B, vocabulary) -> (B,), where the logits are.
+
+    uniform: (B,) of [0, 1); the token is where the cumulated probabilities exceed its number. Not
+    needed where decoding is greedy. Cumulated in its type, float64 where there is one: at 152,064
+    tokens, rounding in float32 is as large as the probability of most of them.
     """
     if thinking.temperature == 0:
         return logits.argmax(-1)
@@ -245,9 +254,10 @@ def choose(logits: torch.Tensor, thinking: Thinking, generators: list | None) ->
         ordered, index = probabilities.sort(-1, descending=True)
         behind = ordered.cumsum(-1) - ordered >= thinking.top_p  # likelier ones make up top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    pairs = zip(probabilities.cpu(), generators, strict=True)
-    drawn = [torch.multinomial(row, 1, generator=one) for row, one in pairs]
-    return torch.cat(drawn).to(logits.device)  # (B,)
+    cumulated = probabilities.to(uniform).cumsum(-1)  # (B, vocabulary)
+    drawn = uniform[:, None] * cumulated[:, -1:]  # (B, 1), below the last
+    found = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)  # (B,)
+    return found.clamp_max(logits.shape[-1] - 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,20 +349,36 @@ class Engine:
         packed = sequence.pack().to(self.device)
         cache = Cache(self.model, len(packed))
         cache.take_over(packed.rows_of("given"), prefix)
-        slots = torch.tensor(sequence.reserved, device=self.device)  # (B,) B = prompts * count
+        return self._decode(packed, cache, sequence.reserved, thinking, generators)
+
+    def _decode(self, packed, cache, reserved, thinking, generators):
+        """Decode into the reserved slots; rows that have ended leave the batch.
+
+        On a GPU they leave every few tokens (LOOK), so that the host need not wait for each.
+        """
+        slots = torch.tensor(reserved, device=self.device)  # (B,) B = prompts * count
+        uniform = None
+        if thinking.temperature:
+            wide = torch.float32 if self.device.type == "mps" else torch.float64
+            uniform = draw_uniform(thinking.max_tokens, generators).to(self.device, wide)  # (B, S)
         fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
-        ended = torch.zeros_like(slots, dtype=torch.bool)
-        tokens = []
+        tokens = slots.new_full((len(slots), thinking.max_tokens), -1)  # (B, steps)
+        open_rows = torch.arange(len(slots), device=self.device)
+        look = LOOK.get(self.device.type, 1)
         for step in range(thinking.max_tokens):
-            hidden, _ = self.model(packed.decoding(slots + step, fed), cache)  # (B, W)
+            hidden, _ = self.model(packed.decoding(slots[open_rows] + step, fed), cache)  # (B, W)
             logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
-            fed = choose(logits, thinking, generators)
-            tokens.append(fed)
-            ended |= fed == eos
-            if bool(ended.all()):
-                break
-        rows = torch.stack(tokens, 1).tolist()  # (B, steps)
-        return [row[: row.index(eos)] if eos in row else row for row in rows], ended.tolist()
+            drawn = None if uniform is None else uniform[open_rows, step]
+            fed = choose(logits, thinking, drawn)
+            tokens[open_rows, step] = fed
+            if (step + 1) % look == 0:
+                going = (tokens[open_rows, step + 1 - look : step + 1] != eos).all(1)
+                open_rows, fed = open_rows[going], fed[going]
+                if not len(open_rows):
+                    break
+        rows = tokens.tolist()
+        plans = [row[: row.index(eos)] if eos in row else row for row in rows]
+        return plans, [eos in row for row in rows]
 
     @torch.no_grad()
     def paint(

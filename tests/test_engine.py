@@ -1,0 +1,93 @@
+"""Drawing plan tokens: the right distribution, one generator a member, no influence of company."""
+
+import pytest
+import torch
+
+from engine import Engine, Thinking, choose, draw_uniform
+from model import SMOKE, ModelConfig, UnifiedModel
+from runtime.processes import generator
+from toy.prepare import toy_tokenizer
+
+SAMPLING = Thinking(8, 1.0)
+
+
+def test_tokens_come_with_their_probabilities():
+    logits = torch.tensor([2.0, 0.5, -1.0, 1.0, -3.0])
+    count = 40_000
+    uniform = draw_uniform(count, [generator(0)])[0]
+    drawn = choose(logits.expand(count, -1), SAMPLING, uniform)
+    found = torch.bincount(drawn, minlength=5) / count
+    expected = logits.softmax(0)
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() < 4 * deviation).all()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_every_number_gives_a_token_that_can_come(top_p):
+    """At BAGEL's vocabulary, also for the smallest and the largest number in [0, 1)."""
+    size = 152_064
+    logits = torch.full((3, size), -torch.inf)
+    logits[:, 100:200] = torch.randn(100, generator=generator(1))
+    logits[:, 150] = 9.0
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    drawn = choose(logits, Thinking(8, 1.0, top_p), uniform)
+    assert ((drawn >= 100) & (drawn < 200)).all()
+    if top_p < 1:
+        assert (drawn == 150).all()  # it has more than 0.9 alone
+
+
+def test_rare_tokens_are_not_lost_in_a_large_vocabulary():
+    """Half of the mass lies on 152,063 tokens of equal probability: their mean index is in the
+    middle, and the place where a number falls is exact to a token."""
+    size = 152_064
+    logits = torch.zeros(size)
+    logits[0] = torch.log(torch.tensor(size - 1.0))
+    wanted = torch.tensor([1, 76_032, 152_063])
+    uniform = 0.5 + (wanted.double() - 0.5) / (size - 1) / 2
+    drawn = choose(logits.expand(3, -1), SAMPLING, uniform)
+    assert (drawn - wanted).abs().max() <= 1
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A model with fresh weights that ends its plans at very different places."""
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
+    made = Engine(model, toy_tokenizer(tmp_path_factory.mktemp("run"), SMOKE["vocab_size"]))
+    with torch.no_grad():
+        model.lm_head.weight[made.layout.eos] *= 3
+    return made
+
+
+def test_plans_do_not_depend_on_their_company(engine):
+    prompts = [engine.prompt((), text) for text in ("Draw a cat.", "A red ball at the left.")]
+    thinking = Thinking(60, 1.0)
+
+    def draw(number):
+        return [generator(5, number, member) for member in range(4)]
+
+    plans, ended = engine.think(prompts, thinking, count=4, generators=draw(0) + draw(1))
+    lengths = [len(plan) for plan in plans]
+    assert len(set(lengths)) > 3 and any(ended), lengths
+    alone = [
+        engine.think([prompts[number]], thinking, generators=[one])[0][0]
+        for number in range(2)
+        for one in draw(number)
+    ]
+    assert plans == alone
+    for plan, end in zip(plans, ended):
+        assert engine.layout.eos not in plan and (end or len(plan) == 60)
+
+
+def test_ended_rows_leave(engine, monkeypatch):
+    """The tokens that pass through the model are those of the plans and their ends, no more."""
+    prompts = [engine.prompt((), "Draw a cat.")]
+    prefix = engine.prefill(prompts)
+    before, each = engine.model.tokens, dict(count=4, prefix=prefix)
+
+    def draw():
+        return [generator(5, 0, member) for member in range(4)]
+
+    plans, ended = engine.think(prompts, Thinking(60, 1.0), generators=draw(), **each)
+    assert engine.model.tokens - before == sum(map(len, plans)) + sum(ended)
+    monkeypatch.setattr("engine.LOOK", {"cpu": 8})  # as on a GPU: the same plans
+    assert engine.think(prompts, Thinking(60, 1.0), generators=draw(), **each) == (plans, ended)

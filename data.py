@@ -39,7 +39,6 @@ Left out: streaming from object stores (mount them), captions in other files, vi
     python data.py --check PATH        every record: pictures, relations, references, lengths
 """
 
-import functools
 import hashlib
 import io
 import itertools
@@ -99,13 +98,6 @@ def held_out_keys(keys) -> set[str]:
     return set(ranked[: min(count, max(1, len(ranked) - 1))])
 
 
-@functools.cache
-def warn(text: str) -> None:
-    """Say it on stderr, once, from the first process."""
-    if processes.is_main():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 class Source(torch.utils.data.Dataset):
     """The samples at `path`: a tar shard, a folder of tar shards, or one with records.jsonl.
 
@@ -145,7 +137,9 @@ class Source(torch.utils.data.Dataset):
         keys = [self.key(number) for number in range(len(self))]
         chosen = held_out_keys(keys)
         if len(chosen) == len(set(keys)):
-            warn(f"{self.path} holds one sample: it is trained on, and it is the held-out one too")
+            processes.warn(
+                f"{self.path} holds one sample: it is trained on, and it is the held-out one too"
+            )
             return
         wanted = {"train": False, "held_out": True}[split]
         pairs = zip(self.entries, keys)

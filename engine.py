@@ -349,9 +349,11 @@ class Engine:
         packed = sequence.pack().to(self.device)
         cache = Cache(self.model, len(packed))
         cache.take_over(packed.rows_of("given"), prefix)
-        return self._decode(packed, cache, sequence.reserved, thinking, generators)
+        return self._decode(
+            packed, cache, sequence.reserved, thinking=thinking, generators=generators
+        )
 
-    def _decode(self, packed, cache, reserved, thinking, generators):
+    def _decode(self, packed, cache, reserved, *, thinking, generators):
         """Decode into the reserved slots; rows that have ended leave the batch.
 
         On a GPU they leave every few tokens (LOOK), so that the host need not wait for each.

@@ -22,7 +22,6 @@ from typing import Literal
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
-from runtime.loop import to_json
 from runtime.pretrained import load_model
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
@@ -145,7 +144,7 @@ def evaluate(config, engine, clip, *, samples):
         save_grid(config.grid, samples[:8], results[:8])
         print(f"pictures in {config.grid}")
     if config.json:
-        print(to_json({key: round(value, 4) for key, value in row.items()}))
+        print(files.to_json({key: round(value, 4) for key, value in row.items()}))
     return row
 
 

@@ -13,6 +13,7 @@ Not a concept of the paper. Left out: locks between processes; one of them write
 """
 
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -69,6 +70,19 @@ def write_text(path, text):
     """Write a text file whole or not at all."""
     with published(path) as hidden:
         hidden.write_text(text)
+
+
+def to_json(value, indent=None):
+    """JSON text of objects, lists and numbers; null for what is not finite, which JSON lacks."""
+
+    def known(x):
+        if isinstance(x, dict):
+            return {key: known(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [known(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(known(value), indent=indent, allow_nan=False)
 
 
 def read_json(path):

@@ -15,7 +15,8 @@ The bookkeeping of a training run: its folder, log, average, states, signals and
     out/<name>/state-000200/      training state (runtime/state.py)
     out/<name>/model/             the finished model in BAGEL's layout (runtime/pretrained.py)
 
-The same command continues a run from its newest state. Nothing random is carried from step to step:
+The same command continues a run from its newest state, which is never older than `save_minutes`
+and a step. Nothing random is carried from step to step:
 data, noise and times depend on (seed, step, sample) alone, so a resumed run equals an uninterrupted
 one bit for bit, and no state of a random generator is stored. On SIGTERM or SIGUSR1 a run ends its
 step, saves, and leaves with status 85. Not a concept of the paper.
@@ -23,7 +24,6 @@ Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
 import json
-import math
 import re
 import signal
 import sys
@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.config import UserError, to_dict
-from runtime.files import check_writable, read_json, write_text
+from runtime.files import check_writable, read_json, to_json, write_text
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
     barrier,
@@ -58,7 +58,7 @@ from runtime.state import Saver, newest_step, update_average
 MAY_CHANGE = (  # between resumptions
     "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
-    "groups_at_once", "workers", "async_save", "eval_batch", "export_float32",
+    "groups_at_once", "workers", "async_save", "save_minutes", "eval_batch", "export_float32",
 )
 # fmt: on
 
@@ -77,6 +77,7 @@ class Options:
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     keep: int = 2  # training states that stay
+    save_minutes: float = 10.0  # a state is also due this long after the last one; 0: off
     async_save: bool = False  # write states while training goes on; one more copy on the host
     eval_batch: int = 1  # prompts painted at once by strips and tables: bounds the memory
     export_float32: bool = False  # write out/<name>/model in float32: small updates survive
@@ -85,6 +86,7 @@ class Options:
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
 MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
+SHOWN = ("reward", "reward_std", "kl", "ce", "mse", "grad_norm")  # of the log, for a person
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
 
@@ -97,11 +99,12 @@ class Run:
 
     def __init__(self, folder, config, state, *, desc):
         self.folder, self.config, self.state, self.desc = Path(folder), config, state, desc
-        self.begun, self.bad, self.warned = time.perf_counter(), 0, False
+        self.begun, self.bad = time.perf_counter(), 0
         self.first = newest_step(folder)
         if self.first:
             state.load(folder, self.first)
         cut_log(folder, self.first)
+        self.saved, self.saved_at = self.first, time.perf_counter()
         self.stop, self.saver = Stop(), Saver(folder, config.keep, config.async_save)
 
     def steps(self):
@@ -128,21 +131,46 @@ class Run:
             update_average(self.state.average, self.state.parameters, decay)
         values = merged(values)
         log(self.folder, values)
-        if values.get("mismatch_clip", 0) > MISMATCH and not self.warned:
-            self.warned = True
+        if values.get("mismatch_clip", 0) > MISMATCH:
             warn(
-                f"rollout and update differ by {values['mismatch_clip']:.2f} of the clip range "
-                f"(mismatch_clip): rounding, not learning, decides what is clipped"
+                "rollout and update differ by more than a tenth of the clip range (mismatch_clip "
+                "in metrics.jsonl): rounding, not learning, decides what is clipped"
             )
-        shown = ("reward", "ce", "mse")
-        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
+        self.report(step, values)
         self.saver.poll()
         last, wanted = step + 1 == self.config.steps, self.stop.wanted()
-        if (step + 1) % self.config.save_every == 0 or last or wanted:
-            self.saver.save(step + 1, self.state.tensors())
+        if (step + 1) % self.config.save_every == 0 or last or self.save_is_due():
+            self.save(step + 1)
         if wanted and not last:
-            self.saver.wait()
-            stop_here(step + 1)
+            self.leave(step + 1)
+
+    def report(self, step, values):
+        """The step's numbers for a person: behind the bar on a terminal, as lines in a job log."""
+        shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        spent = sum(value for key, value in values.items() if key.endswith("seconds"))
+        words = " ".join(f"{key} {value}" for key, value in shown.items())
+        say(f"{self.desc}: step {step + 1} of {self.config.steps}, {words}, {spent:.1f} s")
+
+    def save_is_due(self):
+        """Whether `save_minutes` have passed since the last state; the same answer on all."""
+        minutes = (time.perf_counter() - self.saved_at) / 60
+        late = bool(self.config.save_minutes) and minutes > self.config.save_minutes
+        return bool(reduced([float(late)], "max")[0])
+
+    def save(self, step):
+        """Write the state after `step` steps."""
+        self.saver.save(step, self.state.tensors())
+        self.saved, self.saved_at = step, time.perf_counter()
+
+    def leave(self, step):
+        """Asked to stop after `step` whole steps: save what is not saved yet, and go."""
+        if self.saved != step:
+            self.save(step)
+        self.saver.wait()
+        stop_here(step)
 
     def strip_is_due(self, step):
         """Whether pictures of the same prompts shall be painted after this step."""
@@ -182,12 +210,15 @@ class Run:
     def weights_before(self, model):
         """{name: function that reads it} of what is trained, adapters as the weights they change.
 
-        {} on other processes than the first, and without a checkpoint to start from.
+        {} on other processes than the first, and where the checkpoint to start from is gone.
         """
         if not (is_main() and self.config.init):
             return {}
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        folder = find_model(self.config.init)
+        try:
+            folder = find_model(self.config.init)
+        except FileNotFoundError:
+            return {}
 
         def reader(name):
             def read():  # as it was when training began: a frozen weight is rounded
@@ -241,19 +272,6 @@ def refuse_other_options(folder, before, options):
                 f"choose another --out, or delete the folder to start again (what may change: "
                 f"{', '.join(MAY_CHANGE)})"
             )
-
-
-def to_json(value, indent=None):
-    """JSON text of objects, lists and numbers; null for what is not finite, which JSON lacks."""
-
-    def known(x):
-        if isinstance(x, dict):
-            return {key: known(item) for key, item in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [known(item) for item in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(known(value), indent=indent, allow_nan=False)
 
 
 def log(folder, values):

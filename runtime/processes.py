@@ -17,6 +17,7 @@ Not a concept of the paper. Left out: tensor and pipeline parallelism, restartin
 (torchrun and SLURM do that).
 """
 
+import functools
 import os
 import re
 import sys
@@ -53,7 +54,7 @@ def launch(timeout_minutes=30.0):
     place = placement(os.environ)
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(place["local_rank"])
+        torch.cuda.set_device(gpu_of(place["local_rank"], torch.cuda.device_count()))
     elif place["size"] == 1:
         return
     where = {"init_method": place["address"]} if place["address"] else {"store": dist.HashStore()}
@@ -93,6 +94,18 @@ def placement(environment):
             "address": f"tcp://{host}:{port}",
         }
     return {"rank": 0, "local_rank": 0, "size": 1, "address": None}
+
+
+def gpu_of(local_rank, visible):
+    """The number of this process's GPU: its own, or the only one that its launcher lets it see."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {visible} are visible; start one "
+            f"process a GPU"
+        )
+    return local_rank
 
 
 def check_launcher(environment, launcher, numbers, *, words=()):
@@ -181,8 +194,9 @@ def say(*words):
         print(*words, flush=True)
 
 
+@functools.cache
 def warn(text):
-    """A warning on stderr, from one process only."""
+    """A warning on stderr, once, from one process only."""
     if is_main():
         print(f"warning: {text}", file=sys.stderr, flush=True)
 

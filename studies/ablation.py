@@ -19,7 +19,6 @@ Left out: other sizes of model, statistics beyond mean and standard deviation ov
     python evaluate.py --config toy --ablation --seeds 3
 """
 
-import json
 import math
 import subprocess
 import sys
@@ -122,12 +121,12 @@ def measure_row(folder, name, held, *, clip):
     path, sampler = folder / "evaluation.json", held.sampler
     how = [held.count, sampler.num_timesteps, sampler.timestep_shift, held.data_seed]
     if path.is_file() and (found := files.read_json(path))["how"] == how:
-        return found["row"]
+        return {key: math.nan if v is None else v for key, v in found["row"].items()}
     if not ROWS[name].plans:
         held = replace(held, thinking=None)
     samples = held.samples()
     row = measure(samples, held.paint(Engine(*load_model(folder)), samples), clip)
-    files.write_text(path, json.dumps({"how": how, "row": row}) + "\n")
+    files.write_text(path, files.to_json({"how": how, "row": row}) + "\n")
     return row
 
 

@@ -121,7 +121,7 @@ def run_benchmark(config, load_engine, metric):
     table = statistics(judge_cases(cases, config), tasks)
     print_statistics(table, cases, config)
     print_published(table, tasks, config)
-    files.write_text(folder / f"{config.bench}.json", json.dumps(table, indent=1) + "\n")
+    files.write_text(folder / f"{config.bench}.json", files.to_json(table, indent=1) + "\n")
     return table
 
 

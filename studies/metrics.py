@@ -28,10 +28,9 @@ import data
 from engine import Engine, Sampler, Thinking
 from iccot import TASKS
 from reward import compare
-from runtime.files import write_text
-from runtime.loop import to_json
+from runtime.files import to_json, write_text
 from runtime.pretrained import load_model
-from runtime.processes import barrier, device, is_main
+from runtime.processes import barrier, device, is_main, warn
 from runtime.sharding import gathered
 from toy import world
 from toy.judge import judge
@@ -91,7 +90,7 @@ def held_out(path, count, *, max_references=4, seed=0, scale=1):
     source = data.Source(path, split="held_out")
     if len(source) < count:
         share = f"one sample in {round(1 / data.HELD_OUT)}"
-        data.warn(f"{path} has {len(source)} held out ({share}); {count} were asked for")
+        warn(f"{path} has {len(source)} held out ({share}); {count} were asked for")
     return source.first(count)
 
 

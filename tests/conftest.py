@@ -10,6 +10,15 @@ if not os.path.exists("/dev/nvidia0"):  # no GPU: Triton kernels run in its inte
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from runtime import processes  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def say_it_again():
+    """A warning comes once a process; each test counts as one."""
+    processes.warn.cache_clear()

@@ -158,7 +158,41 @@ def test_rounding_that_decides_what_is_clipped_is_said_once(run, capsys):
     said = capsys.readouterr()
     assert said.err.count("warning") == 1 and "warning" not in said.out
     (line,) = [line for line in said.err.splitlines() if "warning" in line]
-    assert "0.20" in line and "clip range" in line
+    assert "mismatch_clip" in line and "clip range" in line
+
+
+def test_a_job_log_has_a_line_a_step(run, capsys):
+    make, *_ = run
+    one = make(save_every=100)
+    values = {"step": 0, "ce": 0.52341, "mse": 0.25, "seconds": 1.5, "lr": 1e-3}
+    one.end_step(0, values, finite=True, decay=0.0, made_of=[])
+    total = one.config.steps
+    assert f"test: step 1 of {total}, ce 0.5234 mse 0.25, 1.5 s\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes, saved", [(1.0, True), (100.0, False), (0.0, False)])
+def test_states_are_saved_by_time_too(run, minutes, saved):
+    make, _, folder = run
+    one = make(save_every=100, save_minutes=minutes)
+    one.saved_at -= 120  # two minutes ago
+    one.end_step(0, {"step": 0}, finite=True, decay=0.0, made_of=[])
+    assert (folder / "state-000001").is_dir() == saved
+    one.end_step(1, {"step": 1}, finite=True, decay=0.0, made_of=[])
+    assert not (folder / "state-000002").is_dir()  # the clock starts again
+
+
+def test_a_signal_saves_what_is_not_saved_yet(run, capsys):
+    make, _, folder = run
+    one = make(save_every=100)
+    one.stop.flag = True
+    with pytest.raises(SystemExit) as stopped:
+        one.end_step(0, {"step": 0}, finite=True, decay=0.0, made_of=[])
+    assert stopped.value.code == loop.REQUEUE and (folder / "state-000001").is_dir()
+    assert "after step 1;" in capsys.readouterr().out
+    written = (folder / "state-000001" / ".metadata").stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        one.leave(1)  # within a step: nothing is new
+    assert (folder / "state-000001" / ".metadata").stat().st_mtime_ns == written
 
 
 def test_weights_are_exported_in_float32_on_request(run):

@@ -164,6 +164,13 @@ def test_placement():
     }
 
 
+def test_each_process_takes_its_own_gpu_or_the_only_visible_one():
+    assert [processes.gpu_of(rank, 8) for rank in range(8)] == list(range(8))
+    assert [processes.gpu_of(rank, 1) for rank in range(8)] == [0] * 8  # --gpus-per-task=1
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: 2 are visible"):
+        processes.gpu_of(2, 2)
+
+
 @pytest.mark.parametrize(
     "nodes, first",
     [

@@ -23,7 +23,7 @@ Run the same command again to resume. Then look at out/toy-sft/samples, or at sa
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,9 @@ from runtime.config import exit_on_user_error, parse
 from runtime.pretrained import find_model, load_tokenizer, load_weights, shape_with
 from runtime.processes import generator
 from runtime.state import TrainingState, new_average, newest_step
-from studies.metrics import HeldOut, save_strip
+from studies.metrics import HeldOut, measured_together, save_strip
 from toy import world
-from toy.prepare import toy_tokenizer
+from toy.prepare import metric_clip_of_all, toy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,14 @@ class Config(loop.Options, example.Options, ModelConfig):
     sample_timesteps: int = 50  # grid points of their sampler
     sample_shift: float = 3.0  # its time shift
     sample_plan_tokens: int = 256  # of their plans, at most
+    eval_samples: int = 64  # prompts of the measurements at eval_every
+    metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP that measures; toys: toy
+    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
+    clip_steps: int = 0  # training steps of the toy CLIP, if it is missing
 
     @property
     def held_out(self):
-        """Prompts of the strips."""
+        """Prompts of the strips; of the measurements, as many as eval_samples."""
         sampler = Sampler(self.sample_timesteps, self.sample_shift, guidance_interval=(0.0, 1.0))
         prompts = self.data, 8, self.max_references, self.scale
         thinking, batch = Thinking(self.sample_plan_tokens), self.eval_batch
@@ -86,6 +90,7 @@ TOY = dict(
     text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
     sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50,
+    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
@@ -94,7 +99,8 @@ PRESETS = {
     ),
     "smoke": MODELS["smoke"] | TOY | dict(
         samples_per_step=16, tokens_per_pack=2048, steps=20, lr=2e-3, warmup=5, average=0.9,
-        out="out/smoke-sft", save_every=10, sample_every=20,
+        out="out/smoke-sft", save_every=10, sample_every=20, metric="out/smoke-clip-metric",
+        clip_steps=20, eval_samples=16,
     ),
     "small": MODELS["small"] | TOY | dict(  # one data-centre GPU; not run yet
         scale=2, sample_side=64, samples_per_step=96, noise_copies=2, plan_dropout=0.1,
@@ -225,6 +231,9 @@ def train(config):
     optimizer = torch.optim.AdamW(engine.model.parameters(), **rates, fused=True)
     state = TrainingState(parameters, optimizer, new_average(parameters))
     run = loop.Run(folder, config, state, desc="sft")
+    measuring = replace(config.held_out, count=config.eval_samples)
+    measured_by = config.metric_name, config.metric, config.clip_steps
+    clip = metric_clip_of_all(*measured_by) if config.eval_every else None
     millions = sum(p.numel() for p in parameters.values()) / 1e6
     processes.say(
         f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on "
@@ -237,6 +246,9 @@ def train(config):
     for step in run.steps():
         values, finite = iteration(engine, optimizer, samples, config=config, step=step)
         decay, numbers = min(config.average, (step + 1) / (step + 10)), sample_numbers(config, step)
+        if run.measurement_is_due(step):
+            with sharding.exchanged(engine.model, state.average):  # of the steps before
+                values |= measured_together(engine, measuring, clip)
         run.end_step(step, values, finite=finite, decay=decay, made_of=numbers)
         if run.strip_is_due(step) or step + 1 == config.steps:
             with sharding.exchanged(engine.model, state.average):

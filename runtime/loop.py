@@ -53,12 +53,14 @@ from runtime.processes import (
 )
 from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
+from runtime.tracker import Tracker
 
 # fmt: off
 MAY_CHANGE = (  # between resumptions
     "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
-    "groups_at_once", "workers", "async_save", "save_minutes", "eval_batch", "export_float32",
+    "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
+    "eval_batch", "export_float32",
 )
 # fmt: on
 
@@ -79,6 +81,8 @@ class Options:
     keep: int = 2  # training states that stay
     save_minutes: float = 10.0  # a state is also due this long after the last one; 0: off
     async_save: bool = False  # write states while training goes on; one more copy on the host
+    tracker: Literal["", "tensorboard", "wandb"] = ""  # write the log there too; both optional
+    eval_every: int = 0  # steps between measurements on held-out prompts; 0: at the end alone
     eval_batch: int = 1  # prompts painted at once by strips and tables: bounds the memory
     export_float32: bool = False  # write out/<name>/model in float32: small updates survive
     export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
@@ -86,7 +90,15 @@ class Options:
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
 MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
-SHOWN = ("reward", "reward_std", "kl", "ce", "mse", "grad_norm")  # of the log, for a person
+SHOWN = (
+    "held_out_Overall",
+    "reward",
+    "reward_std",
+    "kl",
+    "ce",
+    "mse",
+    "grad_norm",
+)  # of the log, for a person
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
 
@@ -106,6 +118,8 @@ class Run:
         cut_log(folder, self.first)
         self.saved, self.saved_at = self.first, time.perf_counter()
         self.stop, self.saver = Stop(), Saver(folder, config.keep, config.async_save)
+        kind = config.tracker if is_main() and not config.export else ""
+        self.tracker = Tracker(kind, folder, self.first, options=to_dict(config))
 
     def steps(self):
         """The steps that are left, behind a progress bar; none with --export."""
@@ -131,6 +145,7 @@ class Run:
             update_average(self.state.average, self.state.parameters, decay)
         values = merged(values)
         log(self.folder, values)
+        self.tracker.log(step, values)
         if values.get("mismatch_clip", 0) > MISMATCH:
             warn(
                 "rollout and update differ by more than a tenth of the clip range (mismatch_clip "
@@ -169,8 +184,13 @@ class Run:
         """Asked to stop after `step` whole steps: save what is not saved yet, and go."""
         if self.saved != step:
             self.save(step)
-        self.saver.wait()
+        self.finish()
         stop_here(step)
+
+    def measurement_is_due(self, step):
+        """Whether held-out prompts shall be measured in this step."""
+        every = self.config.eval_every
+        return bool(every) and (step + 1) % every == 0
 
     def strip_is_due(self, step):
         """Whether pictures of the same prompts shall be painted after this step."""
@@ -179,6 +199,7 @@ class Run:
     def finish(self):
         """Wait for the last state to be written."""
         self.saver.wait()
+        self.tracker.close()
 
     def export(self, engine, weights):
         """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model.

@@ -11,7 +11,7 @@ What a checkpoint can do: held-out prompts, planned, painted and measured. The p
 
 Plans are greedy and pictures start from noise that depends on `seed` and the sample's number alone,
 so two checkpoints are compared on the same prompts and the same noise. evaluate.py, the strips of a
-training run, the final table of stage 2 and the ablation all measure through `HeldOut`.
+training run, its measurements at `eval_every`, the final table and the ablation use `HeldOut`.
 
 Left out: confidence intervals (the ablation repeats training instead), FID.
 """
@@ -30,7 +30,7 @@ from iccot import TASKS
 from reward import compare
 from runtime.files import to_json, write_text
 from runtime.pretrained import load_model
-from runtime.processes import barrier, device, is_main, warn
+from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
 from runtime.sharding import gathered
 from toy import world
 from toy.judge import judge
@@ -68,14 +68,18 @@ class HeldOut:
             scale=self.scale,
         )
 
-    def paint(self, engine: Engine, samples):
-        """An engine.Result for each sample (anything with references and an instruction)."""
+    def paint(self, engine: Engine, samples, numbers=None):
+        """An engine.Result for each sample (anything with references and an instruction).
+
+        numbers: of the samples among all prompts, which their noise depends on; 0, 1, ... if None.
+        """
+        numbers = range(len(samples)) if numbers is None else numbers
         return engine.generate(
             [engine.request(one, self.side) for one in samples],
             sampler=self.sampler,
             thinking=self.thinking,
             batch=self.batch,
-            seeds=[(self.seed, number) for number in range(len(samples))],
+            seeds=[(self.seed, number) for number in numbers],
         )
 
 
@@ -96,6 +100,12 @@ def held_out(path, count, *, max_references=4, seed=0, scale=1):
 
 def measure(samples, results, clip):
     """A row of the table: means over samples; PF and SC where the truth is known (toy world)."""
+    found = means(samples, results, clip)
+    return {column: value for column, (value, _) in found.items()} | {"n": len(samples)}
+
+
+def means(samples, results, clip):
+    """{column: (its mean, number of samples that it is over)}."""
     verdicts = [
         judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth
     ]
@@ -105,17 +115,35 @@ def measure(samples, results, clip):
     right = [
         r.plan is not None and r.plan.caption == s.plan.caption for s, r in zip(samples, results)
     ]
+    planned_only = agreement(clip, pictures[planned], written) if planned else math.nan
+    captions = [one.plan.caption for one in samples]
     return {
-        "PF": mean([verdict.pf for verdict in verdicts]),
-        "SC": mean([verdict.sc for verdict in verdicts]),
-        "Overall": mean([verdict.overall for verdict in verdicts]),
-        "CLIP_out": agreement(clip, pictures, [one.plan.caption for one in samples]),
-        "CLIP_plan": agreement(clip, pictures[planned], written) if planned else math.nan,
-        "format_ok": mean([result.valid for result in results]),
-        "caption_ok": mean(right),
-        "plan_ok": mean([result.plan == one.plan for one, result in zip(samples, results)]),
-        "n": len(samples),
+        "PF": (mean([verdict.pf for verdict in verdicts]), len(verdicts)),
+        "SC": (mean([verdict.sc for verdict in verdicts]), len(verdicts)),
+        "Overall": (mean([verdict.overall for verdict in verdicts]), len(verdicts)),
+        "CLIP_out": (agreement(clip, pictures, captions), len(samples)),
+        "CLIP_plan": (planned_only, len(planned)),
+        "format_ok": (mean([result.valid for result in results]), len(samples)),
+        "caption_ok": (mean(right), len(samples)),
+        "plan_ok": (mean([r.plan == one.plan for one, r in zip(samples, results)]), len(samples)),
     }
+
+
+def measured_together(engine, held_out, clip):
+    """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
+
+    All processes take part and get the same numbers; a column without a value is left out.
+    """
+    samples = held_out.samples()
+    numbers = range(rank(), len(samples), size())
+    mine, found = [samples[number] for number in numbers], {}
+    with gathered(engine.model):
+        if mine:
+            found = means(mine, held_out.paint(engine, mine, numbers), clip)
+    parts = [found.get(column, (0.0, 0)) for column in COLUMNS]
+    total = reduced([value * count if count else 0.0 for value, count in parts])
+    counts = reduced([count for _, count in parts])
+    return {f"held_out_{c}": t / n for c, t, n in zip(COLUMNS, total, counts) if n}
 
 
 def mean(values):

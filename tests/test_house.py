@@ -60,8 +60,10 @@ LATE_IMPORTS = (
     "pyarrow",
     "tokenizers",
     "torch.nn.attention",
+    "torch.utils.tensorboard",
     "transformers",
     "triton",
+    "wandb",
 )
 
 MOST_LINES = {"grpo.py": 500, "sft.py": 280}

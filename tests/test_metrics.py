@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import Result, Sampler
+from engine import Engine, Result, Sampler, Thinking
 from iccot import ICCoT
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime.pretrained import save_model
+from studies import metrics
 from studies.ablation import ROWS, ablation_table, measure_row
-from studies.metrics import HeldOut, by_task, held_out, measure
+from studies.metrics import HeldOut, by_task, held_out, measure, measured_together
 from toy.tokenizer import train_tokenizer
 
 
@@ -30,6 +31,13 @@ class WordCounts:
     @staticmethod
     def unit(angle):
         return torch.stack([angle.cos(), angle.sin()], 1)  # (B, E)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return Engine(model, train_tokenizer(folder, model.config.vocab_size))
 
 
 def painted(sample, plan=None, image=None):
@@ -72,10 +80,8 @@ def test_the_ablation_table_has_mean_deviation_and_all_seeds():
     assert [name for name, row in ROWS.items() if not row.plans] == ["base", "SFT without IC-CoT"]
 
 
-def test_a_row_of_the_ablation_is_measured_once(tmp_path):
-    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
-    tokenizer = train_tokenizer(tmp_path / "tokenizer", model.config.vocab_size)
-    save_model(model, tokenizer, tmp_path / "run" / "model")
+def test_a_row_of_the_ablation_is_measured_once(engine, tmp_path):
+    save_model(engine.model, engine.tokenizer, tmp_path / "run" / "model")
     held, folder = HeldOut(count=2, sampler=Sampler(2, 10.0)), tmp_path / "run"
     row = measure_row(folder, "SFT without IC-CoT", held, clip=WordCounts())
     assert row["n"] == 2 and row["format_ok"] == 0  # it was not asked to plan
@@ -85,3 +91,20 @@ def test_a_row_of_the_ablation_is_measured_once(tmp_path):
     assert measure_row(folder, "SFT without IC-CoT", held, clip=None)["n"] == 99
     other = replace(held, count=1)
     assert measure_row(folder, "SFT without IC-CoT", other, clip=WordCounts())["n"] == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_processes_measure_together_what_one_measures(engine, monkeypatch, world):
+    """Each its share: the sums over all are those of `measure`; more processes than prompts too."""
+    held = HeldOut(count=4, sampler=Sampler(2, 10.0), thinking=Thinking(12), batch=3)
+    samples, summed = held.samples(), []
+    row = measure(samples, held.paint(engine, samples), WordCounts())
+    monkeypatch.setattr(metrics, "size", lambda: world)
+    monkeypatch.setattr(metrics, "reduced", lambda numbers: summed.append(numbers) or numbers)
+    for number in range(world):
+        monkeypatch.setattr(metrics, "rank", lambda number=number: number)
+        measured_together(engine, held, WordCounts())
+    sums = [[sum(column) for column in zip(*lists)] for lists in (summed[::2], summed[1::2])]
+    found = {name: total / n for name, total, n in zip(metrics.COLUMNS, *sums) if n}
+    expected = {name: row[name] for name in metrics.COLUMNS if not math.isnan(row[name])}
+    assert found == pytest.approx(expected) and "PF" in found and "CLIP_out" in found

@@ -45,6 +45,14 @@ def metric_clip(name, weights, steps):
     return Clip(name, weights)
 
 
+def metric_clip_of_all(name, weights, steps):
+    """The same, for all processes together; each computes on its own device."""
+    if processes.is_main():
+        metric_clip(name, weights, steps)
+    processes.barrier()
+    return Clip(name, weights, processes.device())
+
+
 def find_stage_1(config):
     """The model folder that stage 2 starts from; None where it is to be trained first.
 

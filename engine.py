@@ -28,6 +28,8 @@ rollout and update compute the same thing.
 Letters: sequence.py. Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).
 """
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +44,7 @@ from runtime.processes import generator
 from sequence import Layout, Packed, Sequence
 from vision import Reference, to_pil, unpatchify
 
+MAX_DECODED = 1024 * 1024  # pixels that the codec decodes at a time: bounds the memory
 THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
 LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewhere every token
 
@@ -431,10 +434,18 @@ class Engine:
             self.model(packed.select(given), cache)
         return cache
 
-    def picture(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """Latent tokens (T, C) of one picture -> PIL RGB."""
-        latents = unpatchify(tokens, grid, self.model.config.latent_patch)
-        return to_pil(self.model.codec.decode(latents))
+    def pictures(self, tokens: list[torch.Tensor], grids: list[tuple[int, int]]) -> list:
+        """Latent tokens (T, C) of some pictures, and their grids -> PIL RGB.
+
+        Neighbours of one size are decoded together, up to MAX_DECODED pixels at a time.
+        """
+        config, decoded = self.model.config, []
+        for (h, w), same in itertools.groupby(zip(grids, tokens), operator.itemgetter(0)):
+            latents = [unpatchify(one, (h, w), config.latent_patch) for _, one in same]
+            at_once = max(1, MAX_DECODED // (h * w * config.token_pixels**2))
+            for part in torch.stack(latents).split(at_once):  # (B, c, h, w)
+                decoded += map(to_pil, self.model.codec.decode(part))
+        return decoded
 
     def generate(
         self,
@@ -467,8 +478,9 @@ class Engine:
                 for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])
             ]
             x = self.paint(groups, sampler)
-            pictures = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
-            results += map(self._result, part, plans, pictures)
+            latents = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
+            images = self.pictures(latents, [one.grid for one in part])
+            results += map(self._result, part, plans, images)
         return results
 
     def start(self, grid: tuple[int, int], generator: torch.Generator) -> Noised:
@@ -476,8 +488,8 @@ class Engine:
         channels = self.model.config.token_channels
         return Noised(draw_noise([grid[0] * grid[1]], channels, [generator]), 1.0)
 
-    def _result(self, request: Request, plan: list | None, tokens: torch.Tensor) -> Result:
-        image, references = self.picture(tokens, request.grid), len(request.references)
+    def _result(self, request: Request, plan: list | None, image: Image.Image) -> Result:
+        references = len(request.references)
         if plan is None:
             return Result("", None, [], False, image)
         text = self.tokenizer.decode(plan)

@@ -180,7 +180,7 @@ def roll_out_together(engine, samples, numbers, *, config, step):
         prompts,
         plans,
         [caption_of(engine.tokenizer.decode(plan), n) for plan, n in zip(plans, references)],
-        [engine.picture(tokens, grid) for tokens in painted.final],
+        engine.pictures(painted.final, [grid] * len(painted.final)),
         torch.tensor(ended),
         painted.log_prob.cpu(),
         painted.x.cpu(),

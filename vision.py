@@ -180,7 +180,8 @@ class SpaceToDepth:
         return F.pixel_unshuffle(image, self.factor)  # (3 f f, h / f, w / f)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return F.pixel_shuffle(latents, self.factor)  # (3, h, w)
+        """Latents of one image, or (B, ...) of several."""
+        return F.pixel_shuffle(latents, self.factor)  # (..., 3, h, w)
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ class FluxEncoder(nn.Module):
 
 
 class FluxDecoder(nn.Module):
-    """Latents (1, z, h, w) -> image (1, 3, f h, f w).
+    """Latents (B, z, h, w) -> images (B, 3, f h, f w).
 
     `up` is stored by resolution: its last level is applied first.
     """
@@ -341,9 +342,10 @@ class FluxCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (z, h, w) -> the image (3, f h, f w)."""
+        """Latents (B, z, h, w) -> the images (B, 3, f h, f w); or one, without B."""
         z = (latents.float() / self.scale + self.shift).to(self.device)
-        return self.weights["decoder"](z[None])[0].to(latents.device)
+        images = self.weights["decoder"](z if z.ndim == 4 else z[None])
+        return images.view(*latents.shape[:-3], *images.shape[1:]).to(latents.device)
 
 
 # --------------------------------------------------------------------------------------------------

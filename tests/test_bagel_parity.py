@@ -469,6 +469,24 @@ def test_f5_velocities(bagel):
                 close(cache.values[-1, seen], f[f"{scenario}.{context}.v_last"])
 
 
+def test_pictures_decoded_together_are_those_decoded_alone(bagel, monkeypatch):
+    """Of several sizes, in order; the bound on the pixels at a time acts."""
+    config, decode, sizes = bagel.model.config, bagel.model.codec.decode, []
+    grids = [(2, 2), (2, 2), (2, 2), (1, 2), (2, 2)]
+    tokens = [
+        torch.randn(h * w, config.token_channels, generator=torch.Generator().manual_seed(i))
+        for i, (h, w) in enumerate(grids)
+    ]
+    alone = [bagel.engine.pictures([one], [grid])[0] for one, grid in zip(tokens, grids)]
+    monkeypatch.setattr("engine.MAX_DECODED", 8 * config.token_pixels**2)
+    monkeypatch.setattr(bagel.model.codec, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    together = bagel.engine.pictures(tokens, grids)
+    assert sizes == [2, 1, 1, 1]
+    for one, other in zip(alone, together):
+        assert one.size == other.size
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
 def test_a_prefix_changes_nothing(bagel):
     """Prompts prefilled once, taken over by decoding and painting, against prefilling in each."""
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")["scenarios"]
@@ -506,7 +524,7 @@ def group_of(prompt, grid, plan, noise):
 
 
 def check_image(bagel, tokens, grid, expected):
-    got = torch.from_numpy(np.array(bagel.engine.picture(tokens, grid))).int()
+    got = torch.from_numpy(np.array(bagel.engine.pictures([tokens], [grid])[0])).int()
     assert got.shape == expected.shape and (got - expected.int()).abs().max() <= 1
 
 

@@ -31,6 +31,7 @@ Letters: sequence.py. Left out: top-k and beam search; answers about pictures (s
 import itertools
 import operator
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -267,12 +268,30 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
 # the engine
 
 
+class Interrupted(Exception):
+    """Somebody asked for an end while the engine was at work (`Engine.until`)."""
+
+
 class Engine:
     """A model and its tokenizer, ready to think and paint. It changes neither."""
 
     def __init__(self, model: UnifiedModel, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.layout = model.config.layout(tokenizer)
+        self.asked = None  # a function: whether somebody asked for an end
+
+    @contextmanager
+    def until(self, asked: Callable[[], bool] | None):
+        """Inside, `Interrupted` is raised before the next token or step once asked() is true."""
+        self.asked = asked
+        try:
+            yield self
+        finally:
+            self.asked = None
+
+    def _go_on(self):
+        if self.asked is not None and self.asked():
+            raise Interrupted
 
     @property
     def device(self) -> torch.device:
@@ -371,6 +390,7 @@ class Engine:
         open_rows = torch.arange(len(slots), device=self.device)
         look = LOOK.get(self.device.type, 1)
         for step in range(thinking.max_tokens):
+            self._go_on()
             hidden, _ = self.model(packed.decoding(slots[open_rows] + step, fed), cache)  # (B, W)
             logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
             drawn = None if uniform is None else uniform[open_rows, step]
@@ -414,6 +434,7 @@ class Engine:
         x = torch.cat(noise).to(self.device)  # (I * T, C)
         grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+            self._go_on()
             canvas.latents = x[token]  # (M, C)
             canvas.timesteps = torch.full_like(canvas.timesteps, t)
             v = self.model.velocity(canvas, self.model(canvas, cache)[1])  # (M, C)

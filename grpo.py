@@ -33,6 +33,7 @@ Letters: sequence.py. Left out: denoising trees, replay.
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ import flow
 import tree
 from bench.memory import print_memory
 from data import open_source
-from engine import Engine, Sampler, Thinking
+from engine import Engine, Interrupted, Sampler, Thinking
 from kernels.attention import describe_backend
 from reward import Clip, group_rewards, reward_statistics
 from runtime import loop, processes, sharding
@@ -285,6 +286,7 @@ class Learner:
     engine: Engine
     state: TrainingState  # trained parameters, optimiser, average
     anchor: dict | None  # {name: value} of the trained weights in stage 1, for the KL
+    stop: loop.Stop | None = None  # whether the run was asked to end
 
 
 def update(learner, rollout, reward, *, config):
@@ -394,7 +396,10 @@ def summary(health, norms, clip_range):
 
 
 def iteration(learner, clip, source, *, config, step):
-    """One rollout and its update. Returns the line of the log, and whether all was finite."""
+    """One rollout and its update. Returns the line of the log, and whether all was finite.
+
+    Interrupted, on all processes, if one was asked to stop during the rollout.
+    """
     model, numbers = learner.engine.model, sample_numbers(config, step)
     clock, truncated = [], clip.truncated
 
@@ -402,9 +407,11 @@ def iteration(learner, clip, source, *, config, step):
         clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
 
     lap()
-    with sharding.gathered(model):
-        samples = [source[i] for i in numbers]
+    samples, asked = [source[i] for i in numbers], learner.stop and learner.stop.here
+    with suppress(Interrupted), sharding.gathered(model), learner.engine.until(asked):
         rollout = tree.roll_out(learner.engine, samples, numbers, config=config, step=step)
+    if learner.stop and learner.stop.wanted():
+        raise Interrupted
     lap()
     how = dict(groups=len(samples), kind=config.reward, cross_score=config.cross_score)
     reward = group_rewards(clip, rollout.images, rollout.captions, **how)
@@ -460,6 +467,7 @@ def train(config):
         learner = build(config)
         clip = Clip(config.clip_name, config.clip, processes.device())
     run = loop.Run(folder, config, learner.state, desc="grpo")
+    learner.stop = run.stop
     processes.say(
         f"grpo: {prompts} prompts x {config.group_size} members = {prompts * config.group_size} "
         f"pictures a step, {each} prompts on each of {processes.size()} processes, "
@@ -467,7 +475,10 @@ def train(config):
         f"step {run.first} of {config.steps}"
     )
     for step in run.steps():
-        values, finite = iteration(learner, clip, source, config=config, step=step)
+        try:
+            values, finite = iteration(learner, clip, source, config=config, step=step)
+        except Interrupted:
+            run.leave(step)
         numbers = sample_numbers(config, step)
         run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):

@@ -19,7 +19,7 @@ The same command continues a run from its newest state, which is never older tha
 and a step. Nothing random is carried from step to step:
 data, noise and times depend on (seed, step, sample) alone, so a resumed run equals an uninterrupted
 one bit for bit, and no state of a random generator is stored. On SIGTERM or SIGUSR1 a run ends its
-step, saves, and leaves with status 85. Not a concept of the paper.
+step, or gives up a rollout, saves, and leaves with status 85. Not a concept of the paper.
 Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
@@ -344,6 +344,10 @@ class Stop:
 
     def _catch(self, *_):
         self.flag = True
+
+    def here(self):
+        """Whether this process was asked to stop, without asking the others."""
+        return self.flag
 
     def wanted(self):
         """Whether any process was asked to stop; the same answer on all."""

@@ -5,6 +5,7 @@ The mathematics of a step is tested in test_flow.py, the reward of a group in te
 """
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import flow
 import grpo
 import iccot
 import tree
-from engine import Engine, Prompt
+from engine import Engine, Interrupted, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
 from reward import group_rewards
 from runtime import lora
@@ -492,3 +493,17 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
         means.append(reward.mean().item())
         grpo.update(learner(engine, optimizer), rollout, reward, config=config)
     assert sum(means[-3:]) / 3 > sum(means[:2]) / 2 + 0.05, means
+
+
+def test_a_signal_ends_the_rollout_and_the_iteration(toy):
+    """Also on a process without a signal of its own: it finishes its rollout, then hears of it."""
+    engine, samples = toy
+    source, clip = dict(enumerate(samples)), types.SimpleNamespace(truncated=0)
+    config = dataclasses.replace(CONFIG, prompts_per_step=2)
+    for here in (True, False):
+        one, before = learner(engine, None), engine.model.tokens
+        one.stop = types.SimpleNamespace(here=lambda here=here: here, wanted=lambda: True)
+        with pytest.raises(Interrupted):
+            grpo.iteration(one, clip, source, config=config, step=0)
+        painted = engine.model.tokens - before > 2 * len(samples) * 200
+        assert painted != here and engine.asked is None

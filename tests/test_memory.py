@@ -60,12 +60,6 @@ def test_activations(shape, checkpointing):
     with memory.kept_bytes(model.parameters()) as prompt:
         prefix = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in prefix]
-    members.key_order = torch.arange(len(shared) + len(members))
-    members.mask = type(members.mask)(
-        members.mask.q_hi + len(shared),
-        torch.cat([shared.mask.k_hi * 0 + 10**6, members.mask.k_hi + len(shared)]),
-        torch.arange(len(members)) + len(shared),
-    )
     with memory.kept_bytes(model.parameters()) as rest:
         model(members, prefix=leaves)
     computed = [

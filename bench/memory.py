@@ -188,16 +188,19 @@ class Graphs:
     block: int  # the larger one of them while it is computed again
 
 
-def graphs(shape, case, config):
-    """The Graphs of a config; those that differ in what does not matter are computed once."""
+def plain(config):
+    """The config with nothing but what decides the packs of an update and their passes.
+
+    What was computed for it need not be computed again for one that trains other weights.
+    """
     names = ("window", "tokens_per_pack", "text_guidance", "image_guidance", "images_per_cot")
     names += ("num_timesteps", "window_end", "group_size", "rid", "checkpointing", "precision")
-    plain = {name: getattr(config, name) for name in names}
-    return _graphs(shape, case, type(config)(**plain))
+    return type(config)(**{name: getattr(config, name) for name in names})
 
 
 @functools.cache
-def _graphs(shape, case, config):
+def graphs(shape, case, config):
+    """The Graphs of a config that is `plain`."""
     shared, members = packs(shape, case, config)
     how = dict(dtype=getattr(torch, config.precision))
     prompt = activations(shape, shared, config.checkpointing, **how)
@@ -215,10 +218,9 @@ def value_bytes(config):
     return 2 if config.precision == "bfloat16" else 4
 
 
-def token_bytes(config, shape):
-    """Bytes of the keys and values of one token, in all layers."""
-    values = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    return 2 * values * value_bytes(config)
+def token_bytes(shape, width):
+    """Bytes of the keys and values of one token, in all layers; `width` bytes a value."""
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
 
 
 def always(config, model, shards):
@@ -251,12 +253,12 @@ def gathered_bytes(config, model):
 
 def of_update(config, model, case):
     """{what: bytes} that one update pass adds: the pack of a prompt, and a pack of its members."""
-    found = graphs(model.config, case, config)
+    found = graphs(model.config, case, plain(config))
     return {
         "gathered blocks and root": gathered_bytes(config, model),
         # and its keys and values as leaves, and their gradients
         "prompt's graph": found.prompt
-        + 3 * token_bytes(config, model.config) * found.prompt_tokens,
+        + 3 * token_bytes(model.config, value_bytes(config)) * found.prompt_tokens,
         "members' graph": found.members,
         "one block again": found.block,
     }
@@ -272,7 +274,7 @@ def of_rollout(config, model, case):
     cached = 2 * config.groups_at_once * len(prompt) + painted * case.plan + canvas
     return {
         "gathered weights": width * values_of(model),
-        "KV cache": token_bytes(config, shape) * cached,
+        "KV cache": token_bytes(shape, width) * cached,
         "activations": width * canvas * (3 * shape.hidden_size + 3 * shape.intermediate_size),
     }
 
@@ -303,7 +305,7 @@ def memory(config, shape, gpus, *, case):
     """
     shards = shards_of(replace(config, gpus=gpus))
     model = model_of(shape, config.train, config.lora_rank)
-    found = graphs(shape, case, config)
+    found = graphs(shape, case, plain(config))
     parts = {
         "always": always(config, model, shards),
         "update": of_update(config, model, case),

@@ -454,7 +454,7 @@ class UnifiedModel(nn.Module):
         """For each layer the keys and values (N, K, D) of a pack, as a `prefix` of other rows."""
         return self._run(packed, keep=True)[2]
 
-    def _run(self, packed, cache=None, prefix=None, keep=False):
+    def _run(self, packed, cache=None, prefix=None, *, keep=False):
         self.tokens += len(packed)
         self.trained_tokens += len(packed) * torch.is_grad_enabled()
         und, gen = self.embed(packed)

@@ -14,15 +14,16 @@ Left out: judging real pictures without an MLLM.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from bench.walk import dry_run, of_held_out, type_of, walk_pictures
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
-from runtime.pretrained import load_model
+from runtime.pretrained import load_model, shape_of
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
 from studies.metrics import HeldOut, by_task, measure, print_table, save_grid
@@ -69,6 +70,8 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
     batch: int = 50  # prompts painted at once: bounds the memory
+    memory: bool = False  # print what every phase would hold of a GPU, and stop
+    gpu_memory: float = 80.0  # GB, 10^9 bytes
     # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation
     seeds: int = 3  # of the ablation
@@ -115,6 +118,11 @@ class Config:
             data_seed=self.data_seed,
         )
 
+    def work(self, shape):
+        """What is painted at once, for --memory; a benchmark paints one by one."""
+        work = of_held_out(self.held_out, type_of(self.dtype))
+        return replace(work, prompts=1) if self.bench else work
+
 
 # fmt: off
 PRESETS = {
@@ -155,6 +163,12 @@ def arguments(argv):
 
 def main(config):
     """One checkpoint, or the ablation, or a benchmark."""
+    if config.memory:
+        default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
+        with exit_on_user_error(ValueError):
+            shape = shape_of(config.checkpoint, config.config, default)
+            dry_run(walk_pictures, config, shape)
+        return
     metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
 
     def load_engine():

@@ -41,7 +41,7 @@ import torch
 
 import flow
 import tree
-from bench.memory import print_memory
+from bench.walk import dry_run, walk_grpo
 from data import open_source
 from engine import Engine, Interrupted, Sampler, Thinking
 from kernels.attention import describe_backend
@@ -87,10 +87,6 @@ class Config(loop.Options, tree.Options):
     max_grad_norm: float = 1.0
     average: float = 0.9  # decay of the moving average of the weights, which is saved; 0: off
     # machine; more in runtime/loop.py
-    memory: bool = False  # print what each GPU would hold, and stop
-    plan: bool = False  # the old name of --memory
-    gpus: int = 8  # of that table
-    gpu_memory: float = 80.0  # GB of each, 10^9 bytes
     # run; more in runtime/loop.py
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
@@ -453,8 +449,9 @@ def build(config):
 def train(config):
     """The whole stage: prepares, resumes, trains, and compares stage 2 with stage 1, held out."""
     begun = time.perf_counter()
-    if config.memory or config.plan:
-        print_memory(config, shape_of(config.init, config.config))
+    if config.memory:
+        default = PRESETS.get(config.config, {}).get("init", Config.init)
+        dry_run(walk_grpo, config, shape_of(config.init, config.config, default))
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)

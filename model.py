@@ -452,9 +452,9 @@ class UnifiedModel(nn.Module):
 
     def keys_and_values(self, packed: Packed) -> list[tuple[Tensor, Tensor]]:
         """For each layer the keys and values (N, K, D) of a pack, as a `prefix` of other rows."""
-        return self._run(packed)[2]
+        return self._run(packed, keep=True)[2]
 
-    def _run(self, packed, cache=None, prefix=None):
+    def _run(self, packed, cache=None, prefix=None, *, keep=False):
         self.tokens += len(packed)
         self.trained_tokens += len(packed) * torch.is_grad_enabled()
         und, gen = self.embed(packed)
@@ -469,7 +469,9 @@ class UnifiedModel(nn.Module):
             else:
                 slots = None if cache is None else (cache.keys[layer], cache.values[layer])
                 und, gen, own = block(und, gen, packed, turn, slots, before)
-            kept.append(own)
+            if keep:
+                kept.append(own)
+            del own
         return self.norm_und(und), self.norm_gen(gen), kept
 
     def velocity(self, packed: Packed, gen: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import iccot
+from bench.walk import Work, dry_run, type_of, walk_pictures
 from engine import Engine, Request, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.pretrained import load_model
+from runtime.pretrained import load_model, shape_of
 from vision import open_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -61,6 +62,9 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures
+    config: str = ""  # name of the preset
+    memory: bool = False  # print what every phase would hold of a GPU, and stop
+    gpu_memory: float = 80.0  # GB, 10^9 bytes
 
     def __post_init__(self):
         if self.num_timesteps < 2:
@@ -95,13 +99,31 @@ class Config:
             return None
         return Thinking(self.max_plan_tokens, self.temperature, self.top_p)
 
+    def work(self, shape):
+        """What is painted at once, for --memory: as many references as are given or allowed."""
+        side, references = shape.latent_side * shape.token_pixels, len(self.ref)
+        return Work(
+            prompts=1,
+            plans=int(self.plan),
+            pictures=1,
+            plan_tokens=self.max_plan_tokens,
+            contexts=self.sampler.contexts,
+            references=self.max_references if self.prompts else references,
+            side=max(self.height, self.width) or side,
+            dtype=type_of(self.dtype),
+        )
+
 
 # fmt: off
 TOY = dict(
     max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0,
     square=True,
 )
-PRESETS = {"toy": TOY, "smoke": TOY | dict(checkpoint="out/smoke-grpo"), "full": dict()}
+PRESETS = {
+    "toy": TOY,
+    "smoke": TOY | dict(checkpoint="out/smoke-grpo"),
+    "full": dict(checkpoint="out/full-grpo"),
+}
 # fmt: on
 
 
@@ -221,6 +243,12 @@ def print_plan(result):
 
 def main(config):
     """All pictures that are asked for; every mistake is found before the first is painted."""
+    if config.memory:
+        default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
+        with exit_on_user_error(ValueError):
+            shape = shape_of(config.init or config.checkpoint, config.config, default)
+            dry_run(walk_pictures, config, shape)
+        return
     with exit_on_user_error(ValueError):
         wanted, place = jobs(config), processes.placed(config.device, config.dtype)
         engine = Engine(*load_model(config.init or config.checkpoint, *place))

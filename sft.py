@@ -29,13 +29,14 @@ import torch
 import torch.nn.functional as F
 
 import example
+from bench.walk import dry_run, walk_sft
 from data import open_source, stream
 from engine import Engine, Sampler, Thinking
 from kernels.attention import describe_backend
 from model import MODELS, ModelConfig, UnifiedModel
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
-from runtime.pretrained import find_model, load_tokenizer, load_weights, shape_with
+from runtime.pretrained import find_model, load_tokenizer, load_weights, shape_of, shape_with
 from runtime.processes import generator
 from runtime.state import TrainingState, new_average, newest_step
 from studies.metrics import HeldOut, measured_together, save_strip
@@ -212,6 +213,9 @@ def build(config, folder):
 @exit_on_user_error()
 def train(config):
     """The whole stage: resumes, trains, and writes the averaged model to `out`/model."""
+    if config.memory:
+        dry_run(walk_sft, config, shape_of(config.init, config.config))
+        return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
         folder = loop.start(config)

@@ -61,7 +61,7 @@ class Options:
     train_text: bool = False  # policy gradient on the plans too, with their mean reward
     # memory, not the result
     groups_at_once: int = 1  # rolled out together, and
-    pictures_at_once: int = 8  # of their members painted together: both bound memory alone
+    pictures_at_once: int = 4  # of their members painted together: both bound memory alone
     tokens_per_pack: int = 36_864  # of members in one pass: bounds the memory, not the result
 
     def __post_init__(self):

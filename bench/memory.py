@@ -3,6 +3,8 @@ What a run of stage 2 needs of each GPU, computed without one. Not a concept of 
 
     python -m bench memory --gpus 8 --gpu_memory 80         the preset `full` of grpo.py
 
+walk.py has every phase of every command; this file has what stands always, and the update.
+
 Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real
 forward pass runs on PyTorch's meta device, which has shapes and no memory, and what autograd keeps
 for the backward pass is added up (tests/test_memory.py does the same with real tensors).
@@ -15,15 +17,17 @@ Letters: sequence.py. Left out: fragmentation, communication buffers, CUDA itsel
 the card for them.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
+import tree
 from engine import Prompt
 from model import UnifiedModel
 from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
-from sequence import Layout, Sequence
+from sequence import Layout
 from vision import Reference
 
 CLIP = 428e6  # values of ViT-L/14, the reward's CLIP, kept in float32
@@ -79,34 +83,52 @@ def on_meta(packed):
     return replace(packed, **{k: v.to("meta") for k, v in tensors.items() if k not in made})
 
 
+def by_layers(measure, shape):
+    """measure(shape) -> bytes, of a shape with many layers, from one and from two of them.
+
+    Every layer after the first adds the same.
+    """
+    one, two = (measure(replace(shape, num_hidden_layers=layers)) for layers in (1, 2))
+    return one + (shape.num_hidden_layers - 1) * (two - one)
+
+
 def activations(shape, packed, checkpointing, *, prefix_rows=0, dtype=torch.bfloat16):
     """(bytes kept for the backward pass of a pack, bytes of one block while it is computed again).
 
     shape: of the model; prefix_rows: keys of a prompt that the pack attends to.
     """
-    with torch.device("meta"):
-        model = UnifiedModel(shape).to(dtype)
-    model.checkpointing, packed = checkpointing, on_meta(packed)
+    packed = on_meta(packed)
+    if prefix_rows:
+        packed.key_order = torch.empty(prefix_rows + len(packed), dtype=torch.long, device="meta")
 
     def leaf(*size):
         return torch.empty(size, dtype=dtype, device="meta").requires_grad_()
 
-    prefix = None
-    if prefix_rows:
+    def built(shape):
+        """A model, and for each layer the keys and values of the prompt."""
+        with torch.device("meta"):
+            model = UnifiedModel(shape).to(dtype)
+        model.checkpointing = checkpointing
         size = (prefix_rows, shape.num_key_value_heads, shape.head_dim)
-        prefix = [(leaf(*size), leaf(*size)) for _ in model.blocks]
-        packed.key_order = torch.empty(prefix_rows + len(packed), dtype=torch.long, device="meta")
-    with kept_bytes(model.parameters()) as whole:
-        model(packed, prefix=prefix)
+        return model, [(leaf(*size), leaf(*size)) for _ in model.blocks] if prefix_rows else None
+
+    def of_pass(shape):
+        model, prefix = built(shape)
+        with kept_bytes(model.parameters()) as whole:
+            model(packed, prefix=prefix)
+        return whole.total
+
+    whole = by_layers(of_pass, shape)
+    if not checkpointing:
+        return whole, 0
+    model, prefix = built(replace(shape, num_hidden_layers=1))
     latents = len(packed.latent_index)
     und = leaf(len(packed) - latents, shape.hidden_size)  # (U, W)
     gen = leaf(latents, shape.hidden_size)  # (L, W)
     cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
     with kept_bytes(model.parameters()) as block:
         model.blocks[0](und, gen, packed, (cos, cos), None, prefix[0] if prefix else None)
-    if not checkpointing:
-        return whole.total, 0
-    return whole.total + turn_bytes(shape, packed, cos.itemsize), block.total
+    return whole + turn_bytes(shape, packed, cos.itemsize), block.total
 
 
 def turn_bytes(shape, packed, width):
@@ -131,21 +153,59 @@ def a_prompt(shape, case):
 
 
 def packs(shape, case, config):
-    """(pack of the prompt, pack of as many members as fit into tokens_per_pack)."""
+    """(pack of the prompt, the largest pack of members), of a group cut by tree.plant."""
     layout, prompt, n = a_prompt(shape, case)
-    sequence = Sequence(layout)
-    with sequence.document():
-        prompt.write(sequence)
-    shared, members = sequence.pack(), Sequence(layout)
-    grid, canvas = shape.picture_grid(case.side, case.side), torch.empty(n, shape.token_channels)
-    member = case.plan + config.window * (n + 2)
-    with members.document():
-        while members.length == 0 or members.length + member <= config.tokens_per_pack:
-            with members.branch():
-                members.text([4] * (case.plan - 2))
-                for _ in range(config.window):
-                    members.noise(canvas, grid, 0.5)
-    return shared, members.pack()
+    member = config.window * len(config.sampler.contexts) * (n + 2)
+    few = min(config.group_size, 2 + config.tokens_per_pack // member)  # more than fit
+    few = -(-few // config.images_per_cot) * config.images_per_cot
+    few = replace(config, group_size=few)
+    steps = torch.zeros(1).expand(config.window, few.group_size, n, shape.token_channels)
+    plans = [[4] * (case.plan - 2)] * few.plans_per_group
+    rollout = tree.Rollout(
+        [prompt],
+        plans,
+        captions=[""] * len(plans),
+        images=[],
+        ended=torch.ones(len(plans), dtype=torch.bool),
+        log_prob=torch.zeros(few.group_size, config.window),
+        x=steps,
+        x_next=steps,
+        times=torch.linspace(0.9, 0.5, config.window + 1),
+        grid=shape.picture_grid(case.side, case.side),
+    )
+    planted = tree.plant(layout, rollout, 0, config=few)
+    return planted.prompt, max((batch.packed for batch in planted.batches), key=len)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Tokens of the two packs of an update, and bytes that autograd keeps of them."""
+
+    prompt_tokens: int
+    member_tokens: int
+    prompt: int
+    members: int
+    block: int  # the larger one of them while it is computed again
+
+
+def plain(config):
+    """The config with nothing but what decides the packs of an update and their passes.
+
+    What was computed for it need not be computed again for one that trains other weights.
+    """
+    names = ("window", "tokens_per_pack", "text_guidance", "image_guidance", "images_per_cot")
+    names += ("num_timesteps", "window_end", "group_size", "rid", "checkpointing", "precision")
+    return type(config)(**{name: getattr(config, name) for name in names})
+
+
+@functools.cache
+def graphs(shape, case, config):
+    """The Graphs of a config that is `plain`."""
+    shared, members = packs(shape, case, config)
+    how = dict(dtype=getattr(torch, config.precision))
+    prompt = activations(shape, shared, config.checkpointing, **how)
+    rest = activations(shape, members, config.checkpointing, prefix_rows=len(shared), **how)
+    return Graphs(len(shared), len(members), prompt[0], rest[0], max(prompt[1], rest[1]))
 
 
 def values_of(module, trained=False):
@@ -158,10 +218,9 @@ def value_bytes(config):
     return 2 if config.precision == "bfloat16" else 4
 
 
-def token_bytes(config, shape):
-    """Bytes of the keys and values of one token, in all layers."""
-    values = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    return 2 * values * value_bytes(config)
+def token_bytes(shape, width):
+    """Bytes of the keys and values of one token, in all layers; `width` bytes a value."""
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
 
 
 def always(config, model, shards):
@@ -182,24 +241,26 @@ def always(config, model, shards):
     }
 
 
-def of_update(config, model, shared, *, members):
-    """{what: bytes} that one update pass adds: the pack of a prompt, and a pack of its members."""
-    width, dtype, shape = value_bytes(config), getattr(torch, config.precision), model.config
+def gathered_bytes(config, model):
+    """Bytes of two gathered blocks, of what is no block, and of their gradients, in an update."""
+    width = value_bytes(config)
     units = (*model.blocks, *model.eye.layers)  # sharded by themselves; the rest is the root
     root = values_of(model) - sum(values_of(unit) for unit in units)
     root_trained = values_of(model, True) - sum(values_of(unit, True) for unit in units)
     block, block_trained = values_of(model.blocks[0]), values_of(model.blocks[0], True)
-    prompt_kept, prompt_block = activations(shape, shared, config.checkpointing, dtype=dtype)
-    members_kept, members_block = activations(
-        shape, members, config.checkpointing, prefix_rows=len(shared), dtype=dtype
-    )
-    gathered = width * (2 * block + root) + (width + 4) * block_trained + width * root_trained
+    return width * (2 * block + root) + (width + 4) * block_trained + width * root_trained
+
+
+def of_update(config, model, case):
+    """{what: bytes} that one update pass adds: the pack of a prompt, and a pack of its members."""
+    found = graphs(model.config, case, plain(config))
     return {
-        "gathered blocks and root": gathered,
+        "gathered blocks and root": gathered_bytes(config, model),
         # and its keys and values as leaves, and their gradients
-        "prompt's graph": prompt_kept + 3 * token_bytes(config, shape) * len(shared),
-        "members' graph": members_kept,
-        "one block again": max(prompt_block, members_block),
+        "prompt's graph": found.prompt
+        + 3 * token_bytes(model.config, value_bytes(config)) * found.prompt_tokens,
+        "members' graph": found.members,
+        "one block again": found.block,
     }
 
 
@@ -213,9 +274,27 @@ def of_rollout(config, model, case):
     cached = 2 * config.groups_at_once * len(prompt) + painted * case.plan + canvas
     return {
         "gathered weights": width * values_of(model),
-        "KV cache": token_bytes(config, shape) * cached,
+        "KV cache": token_bytes(shape, width) * cached,
         "activations": width * canvas * (3 * shape.hidden_size + 3 * shape.intermediate_size),
     }
+
+
+@functools.cache
+def model_of(shape, train, lora_rank):
+    """The model on the meta device; what is trained requires a gradient."""
+    with torch.device("meta"):
+        model = UnifiedModel(shape)
+    if train == "lora":
+        add_lora(model, lora_rank, 1.0)
+    trained_parameters(model, train)  # marks them
+    return model
+
+
+def shards_of(config):
+    """Over how many GPUs a weight is sharded; UserError if `replicas` does not divide them."""
+    if config.gpus % config.replicas:
+        raise UserError(f"replicas={config.replicas} does not divide {config.gpus} GPUs")
+    return config.gpus // config.replicas
 
 
 def memory(config, shape, gpus, *, case):
@@ -224,25 +303,20 @@ def memory(config, shape, gpus, *, case):
     config: a grpo.Config; shape: a ModelConfig; case: the step's shapes. UserError if `replicas`
     does not divide the GPUs.
     """
-    if gpus % config.replicas:
-        raise UserError(f"replicas={config.replicas} does not divide {gpus} GPUs")
-    with torch.device("meta"):
-        model = UnifiedModel(shape)
-    if config.train == "lora":
-        add_lora(model, config.lora_rank, config.lora_alpha)
-    trained_parameters(model, config.train)  # marks them
-    shared, members = packs(shape, case, config)
+    shards = shards_of(replace(config, gpus=gpus))
+    model = model_of(shape, config.train, config.lora_rank)
+    found = graphs(shape, case, plain(config))
     parts = {
-        "always": always(config, model, gpus // config.replicas),
-        "update": of_update(config, model, shared, members=members),
+        "always": always(config, model, shards),
+        "update": of_update(config, model, case),
         "rollout": of_rollout(config, model, case),
     }
     total = {name: sum(part.values()) for name, part in parts.items()}
     return parts | {
         "peak of the update": total["always"] + total["update"],
         "peak of a rollout": total["always"] + total["rollout"],
-        "prompt tokens": len(shared),
-        "pack tokens": len(members),
+        "prompt tokens": found.prompt_tokens,
+        "pack tokens": found.member_tokens,
     }
 
 

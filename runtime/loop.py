@@ -61,6 +61,7 @@ MAY_CHANGE = (  # between resumptions
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
     "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
     "eval_batch", "export_float32",
+    "memory", "gpus", "gpu_memory",
 )
 # fmt: on
 
@@ -75,6 +76,9 @@ class Options:
     sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
     replicas: int = 1  # copies of the model, each sharded over its part of the processes
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
+    memory: bool = False  # print what every phase would hold of each GPU, and stop (bench/walk.py)
+    gpus: int = 8  # of that table
+    gpu_memory: float = 80.0  # GB of each, 10^9 bytes
     # run
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster

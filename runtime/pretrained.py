@@ -232,10 +232,21 @@ def load_config(folder):
     return ModelConfig(**values)
 
 
-def shape_of(path, name):
-    """The shape of the checkpoint at `path`, or where there is none yet that of preset `name`."""
-    if Path(path).exists():
+def shape_of(path, name, default=""):
+    """The shape of the checkpoint at `path`, or where there is none yet that of preset `name`.
+
+    default: the path that this preset starts from, which may be still to come, as may what is on
+    the hub. UserError for any other path that is not there, or it would be taken for that preset.
+    """
+    if path and Path(path).exists():
         return load_config(find_model(path))
+    is_a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    on_the_hub = is_a_name and not Path(path).parent.exists() and not path.startswith("out/")
+    if path not in ("", default) and not on_the_hub:
+        raise UserError(
+            f"checkpoint folder not found: {path}; its shape would be that of preset {name} only "
+            f"if it were {default or 'left out'}"
+        )
     return ModelConfig(**MODELS.get(name, {}))
 
 

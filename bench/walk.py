@@ -1,0 +1,452 @@
+"""
+A dry run: what each phase of a command holds on a GPU, computed at true shapes without one.
+
+    python grpo.py --config full --memory --gpus 8 --gpu_memory 80      also sft, sample, evaluate
+
+walks one iteration: prompts are read, prefilled, plans decoded, pictures painted in all guidance
+contexts and decoded, rewarded; the old policy and the reference, the update; a strip, the exported
+weights, the final table. It prints tokens and bytes of every phase and which one decides, and
+refuses what cannot fit with the options that would make it fit, each of them walked before it is
+named. What stands always is counted, passes are measured on the meta device (peaks.py, memory.py).
+
+Every plan is as long as it may be, every prompt has `max_references` pictures of the largest side.
+Not a concept of the paper. Letters: sequence.py. Left out: fragmentation, communication buffers,
+work spaces, CUDA itself: a tenth of the card is kept free for them.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench import memory
+from bench.peaks import clip_bytes, codec_bytes, forward_bytes
+from engine import Branch, Group, Noised, lay_out
+from example import check_budget
+from model import MAX_LOGITS
+from runtime.config import UserError
+from sequence import Sequence
+
+SPARE = 0.9  # of a card; the rest is for what is left out
+PLAN = 150  # tokens of a plan in stage 1
+LOGIT = 16  # bytes of a logit in the text loss: as it is, in float32, normalised, two gradients
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase holds beside what stands always."""
+
+    name: str
+    tokens: int  # that go through the blocks at once
+    parts: dict  # {what: bytes}
+    always: bool = True  # false: what stands always is gone by then
+
+    @property
+    def own(self):
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walked command."""
+
+    always: dict  # {what: bytes} between the phases
+    phases: list
+    host: dict  # {what: bytes} on the host of the first process
+
+    def peak(self, phase):
+        return phase.own + sum(self.always.values()) * phase.always
+
+    @property
+    def deciding(self):
+        """The phase with the highest peak."""
+        return max(self.phases, key=self.peak)
+
+    def fits(self, card, spare=SPARE):
+        """Whether every phase fits into a card of `card` GB."""
+        return self.peak(self.deciding) <= spare * card * 1e9
+
+
+# --------------------------------------------------------------------------------------------------
+# painting
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is planned and painted at once."""
+
+    prompts: int
+    plans: int  # of each prompt, decoded together; 0: none
+    pictures: int  # of each prompt, painted together
+    plan_tokens: int
+    contexts: tuple  # of guidance
+    references: int
+    side: int  # pixels
+    dtype: torch.dtype = torch.bfloat16
+    shared: bool = False  # the prompts' cache is kept from prefill to the last picture
+
+    @property
+    def case(self):
+        return memory.Case(self.references, self.side)
+
+
+def type_of(name):
+    """The type of the weights on a GPU that the option --dtype asks for."""
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def of_held_out(held_out, dtype):
+    """The Work of a studies.metrics.HeldOut."""
+    thinking, contexts = held_out.thinking, held_out.sampler.contexts
+    plans, longest = (1, thinking.max_tokens) if thinking else (0, 0)
+    how = dict(references=held_out.max_references, side=held_out.side, dtype=dtype)
+    return Work(held_out.batch, plans, 1, longest, contexts, **how)
+
+
+@functools.cache
+def prompt_forward(shape, case, dtype):
+    """(tokens, bytes of the forward pass) of one prompt."""
+    layout, prompt, _ = memory.a_prompt(shape, case)
+    sequence = Sequence(layout)
+    with sequence.document():
+        prompt.write(sequence)
+    packed = sequence.pack()
+    return len(packed), forward_bytes(shape, packed, slots=len(packed), dtype=dtype)
+
+
+@functools.cache
+def canvas_forward(shape, work):
+    """(tokens of the whole, of the canvas, bytes of a denoising step) of one prompt's pictures."""
+    layout, prompt, n = memory.a_prompt(shape, work.case)
+    plan = [4] * (work.plan_tokens - 2) if work.plans else None
+    noised, grid = Noised(torch.empty(n, shape.token_channels), 1.0), None
+    grid = shape.picture_grid(work.side, work.side)
+    group = Group(prompt, grid, (Branch(plan, (noised,)),) * work.pictures)
+    packed, _ = lay_out(layout, [group], work.contexts)
+    canvas = packed.select(packed.rows_of("noised"))
+    used = forward_bytes(shape, canvas, slots=len(packed), dtype=work.dtype)
+    return len(packed), len(canvas), used
+
+
+def painting(shape, work, base):
+    """Phases from prompts to pictures. base: {what: bytes} that stand in all of them."""
+    token, rows = memory.token_bytes(shape, work.dtype.itemsize), work.prompts * work.plans
+    length, prompt_pass = prompt_forward(shape, work.case, work.dtype)
+    alike = replace(work, prompts=1, plans=min(1, work.plans), shared=False)
+    whole, canvas, canvas_pass = canvas_forward(shape, alike)
+    encoding, decoding = codec_bytes(shape, work.side)
+    prompts = token * work.prompts * length
+    kept = {"prompts' KV": prompts} if work.shared else {}
+    h, w = shape.picture_grid(work.side, work.side)
+    # x, its velocity in all contexts, and the next x, in float32
+    latents = 4 * (2 + len(work.contexts)) * h * w * shape.token_channels
+    latents = {"latents": latents * work.prompts * work.pictures}
+    of_paint = {
+        **kept,
+        "KV cache": token * work.prompts * whole,
+        "pass": work.prompts * max(canvas_pass, 0 if work.shared else prompt_pass),
+        **latents,
+    }
+    # bfloat16, float32, divided by the temperature, probabilities
+    logits = 14 * rows * shape.vocab_size
+    cached = prompts + token * rows * work.plan_tokens
+    of_think = {"prompts' KV": prompts, "KV cache": cached, "logits": logits}
+    of_prefill = {"prompts' KV": prompts, "pass": work.prompts * prompt_pass}
+    phases = [
+        Phase("read", 0, base | {"encoder": encoding}),
+        Phase("prefill", work.prompts * length, base | of_prefill),
+        Phase("think", rows, base | of_think),
+        Phase("paint", work.prompts * canvas, base | of_paint),
+        Phase("decode", 0, base | kept | {"decoder": decoding} | latents),
+    ]
+    return [one for one in phases if one.name != "think" or work.plans]
+
+
+def largest(name, phases):
+    """The one of some phases that holds most, under another name."""
+    one = max(phases, key=lambda phase: phase.own)
+    return replace(one, name=f"{name}: {one.name}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the commands
+
+
+def gathered(config, model):
+    """{what: bytes} of all weights whole on every GPU."""
+    return {"gathered weights": memory.value_bytes(config) * memory.values_of(model)}
+
+
+def codec_weights(model):
+    """Bytes of the codec."""
+    flux = model.config.codec == "flux"
+    return 4 * memory.values_of(model.codec.weights) if flux else 0
+
+
+def ends(config, model, shards):
+    """The phases after the steps, but for the table."""
+    work = of_held_out(config.held_out, getattr(torch, config.precision))
+    strip = largest("strip", painting(model.config, work, gathered(config, model)))
+    named = dict(model.named_parameters())
+    adapted = [named[name[:-6] + "weight"] for name in named if name.endswith("lora_a")]
+    export = {"one weight, whole, twice": 8 * max(p.numel() for p in named.values())}
+    if adapted:
+        export["merged weights, float32"] = 4 * sum(p.numel() for p in adapted) / shards
+    return [strip, Phase("export", 0, export)]
+
+
+def host_bytes(config, model, standing):
+    """{what: bytes} on the host of the first process, which has up to eight."""
+    width = 4 if config.export_float32 else memory.value_bytes(config)
+    host = {"exported weights": width * memory.values_of(model)}
+    if config.async_save:
+        names = ("weights, trained", "moments", "average")
+        host["state being written"] = min(8, config.gpus) * sum(standing[name] for name in names)
+    return host
+
+
+def rollout_work(config):
+    """The Work of a rollout."""
+    return Work(
+        config.groups_at_once,
+        config.plans_per_group,
+        min(config.group_size, config.pictures_at_once),
+        config.max_plan_tokens,
+        config.sampler.contexts,
+        references=config.max_references,
+        side=config.picture_side,
+        dtype=getattr(torch, config.precision),
+        shared=True,
+    )
+
+
+@functools.cache
+def policy_forward(shape, case, config):
+    """Bytes of a pass without gradients over the largest pack of members. config: plain."""
+    shared, members = memory.packs(shape, case, config)
+    how = dict(prefix_rows=len(shared), dtype=getattr(torch, config.precision))
+    return forward_bytes(shape, members, **how)
+
+
+def of_table(config, shape, dtype):
+    """The largest Phase of the table at the end: another model, on the first process alone."""
+    model = memory.model_of(shape, "all", 0)
+    weights = dtype.itemsize * memory.values_of(model)
+    base = {"weights": weights, "codec, CLIP": codec_weights(model)}
+    base["codec, CLIP"] += clip_bytes(config.metric_name)[0]
+    phases = painting(shape, of_held_out(config.held_out, dtype), base)
+    phases.append(Phase("measure", 0, base | {"CLIP's pass": clip_bytes(config.metric_name)[1]}))
+    return replace(largest("table", phases), always=False)
+
+
+def walk_grpo(config, shape):
+    """The Walk of grpo.py. config: a grpo.Config; shape: a ModelConfig."""
+    shards, work = memory.shards_of(config), rollout_work(config)
+    model = memory.model_of(shape, config.train, config.lora_rank * (config.train == "lora"))
+    standing, whole = memory.always(config, model, shards), gathered(config, model)
+    h, w = shape.picture_grid(work.side, work.side)
+    # x before and after each stochastic step stays until the group's last picture is painted
+    window = 8 * config.window * config.group_size * h * w * shape.token_channels
+    kept = whole | {"window": window * config.groups_at_once}
+    rollout = painting(shape, work, kept)
+    case, plain = replace(work.case, plan=config.max_plan_tokens), memory.plain(config)
+    found = memory.graphs(shape, case, plain)
+    tokens = found.prompt_tokens + found.member_tokens
+    keys = memory.token_bytes(shape, work.dtype.itemsize) * found.prompt_tokens
+    old = whole | {"prompts' KV": keys, "pass": policy_forward(shape, case, plain)}
+    return Walk(
+        standing,
+        [
+            *[replace(one, name=f"rollout: {one.name}") for one in rollout],
+            Phase("reward", 0, {"CLIP's pass": clip_bytes(config.clip_name)[1]}),
+            Phase("old policy, reference", tokens, old),
+            Phase("update", tokens, memory.of_update(config, model, case)),
+            *ends(config, model, shards),
+            of_table(config, shape, work.dtype),
+        ],
+        host_bytes(config, model, standing),
+    )
+
+
+@functools.cache
+def example_graph(shape, config):
+    """(tokens, bytes kept, bytes of one block again) of the fullest pack of examples.
+
+    config: a sft.Config; those that differ in nothing but what is no matter here should be equal.
+    """
+    side, sequence = shape.latent_side * shape.token_pixels, None
+    for references in range(config.max_references, -1, -1):
+        layout, prompt, n = memory.a_prompt(shape, memory.Case(references, side))
+        sequence = sequence or Sequence(layout)
+        size = len(prompt) + PLAN + config.noise_copies * (n + 2)
+        canvas, grid = torch.empty(n, shape.token_channels), shape.picture_grid(side, side)
+        while sequence.length + size <= config.tokens_per_pack:
+            with sequence.document():
+                prompt.write(sequence)
+                sequence.text([4] * (PLAN - 2), loss=True)
+                for _ in range(config.noise_copies):
+                    sequence.noise(canvas, grid, 0.5)
+    packed, dtype = sequence.pack(), getattr(torch, config.precision)
+    kept, block = memory.activations(shape, packed, config.checkpointing, dtype=dtype)
+    return len(packed), kept, block
+
+
+def walk_sft(config, shape):
+    """The Walk of sft.py. config: a sft.Config; shape: a ModelConfig."""
+    if config.data != "toy":
+        check_budget(shape, config)
+    shards, model = memory.shards_of(config), memory.model_of(shape, "all", 0)
+    trained = memory.values_of(model)
+    standing = {
+        "weights, trained": 4 * trained / shards,
+        "gradients": 4 * trained / (shards if config.sum_every_pass else 1),
+        "moments": 8 * trained / shards,
+        "average": 4 * trained / shards,
+        "codec": codec_weights(model),
+    }
+    encoding, _ = codec_bytes(shape, shape.latent_side * shape.token_pixels)
+    names = ("max_references", "noise_copies", "tokens_per_pack", "checkpointing", "precision")
+    alike = type(config)(**{name: getattr(config, name) for name in names})
+    tokens, kept, block = example_graph(shape, alike)
+    update = {
+        "gathered blocks and root": memory.gathered_bytes(config, model),
+        "graph": kept,
+        "one block again": block,
+        "logits": LOGIT * MAX_LOGITS,
+    }
+    phases = [
+        Phase("read", 0, {"encoder": encoding}),
+        Phase("update", tokens, update),
+        *ends(config, model, shards),
+    ]
+    return Walk(standing, phases, host_bytes(config, model, standing))
+
+
+def walk_pictures(config, shape):
+    """The Walk of sample.py and evaluate.py, whose configs say their `work`."""
+    model, name = memory.model_of(shape, "all", 0), getattr(config, "metric_name", "")
+    work = config.work(shape)
+    weights, embedding = clip_bytes(name)
+    standing = {
+        "weights": work.dtype.itemsize * memory.values_of(model),
+        "codec, CLIP": codec_weights(model) + weights,
+    }
+    measure = [Phase("measure", 0, {"CLIP's pass": embedding})] if name else []
+    return Walk(standing, painting(shape, work, {}) + measure, {})
+
+
+# --------------------------------------------------------------------------------------------------
+# what is printed, and what would fit
+
+
+def dry_run(walk, config, shape):
+    """Walk a command and print its phases; UserError, with what would fit, if it cannot fit.
+
+    walk: one of the walk_... above.
+    """
+    card, found = config.gpu_memory, walk(config, shape)
+    print_walk(found, card)
+    if not found.fits(card, spare=1.0):
+        one = found.deciding
+        peak, ways = found.peak(one) / 1e9, remedies(walk, config, shape)
+        advice = " or ".join(ways) or "a larger GPU, since no option of this command is enough"
+        raise UserError(
+            f"{one.name} needs {peak:.1f} GB of each GPU, more than gpu_memory={card:g}; "
+            f"what would fit: {advice}"
+        )
+
+
+def print_walk(found, card):
+    """The table, in GB (10^9 bytes)."""
+    one, total = found.deciding, sum(found.always.values())
+    print(f"{'GB on each GPU, computed':26s}{'tokens':>9s}{'own':>8s}{'peak':>8s}  of it")
+    print(f"{'always':26s}{'':9s}{total / 1e9:8.2f}{total / 1e9:8.2f}  {listed(found.always)}")
+    for phase in found.phases:
+        tokens = f"{phase.tokens:,}" if phase.tokens else ""
+        sizes = f"{phase.own / 1e9:8.2f}{found.peak(phase) / 1e9:8.2f}"
+        print(f"{phase.name:26s}{tokens:>9s}{sizes}  {listed(phase.parts)}")
+    if found.host:
+        print(f"on the host of the first process: {listed(found.host)}")
+    word = "fits" if found.fits(card) else "tight" if found.fits(card, spare=1.0) else "no"
+    print(
+        f"decides: {one.name}, {found.peak(one) / 1e9:.1f} GB of {card:g}; "
+        f"fits, a tenth left free: {word}"
+    )
+
+
+def listed(parts):
+    """{what: bytes} as text."""
+    return ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items() if size >= 5e6)
+
+
+def remedies(walk, config, shape):
+    """Up to four changes of options, as words of the command line, with which a command fits.
+
+    First single options that change no result, then what is trained and on how many GPUs, then
+    these together, and at last what changes the method.
+    """
+    frugal = {name: value for change in cheap(config) for name, value in change.items()}
+    several = [frugal | change for change in ({}, *strong(config))] if frugal else []
+    last = [frugal | change for change in otherwise(config)]
+    for some in ([*cheap(config), *strong(config)], several, last):
+        found = {}  # {options that are changed: the words}, the mildest change of each
+        for change in some:
+            what = tuple(change)
+            if what in found or len(found) == 4:
+                continue
+            if walk(replace(config, **change), shape).fits(config.gpu_memory):
+                found[what] = words_of(change)
+        if found:
+            return list(found.values())
+    return []
+
+
+def words_of(change):
+    """{option: value} -> "--option value ..."."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+
+
+def changes(config, wanted):
+    """Of [(option, value)] those that the config has, and has otherwise: [{option: value}]."""
+    missing = object()
+    values = [(name, value, getattr(config, name, missing)) for name, value in wanted]
+    return [{name: value} for name, value, now in values if now is not missing and now != value]
+
+
+def cheap(config):
+    """Changes that bound memory and change no result but rounding."""
+    wanted = [("replicas", 1), ("sum_every_pass", True), ("checkpointing", True), ("eval_batch", 1)]
+    wanted += [("groups_at_once", 1), ("batch", 1), ("precision", "bfloat16")]
+    wanted += [("dtype", "bfloat16")] * (getattr(config, "dtype", "auto") == "float32")
+    halves = (getattr(config, "pictures_at_once", 1) // 2**n for n in range(1, 9))
+    wanted += [("pictures_at_once", n) for n in halves if n]
+    if hasattr(config, "window"):
+        wanted += [("tokens_per_pack", n) for n in (24_576, 16_384) if n < config.tokens_per_pack]
+    return changes(config, wanted)
+
+
+def strong(config):
+    """Changes of what is trained, and of the number of GPUs."""
+    wanted = [("train", "gen"), ("train", "lora")] if getattr(config, "train", "") == "all" else []
+    wanted += [("train", "lora")] if getattr(config, "train", "") == "gen" else []
+    found = changes(config, wanted)
+    for gpus in (2, 4, 8, 16, 32, 64, 128):
+        if gpus > getattr(config, "gpus", 128):
+            found.append({"gpus": gpus} | shared_out(config, gpus))
+    return found
+
+
+def shared_out(config, gpus):
+    """{option: value} that lets so many GPUs share the prompts of a step."""
+    unit = gpus * getattr(config, "updates", 1)
+    prompts = getattr(config, "prompts_per_step", unit)
+    return {"prompts_per_step": -(-prompts // unit) * unit} if prompts % unit else {}
+
+
+def otherwise(config):
+    """Changes of the method, where nothing else is enough."""
+    most = [{"train": "lora"}] if hasattr(config, "train") else [{}]
+    contexts = changes(config, [("text_guidance", 1.0), ("max_references", 1)])
+    windows = changes(config, [("window", n) for n in (8, 4, 2, 1)])
+    less = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
+    return [*less, *(one | most[0] for one in less)]

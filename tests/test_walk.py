@@ -1,0 +1,158 @@
+"""
+The dry run (bench/walk.py): presets and README's commands are walked at the GPUs that they name.
+
+A command of README that cannot run by our own arithmetic fails here. Nothing needs a GPU.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import grpo
+import sample
+import sft
+from bench import walk
+from bench.peaks import live_bytes
+from model import SMOKE, ModelConfig
+from runtime.config import UserError, parse
+from runtime.pretrained import official_configs, shape_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("I have one GPU", "I have a cluster", "Your own data, and the benchmarks")
+COMMANDS = {"sft.py": sft, "grpo.py": grpo, "sample.py": sample, "evaluate.py": evaluate}
+FULL = ModelConfig()
+
+
+def readme_commands():
+    """(script, its words, GPUs) of each command of the README that runs a stage or a model."""
+    text = (ROOT / "README.md").read_text()
+    for section in SECTIONS:
+        part = text[text.index(f"## {section}") :]
+        code = part[: part.index("\n## ", 3)].split("```")[1]
+        for line in code.strip().splitlines():
+            words = shlex.split(line, comments=True)
+            gpus = 1
+            if words[0] == "torchrun":
+                gpus, words = int(words[2]), words[2:]
+            elif words[0] == "sbatch":  # 8 nodes of 8, see launch/slurm.sh
+                gpus, words = 64, ["", "grpo.py", "--config", "full", *words[2:]]
+            if words[1] in COMMANDS:
+                yield words[1], words[2:], gpus
+
+
+def configured(script, words, gpus=1):
+    """The Config of a command with --memory."""
+    module = COMMANDS[script]
+    words = module.arguments(words) if script == "evaluate.py" else words
+    changed = {"memory": True}
+    if script in ("sft.py", "grpo.py") and "--gpus" not in words:
+        changed["gpus"] = gpus
+    return dataclasses.replace(parse(module.Config, module.PRESETS, words), **changed)
+
+
+def run(script, config):
+    module = COMMANDS[script]
+    (module.train if hasattr(module, "train") else module.main)(config)
+
+
+@pytest.fixture
+def a_folder(tmp_path, monkeypatch):
+    """Work where BAGEL-7B-MoT lies, as far as its shape goes."""
+    (tmp_path / "BAGEL-7B-MoT").mkdir()
+    for name, content in official_configs(FULL).items():
+        (tmp_path / "BAGEL-7B-MoT" / f"{name}.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("script, words, gpus", readme_commands(), ids=str)
+def test_every_command_of_the_readme_fits_by_our_own_arithmetic(
+    a_folder, capsys, script, words, gpus
+):
+    config = configured(script, words, gpus)
+    run(script, config)  # exits if it is refused
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith("fits"), out
+    for name in ("prompts_per_step", "samples_per_step"):
+        parts = config.gpus * getattr(config, "updates", 1) if hasattr(config, name) else 1
+        assert getattr(config, name, 0) % parts == 0, f"{name} cannot be shared"
+
+
+def test_the_readme_names_all_commands():
+    found = [(script, gpus) for script, _, gpus in readme_commands()]
+    for one in (("sample.py", 1), ("grpo.py", 1), ("sft.py", 8), ("grpo.py", 8), ("grpo.py", 64)):
+        assert one in found
+
+
+# whether it fits on 80 GB, and which phase decides; None: whatever the cut of the tree makes of it
+PRESETS = [
+    ("grpo.py", "full", 8, False, "update"),
+    ("grpo.py", "full", 64, True, "update"),
+    ("sft.py", "full", 8, True, "strip: paint"),
+    ("sft.py", "full", 64, True, "strip: paint"),
+    ("grpo.py", "paper", 8, None, None),
+    ("grpo.py", "paper", 64, None, None),
+]
+
+
+@pytest.mark.parametrize("script, preset, gpus, fits, deciding", PRESETS)
+def test_presets_at_8_and_64_gpus(script, preset, gpus, fits, deciding):
+    config = configured(script, ["--config", preset], gpus)
+    walked = (walk.walk_sft if script == "sft.py" else walk.walk_grpo)(config, FULL)
+    assert fits in (walked.fits(80), None)
+    assert deciding in (walked.deciding.name, None)
+    assert all(walked.peak(one) > 0 and one.parts for one in walked.phases)
+
+
+@pytest.mark.parametrize("script, preset, gpus", [("grpo.py", "full", 8), ("sft.py", "full", 1)])
+def test_a_refusal_is_one_line_and_its_advice_fits(capsys, script, preset, gpus):
+    config = configured(script, ["--config", preset], gpus)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        run(script, config)
+    assert refused.value.code == 2
+    out, error = capsys.readouterr()
+    assert "fits, a tenth left free: no" in out
+    (line,) = error.splitlines()
+    ways = re.split(r" or (?=--)", line.partition("what would fit: ")[2])
+    assert ways and all(way.startswith("--") for way in ways)
+    for way in ways:
+        words = ["--config", preset, *way.split()]
+        again = configured(script, words, gpus)
+        walked = (walk.walk_sft if script == "sft.py" else walk.walk_grpo)(again, FULL)
+        assert walked.fits(80), way
+
+
+def test_a_mistyped_init_is_refused(a_folder, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run("grpo.py", configured("grpo.py", ["--config", "full", "--init", "out/full-stf"], 64))
+    assert refused.value.code == 2
+    assert "checkpoint folder not found: out/full-stf" in capsys.readouterr().err
+    assert shape_of("BAGEL-7B-MoT", "toy") == FULL  # a folder's shape is its own
+    assert shape_of("out/full-sft", "full", "out/full-sft") == FULL  # still to come
+    assert shape_of("ByteDance-Seed/BAGEL-7B-MoT", "full") == FULL  # on the hub
+    with pytest.raises(UserError, match="not found: BAGEL-7B"):
+        shape_of("BAGEL-7B", "full")
+
+
+def test_live_bytes_counts_what_stands_at_once():
+    x = torch.empty(1000, device="meta")
+    with live_bytes() as live:
+        y = x + 1  # 4,000 bytes
+        y = (y * 2).sum()  # 8,000, then 4 more
+        x.add_(1)  # made outside
+        z = x.view(10, 100)
+    assert live.peak == 8004
+    assert live.now == y.nbytes and z.shape == (10, 100)
+
+
+def test_smaller_shapes_are_walked_too():
+    """The toys, whose codec and CLIP have no weights."""
+    config = configured("grpo.py", ["--config", "smoke"], 1)
+    walked = walk.walk_grpo(config, ModelConfig(**SMOKE))
+    assert walked.fits(1) and walked.always["CLIP and codec"] == 0

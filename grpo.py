@@ -11,7 +11,7 @@ with its own caption, CLIP-L2 (reward.py):
     L        = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps))
                + kl_beta KL(policy | stage 1 model)             (+ text_weight L_text, train_text)
 
-One iteration: `roll_out`, `group_rewards`, `advantages`, `update`, which takes the gradient of
+One iteration: `roll_out`, `rewards_of`, `advantages`, `update`, which takes the gradient of
 `objective` (L). Only a window of steps is stochastic, drawn anew every iteration; the others are
 ODE steps. Log-probabilities are means over the values of a picture, so eps = clip_kappa / sqrt(T C)
 keeps its meaning at any resolution: the mean may move by about clip_kappa standard deviations.
@@ -19,7 +19,8 @@ keeps its meaning at any resolution: the mean may move by about clip_kappa stand
 Rollout and update run over the same tree (tree.py): prompt | branch a plan | leaf a step x_k. The
 prompt is computed once; the update cuts the tree there, so that a group of any size fits, without
 changing the gradient. p_old is evaluated by the packs of the update, so the first ratio is exactly
-1; its distance to the rollout's log-probability is `mismatch`. Whole groups stay on one process.
+1; its distance to the rollout's log-probability is `mismatch`. A group is spread over
+processes only where there are too few groups (tree.share_of).
 
 Differences from the paper: its SDE, clip, window and KL are unpublished; these are Flow-GRPO's
 (arXiv 2505.05470), with the window of MixGRPO. Plan tokens get no policy gradient unless
@@ -45,7 +46,7 @@ from bench.walk import dry_run, walk_grpo
 from data import open_source
 from engine import Engine, Interrupted, Sampler, Thinking
 from kernels.attention import describe_backend
-from reward import Clip, group_rewards, reward_statistics
+from reward import Clip, embed_groups, reward_statistics, rewards_of
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, merge_lora, trained_parameters
@@ -285,9 +286,10 @@ class Learner:
     stop: loop.Stop | None = None  # whether the run was asked to end
 
 
-def update(learner, rollout, reward, *, config):
+def update(learner, rollout, worth, *, config):
     """All optimiser steps of one iteration, each on its share of the groups.
 
+    worth: `advantages` of the pictures and plans of this rollout.
     Returns the numbers for the log, and whether all gradients were finite.
     """
     model, layout = learner.engine.model, learner.engine.layout
@@ -299,7 +301,7 @@ def update(learner, rollout, reward, *, config):
             prefix = model.keys_and_values(one.prompt.to(processes.device()))
             found = [tree.policy(model, prefix, batch, config=config) for batch in one.batches]
             one.old = [policy.detached(config.guard) for policy in found]
-    worth, health, norms = advantages(reward, config), [], []
+    health, norms = [], []
     clip_range = config.clip_kappa / rollout.x[0, 0].numel() ** 0.5
     scale = 1 / (share * config.group_size * config.window)
     words = rollout.written.view(config.updates, -1).sum(1).tolist()  # plan tokens of each step
@@ -396,23 +398,26 @@ def iteration(learner, clip, source, *, config, step):
 
     Interrupted, on all processes, if one was asked to stop during the rollout.
     """
-    model, numbers = learner.engine.model, sample_numbers(config, step)
+    model, share = learner.engine.model, tree.share_of(config)
     clock, truncated = [], clip.truncated
 
     def lap():
         clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
 
     lap()
-    samples, asked = [source[i] for i in numbers], learner.stop and learner.stop.here
+    numbers, asked = share.numbers(step), learner.stop and learner.stop.here
+    samples, how = [source[i] for i in numbers], dict(config=share.config, first=share.first)
     with suppress(Interrupted), sharding.gathered(model), learner.engine.until(asked):
-        rollout = tree.roll_out(learner.engine, samples, numbers, config=config, step=step)
+        rollout = tree.roll_out(learner.engine, samples, numbers, step=step, **how)
     if learner.stop and learner.stop.wanted():
         raise Interrupted
     lap()
-    how = dict(groups=len(samples), kind=config.reward, cross_score=config.cross_score)
-    reward = group_rewards(clip, rollout.images, rollout.captions, **how)
+    kind = dict(kind=config.reward, cross_score=config.cross_score)
+    embedded = embed_groups(clip, rollout.images, rollout.captions, len(samples))
+    reward = rewards_of(*share.whole_groups(*embedded), **kind)  # (P, G)
+    worth = share.own_members(*advantages(reward, config))
     lap()
-    health, finite = update(learner, rollout, reward, config=config)
+    health, finite = update(learner, rollout, worth, config=share.config)
     lap()
     words = [len(caption.split()) for caption in rollout.captions if caption]
     spent, tokens, trained = ([b - a for a, b in zip(x, x[1:])] for x in zip(*clock))
@@ -426,12 +431,6 @@ def iteration(learner, clip, source, *, config, step):
         "rollout_tokens": tokens[0], "update_tokens": tokens[2], "trained_tokens": trained[2],
     }, finite
     # fmt: on
-
-
-def sample_numbers(config, step):
-    """Of the samples whose groups this process rolls out; the first are for the first update."""
-    begin, end = (at * config.prompts_per_step for at in (step, step + 1))
-    return list(range(begin + processes.rank(), end, processes.size()))
 
 
 def build(config):
@@ -457,7 +456,7 @@ def train(config):
         processes.launch(config.timeout_minutes)
         find_stage_1(config)  # or the folder would belong to a mistyped --init
         folder, prompts, seed = loop.start(config), config.prompts_per_step, config.seed + 1
-        each = processes.share(prompts, "prompts a step", "prompts_per_step", parts=config.updates)
+        share = tree.share_of(config)
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)
         source = open_source(config.data, seed, config.max_references, scale=config.scale)
@@ -467,7 +466,7 @@ def train(config):
     learner.stop = run.stop
     processes.say(
         f"grpo: {prompts} prompts x {config.group_size} members = {prompts * config.group_size} "
-        f"pictures a step, {each} prompts on each of {processes.size()} processes, "
+        f"pictures a step on {processes.size()} processes, {share.ranks} to a group, "
         f"RID {'on' if config.rid else 'off'}, {describe_backend()}, "
         f"step {run.first} of {config.steps}"
     )
@@ -476,8 +475,8 @@ def train(config):
             values, finite = iteration(learner, clip, source, config=config, step=step)
         except Interrupted:
             run.leave(step)
-        numbers = sample_numbers(config, step)
-        run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
+        how = dict(finite=finite, decay=config.average, made_of=share.numbers(step))
+        run.end_step(step, values, **how)
         if run.strip_is_due(step):
             save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()

@@ -133,17 +133,31 @@ def group_rewards(
     has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
     group in place of its own, and the mean counts. A group without any caption has rewards of 0.
     """
-    each, members = len(captions) // groups, len(images) // groups  # J, G
-    valid = torch.tensor([bool(caption) for caption in captions]).view(groups, each)  # (P, J)
-    if not valid.any():
-        return torch.zeros(groups, members)
-    known = clip.embed_captions([caption for caption in captions if caption])  # (valid, E)
-    valid = valid.to(known.device)
+    embedded = embed_groups(clip, images, captions, groups)
+    return rewards_of(*embedded, kind=kind, cross_score=cross_score)
+
+
+def embed_groups(
+    clip: Clip, images: list[Image.Image], captions: list[str], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pictures e (P, G, E), of captions u (P, J, E), and (P, J) bool: whether there is one.
+
+    As in `group_rewards`. u is 0 where there is none.
+    """
+    e = clip.embed_images(images)  # (P * G, E)
+    valid = torch.tensor([bool(caption) for caption in captions], device=e.device)  # (P * J,)
+    u = e.new_zeros(len(captions), e.shape[1])  # (P * J, E)
+    if valid.any():
+        u[valid] = clip.embed_captions([caption for caption in captions if caption])
+    return tuple(x.unflatten(0, (groups, -1)) for x in (e, u, valid))
+
+
+def rewards_of(
+    e: Tensor, u: Tensor, valid: Tensor, *, kind: str = "clip_l2", cross_score: bool = False
+) -> Tensor:
+    """`group_rewards` of what `embed_groups` gave, (P, G) on the CPU."""
+    members, each = e.shape[1], u.shape[1]  # G, J
     member_valid = valid.repeat_interleave(members // each, 1)  # (P, G)
-    place = valid.flatten().nonzero().squeeze(1)  # (valid,)
-    u = known.new_zeros(len(captions), known.shape[1]).index_put((place,), known)  # (P * J, E)
-    u = u.view(groups, each, -1)  # (P, J, E)
-    e = clip.embed_images(images).view(groups, members, -1)  # (P, G, E)
     if cross_score:
         all_pairs = compare(e[:, :, None], u[:, None], kind)  # (P, G, J)
         scores = all_pairs.masked_fill(~valid[:, None], 0).sum(2)  # (P, G)

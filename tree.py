@@ -18,7 +18,7 @@ so neither the cut nor the packing changes them:
 
 Members stand group by group, plan by plan. `config` is grpo.Config, of which
 `Options` says what matters here. Letters: sequence.py.
-Left out: trees that fork within the denoising; members of one group on several processes.
+Left out: trees that fork within the denoising.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,10 +29,70 @@ import torch
 import flow
 import iccot
 from engine import Branch, Group, Noised, Sampler, Thinking, draw_noise, guided, lay_out
-from runtime.processes import device, generator
+from runtime.processes import device, generator, joined, rank, share, size
 from sequence import Packed
 
 PLANS, WINDOW, NOISES, STARTS = 1, 2, 3, 4  # purposes of the random numbers of a group
+
+
+# --------------------------------------------------------------------------------------------------
+# what this process does
+
+
+@dataclass(frozen=True)
+class Share:
+    """The groups of a step that this process works on, and which of their members.
+
+    Processes 0 to ranks - 1 share their groups, and so on; each has as many members of every one.
+    """
+
+    ranks: int  # processes to a group
+    part: int  # of this process among them
+    config: object  # the grpo.Config of this part: its group_size are the members here
+
+    @property
+    def first(self):
+        """The first member here."""
+        return self.part * self.config.group_size
+
+    def numbers(self, step):
+        """Of the samples of a step whose groups are here; the first are for the first update."""
+        begin, end = (at * self.config.prompts_per_step for at in (step, step + 1))
+        return list(range(begin + rank() // self.ranks, end, size() // self.ranks))
+
+    def whole_groups(self, e, u, valid):
+        """What reward.embed_groups gave of the members here, of all members."""
+        if self.config.rid:  # otherwise the one plan of a group is on all its processes
+            u, valid = joined(u, self.ranks, 1), joined(valid, self.ranks, 1)
+        return joined(e, self.ranks, 1), u, valid
+
+    def own_members(self, images, plans):
+        """Those here of numbers of all pictures (P * G,) and plans (P * J,)."""
+        members = self.config.group_size
+        images = images.view(-1, self.ranks, members)[:, self.part].flatten()
+        if self.config.rid:
+            plans = plans.view(-1, self.ranks, self.config.plans_per_group)[:, self.part].flatten()
+        return images, plans
+
+
+def share_of(config):
+    """The Share of this process: whole groups, or if there are too few, members of them.
+
+    As few processes to a group as make all of them work alike; each needs two members at least, and
+    whole plans. UserError if nothing divides.
+    """
+    prompts, parts, ranks = config.prompts_per_step, config.updates, 1
+    if prompts % (size() * parts):
+        for ranks in range(2, size() + 1):
+            members, rest = divmod(config.group_size, ranks)
+            if size() % ranks or prompts * ranks % (size() * parts) or rest:
+                continue
+            if members >= 2 and members % config.images_per_cot == 0:
+                break
+        else:
+            share(prompts, "prompts a step", "prompts_per_step", parts=parts)  # cannot be shared
+    members = config.group_size // ranks
+    return Share(ranks, rank() % ranks, replace(config, group_size=members))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,13 +190,15 @@ class Rollout:
         return self.plan_lengths - (~self.ended).long()
 
 
-def roll_out(engine, samples, numbers, *, config, step):
+def roll_out(engine, samples, numbers, *, config, step, first=0):
     """A group of pictures for each sample under the current weights, `groups_at_once`.
 
     numbers: of the samples. What is random in a group depends on its number, the window on `step`.
+    first: member of each group, of which `group_size` are rolled out here, the rest elsewhere.
     """
+    how = dict(config=config, step=step, first=first)
     parts = [
-        roll_out_together(engine, samples[some], numbers[some], config=config, step=step)
+        roll_out_together(engine, samples[some], numbers[some], **how)
         for some in chunks(len(samples), config.groups_at_once)
     ]
     joined = {"times": parts[0].times, "grid": parts[0].grid}
@@ -147,13 +209,14 @@ def roll_out(engine, samples, numbers, *, config, step):
     return Rollout(**joined)
 
 
-def roll_out_together(engine, samples, numbers, *, config, step):
+def roll_out_together(engine, samples, numbers, *, config, step, first):
     """Roll out these groups in the same forward passes."""
     many, each = config.group_size, config.plans_per_group
 
     def generators(purpose, count, same=False):
         """Of each group, one for each of its plans or members."""
-        which = [0 if same else i for i in range(count)]
+        begin = first // (many // count)  # in plans, if these are of plans
+        which = [0 if same else begin + i for i in range(count)]
         return [[generator(config.seed, number, purpose, i) for i in which] for number in numbers]
 
     prompts = [engine.prompt(one.references, one.instruction) for one in samples]
@@ -162,7 +225,7 @@ def roll_out_together(engine, samples, numbers, *, config, step):
         prompts,
         Thinking(config.max_plan_tokens, config.cot_temperature),
         count=each,
-        generators=sum(generators(PLANS, each), []),
+        generators=sum(generators(PLANS, each, not config.rid), []),
         prefix=prefix,
     )
     references = [len(one.references) for one in samples for _ in range(each)]

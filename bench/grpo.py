@@ -246,7 +246,8 @@ def tree_update(contest):
     parameters = dict(contest.engine.model.named_parameters())
     state = TrainingState(parameters, torch.optim.SGD(parameters.values(), 0.0), {})
     learner = grpo.Learner(contest.engine, state, None)
-    grpo.update(learner, contest.rollout, contest.reward, config=contest.config)
+    worth = grpo.advantages(contest.reward, contest.config)
+    grpo.update(learner, contest.rollout, worth, config=contest.config)
 
 
 def kept_for_backward(contest):

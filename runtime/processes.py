@@ -232,6 +232,20 @@ def reduced(numbers, how="sum"):
     return tensor.tolist()
 
 
+def joined(tensor, parts, dim):
+    """The tensors (of one shape) of `parts` neighbouring processes, one behind the other on `dim`.
+
+    Processes 0 to parts - 1 are neighbours, and so on; all of them get the same.
+    """
+    if parts == 1:
+        return tensor
+    tensor = tensor.to(device()).contiguous()
+    found = [torch.empty_like(tensor) for _ in range(size())]
+    dist.all_gather(found, tensor)
+    begin = rank() // parts * parts
+    return torch.cat(found[begin : begin + parts], dim)
+
+
 def spread(values):
     """The standard deviation of a tensor's values, of all processes together."""
     if size() == 1:

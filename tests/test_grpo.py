@@ -69,6 +69,11 @@ def roll(toy, config=CONFIG, step=0):
     return tree.roll_out(engine, samples, numbers, config=config, step=step)
 
 
+def update(learner, rollout, reward, config):
+    """With rewards of whole groups on this process."""
+    return grpo.update(learner, rollout, grpo.advantages(reward, config), config=config)
+
+
 @pytest.mark.parametrize("same", [False, True])
 def test_members_start_from_one_noise_if_asked_to(toy, monkeypatch, same):
     """With one plan a group all members are at one place before the window, and at others after."""
@@ -91,7 +96,7 @@ def run_update(toy, rollout, reward, config=CONFIG, *, lr=100.0, anchor=None):
     model = engine.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(lora.trained_parameters(model, config.train).values(), lr)
-    health, finite = grpo.update(learner(engine, optimizer, anchor), rollout, reward, config=config)
+    health, finite = update(learner(engine, optimizer, anchor), rollout, reward, config)
     assert finite
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -399,7 +404,7 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
             )
 
     recorder = Recorder(model.parameters(), 0.0)
-    grpo.update(learner(engine, recorder), rollout, reward, config=config)
+    update(learner(engine, recorder), rollout, reward, config)
     largest = max(gradient.norm() for gradient in naive if gradient is not None)
     for key, gradient in zip(parameters, naive):
         got, gradient = (torch.zeros(1) if one is None else one for one in (found[key], gradient))
@@ -491,7 +496,7 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
         rollout = roll((engine, samples), config, step)
         reward = redness(rollout.images)
         means.append(reward.mean().item())
-        grpo.update(learner(engine, optimizer), rollout, reward, config=config)
+        update(learner(engine, optimizer), rollout, reward, config)
     assert sum(means[-3:]) / 3 > sum(means[:2]) / 2 + 0.05, means
 
 

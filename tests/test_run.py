@@ -82,7 +82,7 @@ def test_bfloat16_computes_nearly_the_same(worlds):
     close(one, two, 0.1)
 
 
-STAGE_2 = ["all", "gen", "lora", "text", "bare-all", "bare-gen", "bare-lora"]
+STAGE_2 = ["all", "gen", "lora", "text", "members", "plans", "bare-all", "bare-gen", "bare-lora"]
 
 
 @pytest.mark.parametrize("what", STAGE_2)

@@ -97,17 +97,23 @@ def grpo_gradients(folder, bare=False, **options):
     """Gradients of both optimiser steps of an update: parts of true plans, random rewards."""
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     learner = grpo.build(config)
-    engine, numbers, size = learner.engine, grpo.sample_numbers(config, 0), config.group_size
+    share = tree.share_of(config)
+    engine, numbers, size = learner.engine, share.numbers(0), config.group_size
     samples = [draw(i, bare) for i in numbers]
     texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [
-        text[3 * m : 3 * m + 9 * (i + 1)] for text, i in zip(texts, numbers) for m in range(size)
+        text[3 * m : 3 * m + 9 * (i + 1)]
+        for text, i in zip(texts, numbers)
+        for m in range(share.first, share.first + share.config.group_size, config.pictures_per_plan)
     ]
     engine.think = lambda *_, **__: (plans, [True] * len(plans))
     with sharding.gathered(engine.model):
-        rollout = tree.roll_out(engine, samples, numbers, config=config, step=0)
+        how = dict(config=share.config, step=0, first=share.first)
+        rollout = tree.roll_out(engine, samples, numbers, **how)
     reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
-    trees = [tree.plant(engine.layout, rollout, i, config=config) for i in range(len(numbers))]
+    worth = share.own_members(*grpo.advantages(reward, config))
+    places = range(len(numbers))
+    trees = [tree.plant(engine.layout, rollout, i, config=share.config) for i in places]
     passes = least_and_most([len(one.batches) for one in trees])
     trained, found = learner.state.parameters, {}
 
@@ -119,7 +125,7 @@ def grpo_gradients(folder, bare=False, **options):
 
     learner.state.optimizer = Recorder(trained.values(), 0.0)
     learner.anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
-    grpo.update(learner, rollout, reward, config=config)
+    grpo.update(learner, rollout, worth, config=share.config)
     return found | {"passes": passes}
 
 
@@ -144,6 +150,8 @@ def work(folder):
         ("gen", {"train": "gen"}),
         ("lora", {"train": "lora", "lora_rank": 4}),
         ("text", {"train_text": True, "kl_beta": 0.0, "sum_every_pass": True}),
+        ("members", {"prompts_per_step": 1, "updates": 1}),
+        ("plans", {"prompts_per_step": 2, "images_per_cot": 2, "train_text": True}),
         ("bare-all", {"bare": True}),
         ("bare-gen", {"bare": True, "train": "gen"}),
         ("bare-lora", {"bare": True, "train": "lora", "lora_rank": 4}),
@@ -165,7 +173,7 @@ def work(folder):
     if world == 2:
         train(folder, "handed-on-by-1")  # what one process began
         # nothing parses yet
-        grpo.group_rewards = lambda *_, groups, **__: torch.randn(groups, GRPO.group_size)
+        grpo.rewards_of = lambda e, *_, **__: torch.randn(e.shape[:2])
         grpo.train(
             dataclasses.replace(
                 GRPO,

@@ -198,9 +198,9 @@ def advantages(reward, config):
 class Actions:
     """What was done in a batch and what it was worth: the constants of the objective."""
 
-    advantage: torch.Tensor  # (B, 1) A of the members
-    image_of_token: torch.Tensor  # (B * S * T,)
-    step_size: torch.Tensor  # (S,) t - t' of the window
+    advantage: torch.Tensor  # (I,) A of the member of each noised picture
+    image_of_token: torch.Tensor  # (Z,) which of the I pictures
+    step_size: torch.Tensor  # (I,) t - t' of the step that each takes
     text_advantage: torch.Tensor  # (labels,) A of the plan that each token belongs to
     text_counts: torch.Tensor  # (labels,) bool: the model wrote this token, and it counts here
     clip_range: float  # eps
@@ -215,7 +215,7 @@ class Objective:
     total: torch.Tensor  # (), what is differentiated
     images: torch.Tensor  # (), the clipped surrogate alone
     kl: torch.Tensor  # (), mean over the batch
-    ratio: torch.Tensor  # (B, S)
+    ratio: torch.Tensor  # (I,)
 
     def detached(self):
         return Objective(*(x.detach() for x in vars(self).values()))
@@ -227,8 +227,8 @@ def objective(new, old, anchor, *, actions, config):
     new, old, anchor: tree.Policy of the present weights, of those that sampled, and of the stage 1
     model (None without kl_beta).
     """
-    ratio = likelihood_ratio(new, old, actions.image_of_token, guard=config.guard)  # (B, S)
-    loss = clipped(ratio, actions.advantage.to(ratio), actions.clip_range)  # (B, S)
+    ratio = likelihood_ratio(new, old, actions.image_of_token, guard=config.guard)  # (I,)
+    loss = clipped(ratio, actions.advantage.to(ratio), actions.clip_range)  # (I,)
     if config.guard:
         loss = loss / actions.step_size.to(loss)
     loss = loss.sum() * actions.scale
@@ -242,7 +242,7 @@ def objective(new, old, anchor, *, actions, config):
 
 
 def likelihood_ratio(new, old, image_of_token, *, guard):
-    """(B, S): p_new / p_old of the steps taken. With `guard`, GRPO-Guard's normalised ratio.
+    """(I,): p_new / p_old of the steps taken. With `guard`, GRPO-Guard's normalised ratio.
 
     A change of the mean by dm shifts the log-ratio by -|dm|^2 / (2 std^2) on average, and its
     spread grows as std falls: guard adds the shift back and multiplies by std (arXiv 2510.22319).
@@ -250,9 +250,9 @@ def likelihood_ratio(new, old, image_of_token, *, guard):
     log_ratio = new.log_prob - old.log_prob
     if guard:
         of = dict(image_of_token=image_of_token.to(log_ratio.device), images=log_ratio.numel())
-        shift = flow.kl_divergence(new.mean, old.mean, old.std, **of)  # (B * S,)
-        std = flow.image_mean(old.std, *of.values())  # (B * S,)
-        log_ratio = (log_ratio + shift.view_as(log_ratio)) * std.view_as(log_ratio)  # (B, S)
+        shift = flow.kl_divergence(new.mean, old.mean, old.std, **of)  # (I,)
+        std = flow.image_mean(old.std, *of.values())  # (I,)
+        log_ratio = (log_ratio + shift) * std
     return log_ratio.exp()
 
 
@@ -317,8 +317,8 @@ def update(learner, rollout, worth, *, config):
             )
         norms.append(sharding.step_if_finite(learner.state.optimizer, config.max_grad_norm))
         health.append(done)
-    old = torch.cat([policy.log_prob for one in trees for policy in one.old]).cpu()  # (P * G, S)
-    mismatch = (old - rollout.log_prob).abs().mean().item()
+    old = torch.cat([policy.log_prob for one in trees for policy in one.old])  # (P * G * S,)
+    mismatch = (old.cpu().view_as(rollout.log_prob) - rollout.log_prob).abs().mean().item()
     values = {"mismatch": mismatch, "mismatch_clip": mismatch / clip_range}
     values |= summary(health, [norm for norm, _ in norms], clip_range)
     return values, all(stepped for _, stepped in norms)
@@ -328,7 +328,7 @@ def actions_of(batch, worth, scales):
     """Actions of a batch. worth: `advantages`; scales: the numbers of the optimiser step."""
     images, plans = worth
     return Actions(
-        advantage=images[batch.members][:, None],  # (B, 1)
+        advantage=images[batch.members],  # (I,)
         image_of_token=batch.image_of_token,
         step_size=batch.step_size,
         text_advantage=plans[batch.token_plans],
@@ -374,7 +374,7 @@ def group_backward(learner, group, actions, *, passes, last, config):
 
 def summary(health, norms, clip_range):
     """The logged numbers of one iteration. health: for each optimiser step its Objectives."""
-    first, last = (torch.cat([x.ratio.flatten() for x in step]) for step in (health[0], health[-1]))
+    first, last = (torch.cat([x.ratio for x in step]) for step in (health[0], health[-1]))
     every = [one for step in health for one in step]
     # fmt: off
     return {

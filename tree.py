@@ -10,13 +10,14 @@ pictures painted with a window of stochastic steps (flow.py), each of which keep
 
 `plant` packs the same tree for the update, `policy` says what the present weights make of it. A
 group may be too large for one pass, so its tree is cut at the prompt (Packed.cut): one pack of the
-prompt, and batches of members that need the prompt's keys and values, each within
-`tokens_per_pack`. Gradients add up over batches and flow back through the prompt once (grpo.py),
-so neither the cut nor the packing changes them:
+prompt, and batches of noised pictures with their plans that need the prompt's keys and values, each
+within `tokens_per_pack`; a member that is too large alone is split by step. Gradients add up over
+batches and flow back through the prompt once (grpo.py), so neither the cut nor the packing changes
+them:
 
     kv = prompt(theta);   for each batch:  L(theta, kv) -> d/dtheta, d/dkv;   kv.backward(sum d/dkv)
 
-Members stand group by group, plan by plan. `config` is grpo.Config, of which
+Members stand group by group, plan by plan, their steps in order. `config` is grpo.Config, of which
 `Options` says what matters here. Letters: sequence.py.
 Left out: trees that fork within the denoising.
 """
@@ -122,7 +123,7 @@ class Options:
     # memory, not the result
     groups_at_once: int = 1  # rolled out together, and
     pictures_at_once: int = 4  # of their members painted together: both bound memory alone
-    tokens_per_pack: int = 36_864  # of members in one pass: bounds the memory, not the result
+    tokens_per_pack: int = 36_864  # of plans and pictures in one pass: bounds memory alone
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -368,20 +369,22 @@ def paint_members(engine, groups, noises, *, window, prefix, config):
 
 @dataclass
 class Batch:
-    """Some members of one group with all their noised pictures, in a pack that lacks the prompt.
+    """Some noised pictures of one group with their plans, in a pack that lacks the prompt.
 
-    B members; Z = B * S * T noised tokens, member by member, step by step.
+    I pictures, member by member, step by step, each in all guidance contexts; Z = I * T tokens of
+    theirs in one context.
     """
 
     packed: Packed
     rows: dict  # of each guidance context (engine.lay_out)
-    members: torch.Tensor  # (B,) of the rollout
+    members: torch.Tensor  # (I,) of the rollout: whose picture it is
+    steps: torch.Tensor  # (I,) of the window: which step it takes
     x: torch.Tensor  # (Z, C) before the steps
     x_next: torch.Tensor  # (Z, C) after them
     t: torch.Tensor  # (Z,) their times
     t_next: torch.Tensor  # (Z,)
-    image_of_token: torch.Tensor  # (Z,) which of the B * S steps
-    step_size: torch.Tensor  # (S,) t - t'
+    image_of_token: torch.Tensor  # (Z,) which of the I pictures
+    step_size: torch.Tensor  # (I,) t - t' of that step
     token_plans: torch.Tensor  # (labels,) of the rollout: whose plan a token is of
     token_counts: torch.Tensor  # (labels,) bool: the model wrote it, and it counts in this batch
 
@@ -405,66 +408,73 @@ def plant(layout, rollout, group, *, config):
     """The Tree of group number `group`, each batch within `tokens_per_pack`."""
     each = config.plans_per_group
     plans = rollout.plans[group * each : (group + 1) * each]
-    members = split_members([len(plan) + 2 for plan in plans], rollout, config)
-    cuts = [cut_batch(layout, rollout, group, members=some, config=config) for some in members]
+    batches = split_members([len(plan) + 2 for plan in plans], rollout, config)
+    cuts = [cut_batch(layout, rollout, group, pictures=some, config=config) for some in batches]
     return Tree(cuts[0][0], [batch for _, batch in cuts])
 
 
 def split_members(plan_tokens, rollout, config):
-    """The members of a group, in order, in lists of at most `tokens_per_pack` tokens each.
+    """The noised pictures of a group, (member, step), in lists of at most `tokens_per_pack` tokens.
 
-    A member that is larger than that has a batch of its own. plan_tokens: of each plan, J.
+    A member is split only if it alone, with its plan, is larger than that. A step is never split:
+    guidance mixes its contexts. One that is larger has a list of its own.
+    plan_tokens: of each plan, J; they count once in each list.
     """
-    tokens_of_picture = rollout.grid[0] * rollout.grid[1] + 2
-    images = len(rollout.x) * len(config.sampler.contexts) * tokens_of_picture
+    window, contexts = range(len(rollout.x)), len(config.sampler.contexts)
+    tokens_of_step = contexts * (rollout.grid[0] * rollout.grid[1] + 2)
     found, room = [], 0
     for member in range(config.group_size):
         plan = member // config.pictures_per_plan
-        is_new = not found or found[-1][-1] // config.pictures_per_plan != plan
-        tokens = images + plan_tokens[plan] * is_new
-        if tokens > room:
-            found.append([])
-            room, tokens = config.tokens_per_pack, images + plan_tokens[plan]
-        found[-1].append(member)
-        room -= tokens
+        fits = plan_tokens[plan] + len(window) * tokens_of_step <= config.tokens_per_pack
+        for steps in [window] if fits else [[step] for step in window]:
+            is_new = not found or found[-1][-1][0] // config.pictures_per_plan != plan
+            images = len(steps) * tokens_of_step
+            tokens = images + plan_tokens[plan] * is_new
+            if tokens > room:
+                found.append([])
+                room, tokens = config.tokens_per_pack, images + plan_tokens[plan]
+            found[-1] += [(member, step) for step in steps]
+            room -= tokens
     return found
 
 
-def cut_batch(layout, rollout, group, *, members, config):
-    """(pack of the prompt, Batch) of these members of a group."""
-    pictures, window = config.pictures_per_plan, len(rollout.x)
-    rows = torch.tensor(members) + group * config.group_size  # (B,) of the rollout
+def cut_batch(layout, rollout, group, *, pictures, config):
+    """(pack of the prompt, Batch) of these noised pictures of a group, (member, step) in order."""
+    each = config.pictures_per_plan
+    members, steps = torch.tensor(pictures).unbind(1)  # (I,) each
+    rows = members + group * config.group_size  # (I,) of the rollout
     x, x_next = (
-        values[:, rows].transpose(0, 1)  # (S, P * G, T, C) -> (B, S, T, C)
+        values[steps, rows]  # (S, P * G, T, C) -> (I, T, C)
         for values in (rollout.x, rollout.x_next)
     )
-    plans = list(dict.fromkeys(member // pictures for member in members))
+    plans = list(dict.fromkeys(member // each for member, _ in pictures))
     noised = {plan: [] for plan in plans}
-    for member, steps in zip(members, x):
-        noised[member // pictures] += map(Noised, steps, rollout.times)
+    for (member, step), canvas in zip(pictures, x):
+        noised[member // each].append(Noised(canvas, rollout.times[step]))
     texts = rollout.plans[group * config.plans_per_group :]
     branches = [Branch(texts[plan], tuple(noised[plan])) for plan in plans]
     whole = Group(rollout.prompts[group], rollout.grid, tuple(branches))
     packed, context_rows = lay_out(layout, [whole], config.sampler.contexts, loss=config.train_text)
     prompt, rest = packed.cut()
-    tokens = x.shape[2]
-    step = torch.arange(window).repeat_interleave(tokens).repeat(len(members))  # (Z,)
+    t, t_next = rollout.times[steps], rollout.times[steps + 1]  # (I,)
+    image_of_token = torch.arange(len(rows)).repeat_interleave(x.shape[1])  # (Z,)
     of_rollout = torch.tensor(plans) + group * config.plans_per_group  # (plans,)
     lengths = rollout.plan_lengths[of_rollout]  # (plans,)
     token_plans = of_rollout.repeat_interleave(lengths)  # (labels,)
     place = torch.cat([torch.arange(int(length)) for length in lengths])  # (labels,) in its plan
-    # a plan whose pictures are in several batches counts where its first picture is
-    here = torch.isin(token_plans * pictures, rows)
+    # a plan whose pictures are in several batches counts where the first of them is
+    here = torch.isin(token_plans * each, rows[steps == 0])
     batch = Batch(
         rest,
         context_rows,
         rows,
-        x.flatten(0, 2),  # (Z, C)
-        x_next.flatten(0, 2),  # (Z, C)
-        rollout.times[step],
-        rollout.times[step + 1],
-        torch.arange(len(members) * window).repeat_interleave(tokens),
-        rollout.times[:-1] - rollout.times[1:],
+        steps,
+        x.flatten(0, 1),  # (Z, C)
+        x_next.flatten(0, 1),  # (Z, C)
+        t[image_of_token],
+        t_next[image_of_token],
+        image_of_token,
+        t - t_next,
         token_plans,
         (place < rollout.written[token_plans]) & here,
     )
@@ -475,7 +485,7 @@ def cut_batch(layout, rollout, group, *, members, config):
 class Policy:
     """What the weights say of one batch."""
 
-    log_prob: torch.Tensor  # (B, S) of the steps that were taken
+    log_prob: torch.Tensor  # (I,) of the steps that were taken
     text: torch.Tensor | None  # (labels,) log-probabilities of the plan tokens, with `train_text`
     mean: torch.Tensor | None  # (Z, C) of the transitions
     std: torch.Tensor | None  # (Z, 1)
@@ -495,7 +505,7 @@ def policy(model, prefix, batch, *, config):
     """The Policy of a batch, given the prompt's keys and values of each layer."""
     batch = batch.to(device())
     und, gen = model(batch.packed, prefix=prefix)
-    images = int(batch.image_of_token[-1]) + 1
+    images = len(batch.members)
     v = guided(
         model.velocity(batch.packed, gen),
         batch.rows,
@@ -509,5 +519,4 @@ def policy(model, prefix, batch, *, config):
         batch.x_next, mean, std, image_of_token=batch.image_of_token, images=images
     )
     text = -model.cross_entropy(und, batch.packed) if config.train_text else None
-    per_member = log_prob.view(len(batch.members), -1)  # (B * S,) -> (B, S)
-    return Policy(per_member, text, mean, std.expand(len(v), 1), v)
+    return Policy(log_prob, text, mean, std.expand(len(v), 1), v)

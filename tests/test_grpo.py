@@ -121,6 +121,17 @@ VARIANTS = {
     "text": dict(train_text=True),
     "text, small packs": dict(train_text=True, images_per_cot=2, tokens_per_pack=150),
     "guard": dict(guard=True),
+    # members split by step; with three of them some batches end one member and begin the next
+    "split": dict(tokens_per_pack=120),
+    "guided text, split": dict(
+        text_guidance=3.0,
+        image_guidance=1.5,
+        train_text=True,
+        images_per_cot=2,
+        window=3,
+        tokens_per_pack=450,
+    ),
+    "guard, split": dict(guard=True, rid=False, window=3, tokens_per_pack=200),
 }
 
 
@@ -243,9 +254,9 @@ def make_policy(log_prob, *, v=None, text=None, mean=None, std=None):
 def make_actions(**changes):
     """Two members, one step each of one token, and three plan tokens."""
     known = dict(
-        advantage=torch.tensor([[1.0], [-2.0]]),
+        advantage=torch.tensor([1.0, -2.0]),
         image_of_token=torch.arange(2),
-        step_size=torch.tensor([0.25]),
+        step_size=torch.tensor([0.25, 0.25]),
         text_advantage=torch.tensor([1.0, 1.0, -1.0]),
         text_counts=torch.tensor([True, False, True]),
         clip_range=0.1,
@@ -257,13 +268,11 @@ def make_actions(**changes):
 
 def test_objective_is_the_equation():
     """L by hand: clipped ratios, divergence and text, each with its weight."""
-    old = make_policy(torch.zeros(2, 1), text=torch.zeros(3))
+    old = make_policy(torch.zeros(2), text=torch.zeros(3))
     new = make_policy(
-        torch.tensor([[0.3], [0.05]]),
-        v=torch.full((2, 3), 2.0),
-        text=torch.tensor([0.1, 9.0, -0.4]),
+        torch.tensor([0.3, 0.05]), v=torch.full((2, 3), 2.0), text=torch.tensor([0.1, 9.0, -0.4])
     )
-    anchor = make_policy(torch.zeros(2, 1), v=torch.zeros(2, 3))
+    anchor = make_policy(torch.zeros(2), v=torch.zeros(2, 3))
     config = dataclasses.replace(CONFIG, kl_beta=0.5, train_text=True, text_clip_range=0.2)
     found = grpo.objective(new, old, anchor, actions=make_actions(), config=config)
     ratio = torch.tensor([0.3, 0.05]).exp()
@@ -272,10 +281,9 @@ def test_objective_is_the_equation():
     torch.testing.assert_close(found.images, images)
     torch.testing.assert_close(found.kl, torch.tensor(4.0))
     torch.testing.assert_close(found.total, images + 0.5 * 4.0 + text / 2)
-    torch.testing.assert_close(found.ratio.flatten(), ratio)
+    torch.testing.assert_close(found.ratio, ratio)
     guard = dataclasses.replace(CONFIG, guard=True)
-    std = torch.ones(2, 1)
-    same = make_policy(torch.zeros(2, 1), std=std)
+    same = make_policy(torch.zeros(2), std=torch.ones(2, 1))
     found = grpo.objective(same, same, None, actions=make_actions(), config=guard)
     torch.testing.assert_close(found.total, torch.tensor((-1.0 + 2.0) / 0.25 / 2))
 
@@ -305,7 +313,7 @@ def test_guard_centres_the_ratio_and_levels_the_steps():
     moved = mean + scale * std
     new, old = (
         make_policy(
-            flow.log_prob(x_next, at, std, image_of_token=image_of_token, images=2).view(1, 2),
+            flow.log_prob(x_next, at, std, image_of_token=image_of_token, images=2),
             mean=at,
             std=std,
         )
@@ -313,7 +321,7 @@ def test_guard_centres_the_ratio_and_levels_the_steps():
     )
     plain = grpo.likelihood_ratio(new, old, image_of_token, guard=False).log()
     guarded = grpo.likelihood_ratio(new, old, image_of_token, guard=True).log()
-    expected = (plain + scale**2 / 2) * torch.tensor([[0.1, 0.5]])
+    expected = (plain + scale**2 / 2) * torch.tensor([0.1, 0.5])
     torch.testing.assert_close(guarded, expected, rtol=1e-3, atol=1e-6)
     assert (plain < 0).all() or (guarded.abs() < plain.abs()).all()
 
@@ -377,7 +385,17 @@ def velocity_alone(engine, prompt, plan, x, *, t):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "no rid", "small packs", "guided", "two pictures a plan", "text, small packs", "cps"],
+    [
+        "plain",
+        "no rid",
+        "small packs",
+        "guided",
+        "two pictures a plan",
+        "text, small packs",
+        "cps",
+        "split",
+        "guided text, split",
+    ],
 )
 def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     """Gradients of an update: prompt cut, plans shared, steps packed, against a pass for each."""
@@ -410,6 +428,30 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
         got, gradient = (torch.zeros(1) if one is None else one for one in (found[key], gradient))
         error = (got - gradient).norm() / gradient.norm().clamp_min(1e-3 * largest)
         assert error <= tolerance, (key, float(error))
+
+
+@pytest.mark.parametrize("budget", [1, 106, 120, 231, 240, 300, 500, 10_000])
+@pytest.mark.parametrize("name", ["plain", "no rid", "guided", "two pictures a plan"])
+def test_batches_are_within_the_budget(toy, name, budget):
+    """So are steps with all their contexts if one fits; members are split only if they must."""
+    config = dataclasses.replace(CONFIG, **VARIANTS[name], train_text=True, tokens_per_pack=budget)
+    rollout = roll(toy, config)
+    step = len(config.sampler.contexts) * (rollout.x.shape[2] + 2)
+    plans = rollout.plan_lengths[: config.plans_per_group] + 1  # with bos and eos
+    least = int(plans.max()) + step
+    batches = tree.plant(toy[0].layout, rollout, 0, config=config).batches
+    pictures = [list(zip(b.members.tolist(), b.steps.tolist())) for b in batches]
+    every = [(member, k) for member in range(config.group_size) for k in range(config.window)]
+    assert sum(pictures, []) == every
+    for batch, some in zip(batches, pictures):
+        assert len(batch.packed) <= budget or (budget < least and len(some) == 1)
+    for member in range(config.group_size):
+        whole = int(plans[member // config.pictures_per_plan]) + config.window * step
+        parts = sum(member in [of for of, _ in some] for some in pictures)
+        assert parts == 1 if whole <= budget else parts <= config.window
+    counted = sum(int(batch.token_counts.sum()) for batch in batches)
+    assert counted == int(rollout.written[: config.plans_per_group].sum())  # each plan once
+    assert budget > 1 or len(batches) == len(every)
 
 
 @pytest.mark.parametrize("kind", ["velocity", "latent"])

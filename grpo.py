@@ -52,9 +52,9 @@ from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, merge_lora, trained_parameters
 from runtime.pretrained import shape_of
 from runtime.state import TrainingState, new_average, newest_step
-from studies.metrics import HeldOut, compare_checkpoints, save_strip
+from studies.metrics import HeldOut, compare_checkpoints, measured_together, save_strip
 from toy import world
-from toy.prepare import find_stage_1, metric_clip, prepare
+from toy.prepare import find_stage_1, metric_clip, metric_clip_of_all, prepare
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Config(loop.Options, tree.Options):
     data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     max_references: int = 4
-    prompts_per_step: int = 16  # groups; 256 pictures an update (Flow-GRPO: 384 to 576)
     # objective
     reward: Literal["clip_l2", "clip_cos"] = "clip_l2"
     cross_score: bool = False  # mean reward over all captions of the group (a variance study)
@@ -80,15 +79,13 @@ class Config(loop.Options, tree.Options):
     text_weight: float = 1.0
     # optimisation
     steps: int = 200  # iterations of rollout and update (paper)
-    updates: int = 2  # optimiser steps an iteration, each on its share of the groups
     train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5  # between R3's 5e-6 and UniGRPO's 3e-5
     max_grad_norm: float = 1.0
     average: float = 0.9  # decay of the moving average of the weights, which is saved; 0: off
-    # machine; more in runtime/loop.py
-    # run; more in runtime/loop.py
+    # run; more, and the machine, in runtime/loop.py
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
     metric_name: str = "ViT-B-32"  # the same for the CLIP that measures CLIP_out
@@ -105,11 +102,6 @@ class Config(loop.Options, tree.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prompts_per_step % self.updates:
-            raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} must be a multiple of "
-                f"updates={self.updates}"
-            )
         if self.train_text and (self.cot_temperature != 1 or self.train != "all"):
             raise ValueError(
                 "train_text needs cot_temperature=1, the distribution whose gradient it takes, "
@@ -394,10 +386,7 @@ def summary(health, norms, clip_range):
 
 
 def iteration(learner, clip, source, *, config, step):
-    """One rollout and its update. Returns the line of the log, and whether all was finite.
-
-    Interrupted, on all processes, if one was asked to stop during the rollout.
-    """
+    """One rollout and its update: the log's line, whether all was finite. May be Interrupted."""
     model, share = learner.engine.model, tree.share_of(config)
     clock, truncated = [], clip.truncated
 
@@ -464,6 +453,8 @@ def train(config):
         clip = Clip(config.clip_name, config.clip, processes.device())
     run = loop.Run(folder, config, learner.state, desc="grpo")
     learner.stop = run.stop
+    measured_by = config.metric_name, config.metric, config.clip_steps
+    metric = metric_clip_of_all(*measured_by) if config.eval_every else None
     processes.say(
         f"grpo: {prompts} prompts x {config.group_size} members = {prompts * config.group_size} "
         f"pictures a step on {processes.size()} processes, {share.ranks} to a group, "
@@ -475,6 +466,8 @@ def train(config):
             values, finite = iteration(learner, clip, source, config=config, step=step)
         except Interrupted:
             run.leave(step)
+        if run.measurement_is_due(step):
+            values |= measured_together(learner.engine, config.held_out, metric)
         how = dict(finite=finite, decay=config.average, made_of=share.numbers(step))
         run.end_step(step, values, **how)
         if run.strip_is_due(step):
@@ -483,7 +476,7 @@ def train(config):
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     everything = dict(learner.engine.model.named_parameters()) | learner.state.average
     run.export(learner.engine, merge_lora(everything, config.lora_rank, config.lora_alpha))
-    del learner, everything, run, clip  # the table needs the memory
+    del learner, everything, run, clip, metric  # the table needs the memory
     if processes.is_main() and not config.export:
         finish(config, folder, begun)
 

@@ -104,6 +104,8 @@ def share_of(config):
 class Options:
     """The options of grpo.py that say what is sampled, and how it is packed."""
 
+    prompts_per_step: int = 16  # groups; 256 pictures an update (Flow-GRPO: 384 to 576)
+    updates: int = 2  # optimiser steps an iteration, each on its share of the groups
     group_size: int = 32  # members of a group (paper)
     rid: bool = True  # every member writes its own plan; false: one plan a group
     images_per_cot: int = 1  # pictures of each plan; above 1 they compete with each other only
@@ -126,6 +128,11 @@ class Options:
     tokens_per_pack: int = 36_864  # of plans and pictures in one pass: bounds memory alone
 
     def __post_init__(self):
+        if self.prompts_per_step % self.updates:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} must be a multiple of "
+                f"updates={self.updates}"
+            )
         if self.group_size < 2:
             raise ValueError(
                 f"group_size={self.group_size}: advantages compare the members of a group; "

@@ -1,5 +1,5 @@
 """
-The dry run (bench/walk.py, bench/advice.py): presets and README's commands are walked at the GPUs that they name.
+The dry run (bench/walk.py): presets and README's commands are walked at the GPUs that they name.
 
 A command of README that cannot run by our own arithmetic fails here. Nothing needs a GPU.
 """

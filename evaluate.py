@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from bench.walk import dry_run, of_held_out, type_of, walk_pictures
+from bench.advice import dry_run
+from bench.walk import of_held_out, type_of, walk_pictures
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path

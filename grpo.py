@@ -42,7 +42,8 @@ import torch
 
 import flow
 import tree
-from bench.walk import dry_run, walk_grpo
+from bench.advice import dry_run
+from bench.walk import walk_grpo
 from data import open_source
 from engine import Engine, Interrupted, Sampler, Thinking
 from kernels.attention import describe_backend

@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import iccot
-from bench.walk import Work, dry_run, type_of, walk_pictures
+from bench.advice import dry_run
+from bench.walk import Work, type_of, walk_pictures
 from engine import Engine, Request, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 import example
-from bench.walk import dry_run, walk_sft
+from bench.advice import dry_run
+from bench.walk import walk_sft
 from data import open_source, stream
 from engine import Engine, Sampler, Thinking
 from kernels.attention import describe_backend

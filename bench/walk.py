@@ -5,9 +5,8 @@ A dry run: what each phase of a command holds on a GPU, computed at true shapes 
 
 walks one iteration: prompts are read, prefilled, plans decoded, pictures painted in all guidance
 contexts and decoded, rewarded; the old policy and the reference, the update; a strip, the exported
-weights, the final table. It prints tokens and bytes of every phase and which one decides, and
-refuses what cannot fit with the options that would make it fit, each of them walked before it is
-named. What stands always is counted, passes are measured on the meta device (peaks.py, memory.py).
+weights, the final table. What stands always is counted, passes are measured on the meta device
+(memory.py, peaks.py); advice.py prints the phases, and refuses what cannot fit.
 
 Every plan is as long as it may be, every prompt has `max_references` pictures of the largest side.
 Not a concept of the paper. Letters: sequence.py. Left out: fragmentation, communication buffers,
@@ -24,7 +23,6 @@ from bench.peaks import clip_bytes, codec_bytes, forward_bytes
 from engine import Branch, Group, Noised, lay_out
 from example import check_budget
 from model import MAX_LOGITS
-from runtime.config import UserError
 from sequence import Sequence
 
 SPARE = 0.9  # of a card; the rest is for what is left out
@@ -333,120 +331,3 @@ def walk_pictures(config, shape):
     }
     measure = [Phase("measure", 0, {"CLIP's pass": embedding})] if name else []
     return Walk(standing, painting(shape, work, {}) + measure, {})
-
-
-# --------------------------------------------------------------------------------------------------
-# what is printed, and what would fit
-
-
-def dry_run(walk, config, shape):
-    """Walk a command and print its phases; UserError, with what would fit, if it cannot fit.
-
-    walk: one of the walk_... above.
-    """
-    card, found = config.gpu_memory, walk(config, shape)
-    print_walk(found, card)
-    if not found.fits(card, spare=1.0):
-        one = found.deciding
-        peak, ways = found.peak(one) / 1e9, remedies(walk, config, shape)
-        advice = " or ".join(ways) or "a larger GPU, since no option of this command is enough"
-        raise UserError(
-            f"{one.name} needs {peak:.1f} GB of each GPU, more than gpu_memory={card:g}; "
-            f"what would fit: {advice}"
-        )
-
-
-def print_walk(found, card):
-    """The table, in GB (10^9 bytes)."""
-    one, total = found.deciding, sum(found.always.values())
-    print(f"{'GB on each GPU, computed':26s}{'tokens':>9s}{'own':>8s}{'peak':>8s}  of it")
-    print(f"{'always':26s}{'':9s}{total / 1e9:8.2f}{total / 1e9:8.2f}  {listed(found.always)}")
-    for phase in found.phases:
-        tokens = f"{phase.tokens:,}" if phase.tokens else ""
-        sizes = f"{phase.own / 1e9:8.2f}{found.peak(phase) / 1e9:8.2f}"
-        print(f"{phase.name:26s}{tokens:>9s}{sizes}  {listed(phase.parts)}")
-    if found.host:
-        print(f"on the host of the first process: {listed(found.host)}")
-    word = "fits" if found.fits(card) else "tight" if found.fits(card, spare=1.0) else "no"
-    print(
-        f"decides: {one.name}, {found.peak(one) / 1e9:.1f} GB of {card:g}; "
-        f"fits, a tenth left free: {word}"
-    )
-
-
-def listed(parts):
-    """{what: bytes} as text."""
-    return ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items() if size >= 5e6)
-
-
-def remedies(walk, config, shape):
-    """Up to four changes of options, as words of the command line, with which a command fits.
-
-    First single options that change no result, then what is trained and on how many GPUs, then
-    these together, and at last what changes the method.
-    """
-    frugal = {name: value for change in cheap(config) for name, value in change.items()}
-    several = [frugal | change for change in ({}, *strong(config))] if frugal else []
-    last = [frugal | change for change in otherwise(config)]
-    for some in ([*cheap(config), *strong(config)], several, last):
-        found = {}  # {options that are changed: the words}, the mildest change of each
-        for change in some:
-            what = tuple(change)
-            if what in found or len(found) == 4:
-                continue
-            if walk(replace(config, **change), shape).fits(config.gpu_memory):
-                found[what] = words_of(change)
-        if found:
-            return list(found.values())
-    return []
-
-
-def words_of(change):
-    """{option: value} -> "--option value ..."."""
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
-
-
-def changes(config, wanted):
-    """Of [(option, value)] those that the config has, and has otherwise: [{option: value}]."""
-    missing = object()
-    values = [(name, value, getattr(config, name, missing)) for name, value in wanted]
-    return [{name: value} for name, value, now in values if now is not missing and now != value]
-
-
-def cheap(config):
-    """Changes that bound memory and change no result but rounding."""
-    wanted = [("replicas", 1), ("sum_every_pass", True), ("checkpointing", True), ("eval_batch", 1)]
-    wanted += [("groups_at_once", 1), ("batch", 1), ("precision", "bfloat16")]
-    wanted += [("dtype", "bfloat16")] * (getattr(config, "dtype", "auto") == "float32")
-    halves = (getattr(config, "pictures_at_once", 1) // 2**n for n in range(1, 9))
-    wanted += [("pictures_at_once", n) for n in halves if n]
-    if hasattr(config, "window"):
-        wanted += [("tokens_per_pack", n) for n in (24_576, 16_384) if n < config.tokens_per_pack]
-    return changes(config, wanted)
-
-
-def strong(config):
-    """Changes of what is trained, and of the number of GPUs."""
-    wanted = [("train", "gen"), ("train", "lora")] if getattr(config, "train", "") == "all" else []
-    wanted += [("train", "lora")] if getattr(config, "train", "") == "gen" else []
-    found = changes(config, wanted)
-    for gpus in (2, 4, 8, 16, 32, 64, 128):
-        if gpus > getattr(config, "gpus", 128):
-            found.append({"gpus": gpus} | shared_out(config, gpus))
-    return found
-
-
-def shared_out(config, gpus):
-    """{option: value} that lets so many GPUs share the prompts of a step."""
-    unit = gpus * getattr(config, "updates", 1)
-    prompts = getattr(config, "prompts_per_step", unit)
-    return {"prompts_per_step": -(-prompts // unit) * unit} if prompts % unit else {}
-
-
-def otherwise(config):
-    """Changes of the method, where nothing else is enough."""
-    most = [{"train": "lora"}] if hasattr(config, "train") else [{}]
-    contexts = changes(config, [("text_guidance", 1.0), ("max_references", 1)])
-    windows = changes(config, [("window", n) for n in (8, 4, 2, 1)])
-    less = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
-    return [*less, *(one | most[0] for one in less)]

@@ -101,7 +101,12 @@ TOY = dict(
     max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0,
     square=True,
 )
-PRESETS = {"toy": TOY, "smoke": TOY | dict(checkpoint="out/smoke-grpo"), "full": dict()}
+PRESETS = {
+    "toy": TOY,
+    "smoke": TOY | dict(checkpoint="out/smoke-grpo"),
+    "rehearsal": dict(checkpoint="out/rehearsal-grpo", num_timesteps=5),
+    "full": dict(),
+}
 # fmt: on
 
 

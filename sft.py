@@ -101,6 +101,11 @@ PRESETS = {
         ce_weight=0.3, workers=4, steps=12_000, lr=6e-4, warmup=500, average=0.999, beta2=0.98,
         precision="bfloat16", out="out/small-sft", save_every=1000, sample_every=1000,
     ),
+    "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
+        scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
+        precision="float32", out="out/rehearsal-sft", save_every=10, sample_every=10,
+        sample_side=512, sample_timesteps=5,
+    ),
     "full": dict(),
 }
 # fmt: on

@@ -132,6 +132,11 @@ PRESETS = {
         checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
         metric="out/smoke-clip-metric", clip_steps=20,
     ),
+    "rehearsal": dict(
+        checkpoint="out/rehearsal-grpo", side=512, scale=16, num_samples=4, num_timesteps=5,
+        timestep_shift=3.0, text_guidance=4.0, image_guidance=2.0, max_plan_tokens=256, batch=1,
+        metric_name="toy", metric="out/smoke-clip-metric", clip_steps=20,
+    ),
     "full": dict(
         checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0,
         text_guidance=4.0, image_guidance=2.0, max_plan_tokens=1000, batch=1,

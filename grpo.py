@@ -120,34 +120,37 @@ class Config(loop.Options, tree.Options):
 
 # fmt: off
 TOY = dict(
-    clip_name="toy", metric_name="toy", train="all", kl_beta=0.0, average=0.0, num_timesteps=7,
-    timestep_shift=10.0, lr=3e-4, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
-    groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
-    precision="float32", sum_every_pass=False, eval_batch=50,
+    clip_name="toy", clip="out/toy-clip-reward", metric_name="toy", metric="out/toy-clip-metric",
+    clip_steps=300, kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
+    eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE, groups_at_once=8,
+    pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False, precision="float32",
+    sum_every_pass=False, eval_batch=50,
 )
+SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1,
         steps=30, train_text=True, kl_beta=20.0, lr=1e-4, std_floor=0.05, groups_at_once=32,
-        clip="out/toy-clip-reward", metric="out/toy-clip-metric", clip_steps=300,
         out="out/toy-grpo", save_every=10,
     ),
-    "smoke": TOY | dict(
+    "smoke": TOY | SMOKE | dict(
         init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, window=2,
-        steps=2, clip_steps=20, clip="out/smoke-clip-reward", metric="out/smoke-clip-metric",
-        eval_samples=16, out="out/smoke-grpo", save_every=1, sample_every=2,
+        steps=2, eval_samples=16, out="out/smoke-grpo", save_every=1, sample_every=2,
     ),
     "small": TOY | dict(  # one data-centre GPU, after sft.py --config small
-        init="out/small-sft", scale=2, picture_side=64, prompts_per_step=16, group_size=24,
-        max_plan_tokens=72, window=2, steps=200, lr=1e-4, groups_at_once=16, precision="bfloat16",
-        clip="out/toy-clip-reward", metric="out/toy-clip-metric", clip_steps=300,
-        out="out/small-grpo",
+        init="out/small-sft", scale=2, picture_side=64, group_size=24, max_plan_tokens=72, window=2,
+        lr=1e-4, groups_at_once=16, precision="bfloat16", out="out/small-grpo",
+    ),
+    "rehearsal": SMOKE | dict(  # the recipe of full on thin weights, 512 x 512
+        init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=2, group_size=4,
+        num_timesteps=5, window=2, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
+        eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,
+        sample_every=2, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's
-        lr=1e-6, updates=1, train="all", kl_beta=0.0, average=0.0, num_timesteps=51, window=25,
-        window_end=1.0, text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05,
-        out="out/paper-grpo",
+        lr=1e-6, updates=1, kl_beta=0.0, average=0.0, num_timesteps=51, window=25, window_end=1.0,
+        text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05, out="out/paper-grpo",
     ),
 }
 # fmt: on
@@ -282,8 +285,7 @@ class Learner:
 def update(learner, rollout, worth, *, config):
     """All optimiser steps of one iteration, each on its share of the groups.
 
-    worth: `advantages` of the pictures and plans of this rollout.
-    Returns the numbers for the log, and whether all gradients were finite.
+    worth: `advantages`, here. Returns the numbers for the log, and if all gradients were finite.
     """
     model, layout = learner.engine.model, learner.engine.layout
     groups, share = len(rollout.prompts), len(rollout.prompts) // config.updates
@@ -296,18 +298,15 @@ def update(learner, rollout, worth, *, config):
             one.old = [policy.detached(config.guard) for policy in found]
     health, norms = [], []
     clip_range = config.clip_kappa / rollout.x[0, 0].numel() ** 0.5
-    scale = 1 / (share * config.group_size * config.window)
+    scales = dict(clip_range=clip_range, scale=1 / (share * config.group_size * config.window))
     words = rollout.written.view(config.updates, -1).sum(1).tolist()  # plan tokens of each step
     for number, text_tokens in enumerate(processes.reduced(words)):
-        text_scale = config.text_weight * processes.size() / text_tokens
-        scales = dict(clip_range=clip_range, scale=scale, text_scale=text_scale)
+        scales["text_scale"] = config.text_weight * processes.size() / text_tokens
         mine, done = range(number * share, (number + 1) * share), []
         for group in mine:
-            todo, last = passes[group], group == mine[-1]
             actions = [actions_of(batch, worth, scales) for batch in trees[group].batches]
-            done += group_backward(
-                learner, trees[group], actions, passes=todo, last=last, config=config
-            )
+            how = dict(passes=passes[group], last=group == mine[-1], config=config)
+            done += group_backward(learner, trees[group], actions, **how)
         norms.append(sharding.step_if_finite(learner.state.optimizer, config.max_grad_norm))
         health.append(done)
     old = torch.cat([policy.log_prob for one in trees for policy in one.old])  # (P * G * S,)
@@ -452,10 +451,10 @@ def train(config):
         source = open_source(config.data, seed, config.max_references, scale=config.scale)
         learner = build(config)
         clip = Clip(config.clip_name, config.clip, processes.device())
+        asked = config.metric_name, config.metric, config.clip_steps
+        metric = metric_clip_of_all(*asked) if config.eval_every else None
     run = loop.Run(folder, config, learner.state, desc="grpo")
     learner.stop = run.stop
-    measured_by = config.metric_name, config.metric, config.clip_steps
-    metric = metric_clip_of_all(*measured_by) if config.eval_every else None
     processes.say(
         f"grpo: {prompts} prompts x {config.group_size} members = {prompts * config.group_size} "
         f"pictures a step on {processes.size()} processes, {share.ranks} to a group, "

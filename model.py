@@ -212,9 +212,16 @@ SMALL = TOY | dict(  # 98M parameters, pictures of 64 x 64
     hidden_size=640, intermediate_size=1920, num_hidden_layers=10, num_attention_heads=10,
     vit_hidden_size=256, vit_intermediate_size=768, vit_num_layers=4, vit_side=4, latent_side=16,
 )
+
+REHEARSAL = dict(  # BAGEL's but for the widths and depths: the same grids, eye, codec and resizes
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, vocab_size=310,  # a plan of the toy world has some 100 tokens
+    vit_hidden_size=64, vit_intermediate_size=128, vit_num_layers=2, vit_num_heads=2,
+    vae_channels=32, vae_multipliers=(1, 1, 2, 2), vae_blocks=1,
+)
 # fmt: on
 
-MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "full": {}}
+MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "rehearsal": REHEARSAL, "full": {}}
 
 
 class RMSNorm(nn.Module):
@@ -409,6 +416,8 @@ class UnifiedModel(nn.Module):
             if name.endswith(residual):
                 std *= depth
             nn.init.normal_(parameter, std=std, generator=generator)
+        if self.config.codec == "flux":
+            self.codec.initialise(generator)
         return self
 
     def embed(self, packed: Packed) -> tuple[Tensor, Tensor]:

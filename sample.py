@@ -123,6 +123,7 @@ TOY = dict(
 PRESETS = {
     "toy": TOY,
     "smoke": TOY | dict(checkpoint="out/smoke-grpo"),
+    "rehearsal": dict(checkpoint="out/rehearsal-grpo", num_timesteps=5),
     "full": dict(checkpoint="out/full-grpo"),
 }
 # fmt: on

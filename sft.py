@@ -109,6 +109,12 @@ PRESETS = {
         ce_weight=0.3, workers=4, steps=12_000, lr=6e-4, warmup=500, average=0.999, beta2=0.98,
         precision="bfloat16", out="out/small-sft", save_every=1000, sample_every=1000,
     ),
+    "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
+        scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
+        precision="float32", out="out/rehearsal-sft", save_every=10, sample_every=10,
+        sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy",
+        metric="out/smoke-clip-metric", clip_steps=20,
+    ),
     "full": dict(),
 }
 # fmt: on
@@ -231,14 +237,14 @@ def train(config):
         engine = build(config, folder)
         if config.data != "toy":
             example.check_budget(engine.model.config, config)
+        measured_by = config.metric_name, config.metric, config.clip_steps
+        clip = metric_clip_of_all(*measured_by) if config.eval_every else None
     parameters = dict(engine.model.named_parameters())
     rates = dict(lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(engine.model.parameters(), **rates, fused=True)
     state = TrainingState(parameters, optimizer, new_average(parameters))
     run = loop.Run(folder, config, state, desc="sft")
     measuring = replace(config.held_out, count=config.eval_samples)
-    measured_by = config.metric_name, config.metric, config.clip_steps
-    clip = metric_clip_of_all(*measured_by) if config.eval_every else None
     millions = sum(p.numel() for p in parameters.values()) / 1e6
     processes.say(
         f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on "

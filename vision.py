@@ -328,6 +328,14 @@ class FluxCodec:
         self.weights = nn.ModuleDict(parts).requires_grad_(False).float()
         self.scale, self.shift = config.scale, config.shift
 
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fresh weights, fan-in scaled: the same on all processes and whenever a run goes on."""
+        for name, parameter in self.weights.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+            else:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+
     @property
     def device(self) -> torch.device:
         return self.weights["encoder"].conv_in.weight.device

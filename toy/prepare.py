@@ -26,7 +26,7 @@ from runtime.pretrained import find_model, load_tokenizer
 from toy.clip import ToyClipSettings, train_metric_clip, train_toy_clip
 from toy.tokenizer import train_tokenizer
 
-TOYS = ("toy", "smoke", "small")  # presets whose stage 1 is trained from nothing
+TOYS = ("toy", "smoke", "small", "rehearsal")  # presets whose stage 1 is trained from nothing
 
 
 def toy_tokenizer(folder, vocab_size):

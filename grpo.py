@@ -142,7 +142,7 @@ PRESETS = {
         lr=1e-4, groups_at_once=16, precision="bfloat16", out="out/small-grpo",
     ),
     "rehearsal": SMOKE | dict(  # the recipe of full on thin weights, 512 x 512
-        init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=2, group_size=4,
+        init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4, group_size=4,
         num_timesteps=5, window=2, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
         eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,
         sample_every=2, out="out/rehearsal-grpo",

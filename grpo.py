@@ -444,8 +444,8 @@ def train(config):
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
         find_stage_1(config)  # or the folder would belong to a mistyped --init
+        share = tree.share_of(config)  # before there is a folder, for the same reason
         folder, prompts, seed = loop.start(config), config.prompts_per_step, config.seed + 1
-        share = tree.share_of(config)
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)
         source = open_source(config.data, seed, config.max_references, scale=config.scale)

@@ -225,8 +225,8 @@ def train(config):
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
-        folder = loop.start(config)
         each = processes.share(config.samples_per_step, "samples a step", "samples_per_step")
+        folder = loop.start(config)
         step = newest_step(folder)
         loop.last_step(folder, step, config)
         if (folder / "model").is_dir() and step >= config.steps:

@@ -402,7 +402,7 @@ def iteration(learner, clip, source, *, config, step):
         raise Interrupted
     lap()
     kind = dict(kind=config.reward, cross_score=config.cross_score)
-    embedded = embed_groups(clip, rollout.images, rollout.captions, len(samples))
+    embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
     reward = rewards_of(*share.whole_groups(*embedded), **kind)  # (P, G)
     worth = share.own_members(*advantages(reward, config))
     lap()

@@ -133,12 +133,12 @@ def group_rewards(
     has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
     group in place of its own, and the mean counts. A group without any caption has rewards of 0.
     """
-    embedded = embed_groups(clip, images, captions, groups)
+    embedded = embed_groups(clip, images, captions, groups=groups)
     return rewards_of(*embedded, kind=kind, cross_score=cross_score)
 
 
 def embed_groups(
-    clip: Clip, images: list[Image.Image], captions: list[str], groups: int
+    clip: Clip, images: list[Image.Image], captions: list[str], *, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of pictures e (P, G, E), of captions u (P, J, E), and (P, J) bool: whether there is one.
 

@@ -211,7 +211,10 @@ def build(config, folder):
         model = load_weights(init, shape, processes.device(), prepare=shard)
         tokenizer = load_tokenizer(init)
     else:
-        model = shard(UnifiedModel(shape).initialise(config.seed).to(processes.device()))
+        model = UnifiedModel(shape).initialise(config.seed).to(processes.device())
+        if shape.codec == "flux":  # no part of the module
+            model.codec.weights.to(processes.device())
+        model = shard(model)
         tokenizer = toy_tokenizer(folder, shape.vocab_size)
     model.checkpointing = config.checkpointing
     return Engine(model, tokenizer)

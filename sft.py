@@ -224,7 +224,8 @@ def build(config, folder):
 def train(config):
     """The whole stage: resumes, trains, and writes the averaged model to `out`/model."""
     if config.memory:
-        dry_run(walk_sft, config, shape_of(config.init, config.config))
+        to_come = config.init and shape_of(config.init, config.config)
+        dry_run(walk_sft, config, to_come or shape_with(config, {}))
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)

@@ -14,17 +14,18 @@ Left out: figures that were not measured here, unless they are named as such.
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import grpo
+from bench.advice import print_walk
 from bench.attention import bench_attention
 from bench.data import bench_data
 from bench.grpo import bench_grpo
-from bench.memory import print_memory
 from bench.model import bench_model
 from bench.scale import bench_scale
+from bench.walk import walk_grpo
 from model import ModelConfig
 from runtime.config import exit_on_user_error, parse
 
@@ -43,10 +44,18 @@ PRESETS = {"default": {}}
 
 
 def bench_memory(config):
-    """The memory of stage 2 under the preset `full`: prints and returns {way to train: bytes}."""
-    full = grpo.Config(config="full", **grpo.PRESETS["full"])
-    full = replace(full, gpus=config.gpus, gpu_memory=config.gpu_memory)
-    return print_memory(full, ModelConfig())
+    """The memory of stage 2 under the preset `full`, phase by phase, for each way to train.
+
+    Returns {way: {phase: bytes of its peak}}.
+    """
+    peaks = {}
+    for way in ("all", "gen", "lora"):
+        full = grpo.Config(config="full", train=way, gpus=config.gpus, **grpo.PRESETS["full"])
+        walked = walk_grpo(full, ModelConfig())
+        print(f"train={way}, {config.gpus} GPUs")
+        print_walk(walked, config.gpu_memory)
+        peaks[way] = {one.name: walked.peak(one) for one in walked.phases}
+    return peaks
 
 
 REGIMES = {

@@ -105,17 +105,8 @@ def strong(config):
     wanted = [("train", "gen"), ("train", "lora")] if getattr(config, "train", "") == "all" else []
     wanted += [("train", "lora")] if getattr(config, "train", "") == "gen" else []
     found = changes(config, wanted)
-    for gpus in (2, 4, 8, 16, 32, 64, 128):
-        if gpus > getattr(config, "gpus", 128):
-            found.append({"gpus": gpus} | shared_out(config, gpus))
-    return found
-
-
-def shared_out(config, gpus):
-    """{option: value} that lets so many GPUs share the prompts of a step."""
-    unit = gpus * getattr(config, "updates", 1)
-    prompts = getattr(config, "prompts_per_step", unit)
-    return {"prompts_per_step": -(-prompts // unit) * unit} if prompts % unit else {}
+    more = (2, 4, 8, 16, 32, 64, 128)
+    return found + [{"gpus": n} for n in more if n > getattr(config, "gpus", 128)]
 
 
 def otherwise(config):

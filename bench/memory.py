@@ -1,16 +1,12 @@
 """
-What a run of stage 2 needs of each GPU, computed without one. Not a concept of the paper.
-
-    python -m bench memory --gpus 8 --gpu_memory 80         the preset `full` of grpo.py
-
-walk.py has every phase of every command; this file has what stands always, and the update.
+What stands on a GPU during stage 2, and what an update adds, computed without one. Not a concept
+of the paper. walk.py has every phase of every command.
 
 Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real
 forward pass runs on PyTorch's meta device, which has shapes and no memory, and what autograd keeps
 for the backward pass is added up (tests/test_memory.py does the same with real tensors).
 
     always      float32 shards, gradients, two moments, reference (kl_beta), average
-    rollout     + all weights gathered in `precision`, + the KV cache of `groups_at_once` groups
     update      + one block gathered and its gradient, + the prompt's graph, + one pack of members
 
 Letters: sequence.py. Left out: fragmentation, communication buffers, CUDA itself; keep a tenth of
@@ -29,9 +25,6 @@ from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
 from sequence import Layout
 from vision import Reference
-
-CLIP = 428e6  # values of ViT-L/14, the reward's CLIP, kept in float32
-PEAKS = ("peak of the update", "peak of a rollout")
 
 
 @dataclass(frozen=True)
@@ -226,10 +219,9 @@ def token_bytes(shape, width):
 def always(config, model, shards):
     """{what: bytes} that stand on each GPU between the steps.
 
-    model: on the meta device; what is trained requires a gradient.
+    model: on the meta device; what is trained requires a gradient. CLIP and codec: walk.py.
     """
     everything, trained = values_of(model), values_of(model, trained=True)
-    codec = values_of(model.codec.weights) if model.config.codec == "flux" else 0
     return {
         "weights, frozen": value_bytes(config) * (everything - trained) / shards,
         "weights, trained": 4 * trained / shards,
@@ -237,7 +229,6 @@ def always(config, model, shards):
         "moments": 8 * trained / shards,
         "average": 4 * trained / shards * (config.average > 0),
         "reference": 4 * trained / shards * (config.kl_beta > 0),
-        "CLIP and codec": 4 * ((CLIP if config.clip_name != "toy" else 0) + codec),
     }
 
 
@@ -264,21 +255,6 @@ def of_update(config, model, case):
     }
 
 
-def of_rollout(config, model, case):
-    """{what: bytes} that the rollout of `groups_at_once` groups adds."""
-    width, shape = value_bytes(config), model.config
-    _, prompt, n = a_prompt(shape, case)
-    painted = config.groups_at_once * min(config.group_size, config.pictures_at_once)
-    canvas = painted * len(config.sampler.contexts) * (n + 2)
-    # the prompt's own cache, and a copy
-    cached = 2 * config.groups_at_once * len(prompt) + painted * case.plan + canvas
-    return {
-        "gathered weights": width * values_of(model),
-        "KV cache": token_bytes(shape, width) * cached,
-        "activations": width * canvas * (3 * shape.hidden_size + 3 * shape.intermediate_size),
-    }
-
-
 @functools.cache
 def model_of(shape, train, lora_rank):
     """The model on the meta device; what is trained requires a gradient."""
@@ -295,60 +271,3 @@ def shards_of(config):
     if config.gpus % config.replicas:
         raise UserError(f"replicas={config.replicas} does not divide {config.gpus} GPUs")
     return config.gpus // config.replicas
-
-
-def memory(config, shape, gpus, *, case):
-    """{what: bytes on each GPU} of a step of grpo.py; "update" and "rollout" are the two peaks.
-
-    config: a grpo.Config; shape: a ModelConfig; case: the step's shapes. UserError if `replicas`
-    does not divide the GPUs.
-    """
-    shards = shards_of(replace(config, gpus=gpus))
-    model = model_of(shape, config.train, config.lora_rank)
-    found = graphs(shape, case, plain(config))
-    parts = {
-        "always": always(config, model, shards),
-        "update": of_update(config, model, case),
-        "rollout": of_rollout(config, model, case),
-    }
-    total = {name: sum(part.values()) for name, part in parts.items()}
-    return parts | {
-        "peak of the update": total["always"] + total["update"],
-        "peak of a rollout": total["always"] + total["rollout"],
-        "prompt tokens": found.prompt_tokens,
-        "pack tokens": found.member_tokens,
-    }
-
-
-def verdict(way, card):
-    """Whether the peaks of `memory` fit into a card of `card` GB: "fits" leaves a tenth free."""
-    peak = max(way[name] for name in PEAKS) / 1e9
-    return "fits" if peak <= 0.9 * card else "tight" if peak <= card else "no"
-
-
-def print_memory(config, shape):
-    """The table of all three ways to train, in GB (10^9 bytes), and whether they fit.
-
-    config: a grpo.Config; shape: a ModelConfig. Returns {way: what `memory` gave}.
-    """
-    case = Case(references=config.max_references)
-    ways = {}
-    for way in ("all", "gen", "lora"):
-        changed = replace(config, train=way, train_text=False)
-        ways[way] = memory(changed, shape, config.gpus, case=case)
-    first = ways["all"]
-    print(
-        f"{config.gpus} GPUs of {config.gpu_memory:.0f} GB, {config.precision}, "
-        f"{case.references} references ({first['prompt tokens']:,} tokens), "
-        f"{config.group_size} members, packs of {first['pack tokens']:,} tokens"
-    )
-    print(f"{'GB on each GPU':30s}" + "".join(f"{way:>10s}" for way in ways))
-    for kind in ("always", "update", "rollout"):
-        for name in first[kind]:
-            row = "".join(f"{way[kind][name] / 1e9:10.2f}" for way in ways.values())
-            print(f"  {name:28s}{row}")
-    for peak in PEAKS:
-        print(f"{peak:30s}" + "".join(f"{way[peak] / 1e9:10.2f}" for way in ways.values()))
-    verdicts = "".join(f"{verdict(way, config.gpu_memory):>10s}" for way in ways.values())
-    print(f"{'fits, a tenth left free':30s}{verdicts}")
-    return ways

@@ -242,6 +242,7 @@ def walk_grpo(config, shape):
     shards, work = memory.shards_of(config), rollout_work(config)
     model = memory.model_of(shape, config.train, config.lora_rank * (config.train == "lora"))
     standing, whole = memory.always(config, model, shards), gathered(config, model)
+    standing["CLIP and codec"] = clip_bytes(config.clip_name)[0] + codec_weights(model)
     h, w = shape.picture_grid(work.side, work.side)
     # x before and after each stochastic step stays until the group's last picture is painted
     window = 8 * config.window * config.group_size * h * w * shape.token_channels

@@ -94,15 +94,8 @@ class Options:
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
 MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
-SHOWN = (
-    "held_out_Overall",
-    "reward",
-    "reward_std",
-    "kl",
-    "ce",
-    "mse",
-    "grad_norm",
-)  # of the log, for a person
+# of the log, for a person
+SHOWN = ("held_out_Overall", "reward", "reward_std", "kl", "ce", "mse", "grad_norm")
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
 
 

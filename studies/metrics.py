@@ -51,9 +51,7 @@ class HeldOut:
     scale: int = 1  # of the toy world
     side: int = world.SIZE  # pixels of the square pictures, before the codec's resize rule
     sampler: Sampler = Sampler(7, 10.0, guidance_interval=(0.0, 1.0))
-    thinking: Thinking | None = Thinking(
-        72
-    )  # None: straight from the prompt; toy plans have up to 52
+    thinking: Thinking | None = Thinking(MAX_PLAN_TOKENS)  # None: straight from the prompt
     batch: int = 50  # prompts at a time: bounds the memory, not the result
     seed: int = 0  # of the noise
     data_seed: int = 0  # of the prompts

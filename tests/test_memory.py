@@ -1,5 +1,5 @@
 """
-The memory of a run of stage 2, as bench/memory.py computes it, against tensors of small models.
+The memory of a run of stage 2, as bench/ computes it, against tensors of small models.
 
 What stands always is compared to the byte, the graphs of prompt and members with what autograd
 keeps in a real forward pass, the KV cache with a real one. Left out: a GPU's own peaks.
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import grpo
-from bench import memory
+from bench import memory, walk
+from bench.__main__ import Config, bench_memory
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
 from runtime.lora import add_lora, trained_parameters
 
@@ -42,7 +43,7 @@ def test_what_stands_always(shape, train):
         p.grad = torch.ones_like(p)
     optimizer.step()
     states, names = optimizer.state.values(), ("exp_avg", "exp_avg_sq")
-    always = memory.memory(config, shape, 1, case=CASE)["always"]
+    always = memory.always(config, memory.model_of(shape, train, config.lora_rank), 1)
     assert always["weights, trained"] + always["weights, frozen"] == size(model.parameters())
     gradients = size(p.grad for p in trained.values())
     assert always["gradients"] == gradients == always["average"] == always["reference"]
@@ -79,24 +80,26 @@ def test_activations(shape, checkpointing):
 def test_cache():
     shape = ModelConfig(**SMOKE)
     cache = Cache(UnifiedModel(shape), 100)
-    rollout = memory.memory(CONFIG, shape, 1, case=CASE)["rollout"]
-    prompt = len(memory.a_prompt(shape, CASE)[1])
+    work = walk.rollout_work(CONFIG)
+    parts = {phase.name: phase.parts for phase in walk.painting(shape, work, {})}["paint"]
+    prompt = len(memory.a_prompt(shape, work.case)[1])
     tokens = CONFIG.groups_at_once * (2 * prompt + CONFIG.group_size * (40 + 66))
-    assert rollout["KV cache"] == size((cache.keys, cache.values)) / 100 * tokens
+    found = parts["KV cache"] + parts["prompts' KV"]
+    assert found == size((cache.keys, cache.values)) / 100 * tokens
 
 
 def test_sharding_divides_what_is_sharded():
     shape = ModelConfig(**SMOKE)
     config = dataclasses.replace(CONFIG, sum_every_pass=True)
-    one, eight = (memory.memory(config, shape, gpus, case=CASE) for gpus in (1, 8))
+    one, eight = (walk.walk_grpo(dataclasses.replace(config, gpus=gpus), shape) for gpus in (1, 8))
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):
-        assert eight["always"][name] == one["always"][name] / 8
-    assert eight["rollout"] == one["rollout"] and eight["update"] == one["update"]
+        assert eight.always[name] == one.always[name] / 8
+    assert eight.phases == one.phases
 
 
 def test_the_table_of_the_full_preset(capsys):
     """It needs no GPU and no memory, and says whether each way of training fits."""
-    config = grpo.Config(config="full", gpus=8, gpu_memory=80)
-    memory.print_memory(config, ModelConfig())
+    peaks = bench_memory(Config(gpus=8, gpu_memory=80.0))
+    assert list(peaks) == ["all", "gen", "lora"]
     out = capsys.readouterr().out
-    assert "36,062 tokens" in out and "weights, trained" in out and "fits" in out.splitlines()[-1]
+    assert "36,062" in out and "weights, trained" in out and "fits" in out.splitlines()[-1]

@@ -19,6 +19,7 @@ from engine import Engine, Interrupted, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
 from reward import group_rewards
 from runtime import lora
+from runtime.config import UserError
 from runtime.state import TrainingState
 from sequence import Sequence
 from toy.tasks import draw_sample
@@ -554,3 +555,43 @@ def test_a_signal_ends_the_rollout_and_the_iteration(toy):
             grpo.iteration(one, clip, source, config=config, step=0)
         painted = engine.model.tokens - before > 2 * len(samples) * 200
         assert painted != here and engine.asked is None
+
+
+@pytest.mark.parametrize(
+    "world, options, ranks",
+    [
+        (8, {}, 1),
+        (64, {}, 8),
+        (64, {"prompts_per_step": 128}, 1),
+        (4, {"prompts_per_step": 2, "group_size": 4, "images_per_cot": 2, "updates": 1}, 2),
+        (2, {"prompts_per_step": 1, "group_size": 4, "rid": False, "updates": 1}, 2),
+    ],
+)
+def test_every_member_of_a_step_is_on_one_process(monkeypatch, world, options, ranks):
+    """And its advantage, and that of its plan, where it is."""
+    config, found = grpo.Config(config="full", **options), []
+    groups, many = config.prompts_per_step, config.group_size
+    images = torch.arange(groups * many)  # of the step, group by group
+    plans = torch.arange(groups * config.plans_per_group)
+    monkeypatch.setattr(tree, "size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(tree, "rank", lambda rank=rank: rank)
+        share = tree.share_of(config)
+        assert share.ranks == ranks
+        numbers = torch.tensor(share.numbers(0))
+        here = share.own_members(
+            images.view(groups, -1)[numbers].flatten(), plans.view(groups, -1)[numbers].flatten()
+        )
+        first = torch.arange(share.first, share.first + share.config.group_size)
+        assert torch.equal(here[0], (numbers[:, None] * many + first).flatten())
+        of_plan = here[1].repeat_interleave(share.config.pictures_per_plan)
+        assert torch.equal(of_plan, here[0] // config.pictures_per_plan)
+        found += here[0].tolist()
+    assert sorted(found) == images.tolist()
+
+
+def test_members_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setattr(tree, "size", lambda: 7)
+    monkeypatch.setattr("runtime.processes.size", lambda: 7)
+    with pytest.raises(UserError, match="cannot be shared evenly by 7 processes in 2 updates"):
+        tree.share_of(grpo.Config(config="full"))

@@ -60,6 +60,7 @@ from iccot import TASKS, Sample
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse, with_path
 from runtime.shards import index_of
+from toy.painter import Painted, Painter
 from toy.sheets import picture_sheet
 from toy.tasks import Drawn, check_request, draw_sample
 from vision import open_image
@@ -295,10 +296,16 @@ def in_one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def open_source(path: str, seed: int, max_references: int, *, scale: int = 1):
-    """What --data names, to train on: "toy" draws samples, else the train split of those there."""
+def open_source(
+    path: str, seed: int, max_references: int, *, scale: int = 1, painter: Painter | None = None
+):
+    """What --data names, to train on: "toy" draws samples, else the train split of those there.
+
+    painter: of the toy's targets, if they are not to be right.
+    """
     if path == "toy":
-        return Drawn("train", seed, max_references, scale)
+        drawn = Drawn("train", seed, max_references, scale)
+        return drawn if painter is None else Painted(drawn, painter)
     return Source(path, seed, "train")
 
 

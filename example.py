@@ -41,6 +41,8 @@ class Options:
     vae_dropout: float = 0.3  # share of references that lose their latents
     vit_dropout: float = 0.3  # share of references that lose their ViT tokens
     timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
+    painter_errors: float = 0.0  # share of the toy's targets with one wrong fact (toy/painter.py)
+    filter_targets: float = 0.0  # share of them that are dropped, those CLIP finds worst
 
 
 def check_budget(shape, config):

@@ -42,7 +42,7 @@ from runtime.processes import generator
 from runtime.state import TrainingState, new_average, newest_step
 from studies.metrics import HeldOut, measured_together, save_strip
 from toy import world
-from toy.prepare import metric_clip_of_all, toy_tokenizer
+from toy.prepare import metric_clip_of_all, painter_of, toy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ TOY = dict(
     text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
     sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50,
-    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300,
+    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
@@ -237,7 +237,8 @@ def train(config):
             ready = f"{folder}/model is finished ({step} steps); raise --steps to train on"
             processes.say(ready)
             return
-        source = open_source(config.data, config.seed, config.max_references, scale=config.scale)
+        how = dict(scale=config.scale, painter=painter_of(config))
+        source = open_source(config.data, config.seed, config.max_references, **how)
         engine = build(config, folder)
         if config.data != "toy":
             example.check_budget(engine.model.config, config)

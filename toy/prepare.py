@@ -5,6 +5,7 @@ What a run on the toy world prepares for itself where it is missing.
     prepare(config)                      stage 2: CLIPs of reward and metric, then stage 1 itself
     find_stage_1(config)                 whether that stands, before anything is written
     metric_clip(name, weights, steps)    the CLIP of CLIP_out, trained first if it is the toys'
+    painter_of(config)                   stage 1: who paints its toy targets
 
 So `python grpo.py --config toy` is one command from nothing. Everything is made by the first
 process; the others wait. What is there is kept. Not a concept of the paper.
@@ -22,8 +23,10 @@ import torch
 
 from reward import Clip
 from runtime import processes
+from runtime.config import UserError
 from runtime.pretrained import find_model, load_tokenizer
 from toy.clip import ToyClipSettings, train_metric_clip, train_toy_clip
+from toy.painter import Painter
 from toy.tokenizer import train_tokenizer
 
 TOYS = ("toy", "smoke", "small", "rehearsal")  # presets whose stage 1 is trained from nothing
@@ -51,6 +54,18 @@ def metric_clip_of_all(name, weights, steps):
         metric_clip(name, weights, steps)
     processes.barrier()
     return Clip(name, weights, processes.device())
+
+
+def painter_of(config):
+    """The painter of stage 1's toy targets. UserError if samples on disk should have one."""
+    if config.data != "toy" and (config.painter_errors or config.filter_targets):
+        raise UserError(
+            f"painter_errors={config.painter_errors}, filter_targets={config.filter_targets} are "
+            f"of the toy world, not of data={config.data}, whose targets curate.py filters"
+        )
+    of_filter = config.metric_name, config.metric, config.clip_steps
+    clip = metric_clip_of_all(*of_filter) if config.filter_targets else None
+    return Painter(config.painter_errors, config.filter_targets, clip)
 
 
 def find_stage_1(config):

@@ -97,7 +97,8 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
     for _ in range(1000):
         if len(found) > count:
             return found[1:]
-        words = _one_fact_changed(truth, rng)
+        fact = pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
+        words = caption(one_fact_changed(truth, fact, rng))
         if words not in found:
             found.append(words)
     raise ValueError(
@@ -106,30 +107,33 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
     )
 
 
-def _one_fact_changed(truth: Truth, rng: np.random.Generator) -> str:
-    """A caption with a random fact changed, or the right caption where the change cannot be."""
-    fact = pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
+def one_fact_changed(truth: Truth, fact: str, rng: np.random.Generator) -> Truth:
+    """The truth with another colour, kind or place of a random thing, without it ("missing"), or
+    with another scene; itself where that cannot be.
+    """
     index = int(rng.integers(max(1, len(truth.things))))
     if fact == "scene":
         scene = replace(truth.scene, kind=pick(rng, tuple(SCENES)))
-        return caption(replace(truth, scene=scene))
-    thing = truth.things[index]
+        return replace(truth, scene=scene)
+    if not truth.things:
+        return truth
+    thing, changed = truth.things[index], []
     if fact == "colour":
         subject = replace(thing.subject, colour=pick(rng, tuple(COLOURS)))
-        changed = replace(thing, subject=subject)
+        changed = [replace(thing, subject=subject)]
     elif fact == "kind":
         kind = pick(rng, CHARACTERS + OBJECTS)
         if kind in [other.subject.kind for other in truth.things]:
-            return caption(truth)
-        changed = replace(thing, subject=replace(thing.subject, kind=kind))
-    else:
+            return truth
+        changed = [replace(thing, subject=replace(thing.subject, kind=kind))]
+    elif fact == "place":
         taken = [other.place for other in truth.things]
         free = [place for place in PLACES if place not in taken]
         if not free:
-            return caption(truth)
-        changed = replace(thing, place=pick(rng, free))
-    things = (*truth.things[:index], changed, *truth.things[index + 1 :])
-    return caption(replace(truth, things=things))
+            return truth
+        changed = [replace(thing, place=pick(rng, free))]
+    things = (*truth.things[:index], *changed, *truth.things[index + 1 :])
+    return replace(truth, things=things)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""
+The toy world's image model, which errs, and the filter behind it.
+
+The paper's targets are painted by an image model that does not always show what the plan says; a
+filter drops those that CLIP finds worst (the last steps of its data pipeline). What is left is what
+stage 2 is there to remove: stage 1 learns to paint a wrong fact as often as its targets do, and
+which one the noise decides. So do the toy's targets in stage 1, here:
+
+    errors    share of the targets with one wrong fact: a colour, a place, a thing that is missing,
+              or another scene; drawn from the sample's own number
+    dropped   share of the targets of a task that are dropped, those whose CLIP cosine with their
+              caption is lowest. Where the limit lies is measured on the first samples; a position
+              whose sample is below it shows another one, drawn anew
+
+Prompt, plan and truth of a sample stay what they were. The judge, the CLIPs' training, stage 2's
+prompts and the held-out split have no painter: they are always right.
+
+Left out: blur, artefacts, errors that depend on what is asked.
+
+    source = Painted(Drawn("train", 0, 4), Painter(errors=0.45));   source[position]
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from iccot import TASKS, Sample
+from reward import Clip, compare
+from toy.tasks import Drawn, one_fact_changed
+from toy.world import Truth, draw, pick, split_of
+
+FACTS = ("colour", "place", "missing", "scene")
+ERRING = 1000  # purpose of its random numbers, beside those of the splits
+FIRST = 700  # samples that say where the filter's limits lie
+APART = 2**32  # between the numbers of a sample and of its substitute
+
+
+@dataclass(frozen=True)
+class Painter:
+    """How the targets of stage 1 are painted, and which of them are kept."""
+
+    errors: float = 0.0
+    dropped: float = 0.0
+    clip: Clip | None = None  # of the filter
+
+
+def painted(truth: Truth, rng: np.random.Generator, errors: float) -> Truth:
+    """What the painter shows where `truth` is asked: itself, or with a share `errors` one fact less
+    right, that is still of the same split.
+    """
+    if rng.random() >= errors:
+        return truth
+    while True:
+        shown = one_fact_changed(truth, pick(rng, FACTS), rng)
+        known = [split_of(one) for one in (shown.scene, *(t.subject for t in shown.things))]
+        before = [split_of(one) for one in (truth.scene, *(t.subject for t in truth.things))]
+        if shown != truth and set(known) <= set(before):
+            return shown
+
+
+class Painted(torch.utils.data.Dataset):
+    """The samples of the toy world with the painter's targets."""
+
+    def __init__(self, source: Drawn, painter: Painter):
+        self.source, self.painter, self.lowest = source, painter, {}
+        if painter.dropped:
+            self.lowest = self._limits()
+
+    def __getitem__(self, position: int) -> Sample:
+        for number in itertools.count(int(position), APART):
+            sample = self._painted(number)
+            if not self.lowest or self._cosine(sample) >= self.lowest[sample.task]:
+                return sample
+
+    def _painted(self, number):
+        sample = self.source[number]
+        rng = np.random.default_rng((self.source.seed, ERRING, number))
+        shown = painted(sample.truth, rng, self.painter.errors)
+        if shown == sample.truth:
+            return sample
+        target = Image.fromarray(draw(shown))
+        size = sample.target.size
+        return replace(sample, target=target.resize(size, Image.Resampling.NEAREST))
+
+    def _cosine(self, sample):
+        clip = self.painter.clip
+        of_both = clip.embed_images([sample.target]), clip.embed_captions([sample.plan.caption])
+        return float(compare(*of_both, "clip_cos"))
+
+    def _limits(self):
+        """{task: the cosine below which a target is dropped}."""
+        first = [self._painted(number) for number in range(FIRST)]
+        found = {task: [self._cosine(one) for one in first if one.task == task] for task in TASKS}
+        return {task: float(np.quantile(found[task], self.painter.dropped)) for task in TASKS}

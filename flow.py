@@ -16,6 +16,17 @@ Time runs as in BAGEL, everywhere in this repository:
     log-prob     mean over all numbers of an image of log Normal(x'; mean, std)
                  (a sum would overflow the ratio)
 
+A finished picture x0 has a likelihood without any steps of a sampler: the forward process noises
+it again. With SNR = ((1 - t) / t)^2, the bound of a diffusion model is, up to a constant,
+
+    log p(x0) >= 1/2 int d(log SNR)/dt E_e |e - e^|^2 dt = - int w(t) E_e |v - (e - x0)|^2 dt
+    w(t) = (1 - t) / t    since d(log SNR)/dt = -2 / (t (1 - t)), e - e^ = (1 - t) (e - x0 - v)
+
+`forward_log_prob` estimates it at drawn (t, e), with w = 1 as in training: the times are drawn
+where a picture is decided, whereas the bound's own weight counts its last, invisible digits most.
+Any weight that is above zero has its best model where the bound has it. The difference of two
+models is what counts; at the same (t, e) most of the estimate's chance cancels in it.
+
 Latents are packed, without padding: N tokens of I images, C values each; image_of_token (N,) says
 whose each is. A time (t, t_next) is a number, a 0-dim tensor, or one value a token, (N,) or (N, 1).
 All arithmetic is in float32 whatever comes in (bfloat16 is too coarse for log-probs), or in float64
@@ -263,6 +274,16 @@ def log_prob(
     exponent = -(x_next - mean).square() / (2 * std.square())  # (N, C)
     density = exponent - std.log() - 0.5 * math.log(2 * math.pi)
     return image_mean(density, image_of_token, images)
+
+
+def forward_log_prob(v: Tensor, target: Tensor, *, image_of_token: Tensor, images: int) -> Tensor:
+    """Minus the flow error of finished pictures that were noised again. (N, C) -> (I,).
+
+    v: the velocity at (1 - t) x0 + t e; target: e - x0. A mean over the numbers of each image, like
+    `log_prob`. Source: the objective of advantage weighted matching; DiffusionNFT (2509.16117) and
+    arXiv 2602.04663 train with it too.
+    """
+    return -velocity_mse(v, target, image_of_token, images=images)
 
 
 def kl_divergence(

@@ -5,33 +5,30 @@ For each prompt a group of G members is sampled. With RID, reasoning-induced div
 writes its own plan; without it one plan serves the group. A member's reward compares its picture
 with its own caption, CLIP-L2 (reward.py):
 
-    r_i      = -|| CLIP(picture_i) - CLIP(caption_i) ||_2       bad form: lowest r of its group
-    A_i      = (r_i - mean r) / max(std r, std_floor)           over the group, clamped; equal: 0
-    ratio_ik = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)      for each step k of the SDE window
-    L        = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps))
-               + kl_beta KL(policy | stage 1 model)             (+ text_weight L_text, train_text)
+    r_i = -|| CLIP(picture_i) - CLIP(caption_i) ||_2       bad form: the lowest r of its group
+    A_i = (r_i - mean r) / std r                           over the group
+    L   = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps)) + kl_beta KL
+
+objective.py has L in full. Its ratio is p_new / p_old of score k of member i, and what is scored
+`--likelihood` says (rollouts.py). sde, the paper's: the steps of a window of stochastic ones;
+forward: the finished picture, at times and noises that its group shares.
 
 One iteration: `roll_out`, `rewards_of`, `advantages`, `update`, which takes the gradient of
-`objective` (L). Only a window of steps is stochastic, drawn anew every iteration; the others are
-ODE steps. Log-probabilities are means over the values of a picture, so eps = clip_kappa / sqrt(T C)
-keeps its meaning at any resolution: the mean may move by about clip_kappa standard deviations.
+`objective` (L), over the tree that was sampled (tree.py): prompt | branch a plan | leaf a score.
+The prompt is computed once; the update cuts the tree there, so that a group of any size fits,
+without changing the gradient. p_old is evaluated by the packs of the update, so the first ratio is
+exactly 1; its distance to what an sde rollout saw is `mismatch`. A group is spread over processes
+only where there are too few groups (rollouts.share_of).
 
-Rollout and update run over the same tree (tree.py): prompt | branch a plan | leaf a step x_k. The
-prompt is computed once; the update cuts the tree there, so that a group of any size fits, without
-changing the gradient. p_old is evaluated by the packs of the update, so the first ratio is exactly
-1; its distance to the rollout's log-probability is `mismatch`. A group is spread over
-processes only where there are too few groups (tree.share_of).
-
-Differences from the paper: its SDE, clip, window and KL are unpublished; these are Flow-GRPO's
-(arXiv 2505.05470), with the window of MixGRPO. Plan tokens get no policy gradient unless
-`train_text` asks for it: the caption is the target of the reward, and easy captions would win. The
-toy asks for it: its pictures hardly depend on the noise; only its plans have a gradient that stands
-out from chance (LOG.md). The KL needs no second model: weights are exchanged for what they were.
+Plan tokens get no policy gradient unless `train_text` asks for it: the caption is the target of the
+reward, and easy captions would win. The KL needs no second model: weights are exchanged for what
+they were. Differences from the paper: README.md.
 Letters: sequence.py. Left out: denoising trees, replay.
 
     python grpo.py --config toy        trains what it needs first; the same command again resumes
 """
 
+import math
 import sys
 import time
 from contextlib import suppress
@@ -40,13 +37,14 @@ from typing import Literal
 
 import torch
 
-import flow
+import rollouts
 import tree
 from bench.advice import dry_run
 from bench.walk import walk_grpo
 from data import open_source
 from engine import Engine, Interrupted, Sampler, Thinking
 from kernels.attention import describe_backend
+from objective import Actions, advantages, objective
 from reward import Clip, embed_groups, reward_statistics, rewards_of
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
@@ -59,9 +57,9 @@ from toy.prepare import find_stage_1, metric_clip, metric_clip_of_all, prepare
 
 
 @dataclass(frozen=True)
-class Config(loop.Options, tree.Options):
+class Config(loop.Options, rollouts.Options):
     config: str = ""  # name of the preset; stage 1 is trained with the same one
-    # data; the rollout's options are in tree.py
+    # data; the rollout's options are in rollouts.py
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
     data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
     scale: int = 1  # of the toy world: pixels for each of its own, each way
@@ -107,6 +105,11 @@ class Config(loop.Options, tree.Options):
             raise ValueError(
                 "train_text needs cot_temperature=1, the distribution whose gradient it takes, "
                 "and train=all"
+            )
+        if self.likelihood == "forward" and (self.guard or self.kl == "latent"):
+            raise ValueError(
+                "likelihood=forward has no steps that guard or kl=latent could compare; "
+                "use likelihood=sde, or guard=false and kl=velocity"
             )
 
     @property
@@ -157,118 +160,6 @@ PRESETS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# advantages
-
-
-def group_advantage(reward, std_floor, max_advantage, *, std=None):
-    """(P, G) -> (P, G): normalised within the group; exactly 0 where all of a group are equal.
-
-    std: divide by this number in place of each group's own standard deviation.
-    """
-    equal = (reward == reward[:, :1]).all(1, keepdim=True)
-    centred = (reward - reward.mean(1, keepdim=True)).masked_fill(equal, 0)
-    std = reward.std(1, correction=0, keepdim=True) if std is None else std
-    return (centred / std.clamp_min(std_floor)).clamp(-max_advantage, max_advantage)
-
-
-def advantages(reward, config):
-    """Rewards (P, G) -> advantages of the pictures (P * G,) and of the plans (P * J,).
-
-    With several pictures a plan, pictures are compared with those of the same plan, so that an easy
-    caption is no merit of theirs; plans are compared by their mean rewards (Dual-GRPO, 2601.10332).
-    """
-    limits = config.std_floor, config.max_advantage
-    std = processes.spread(reward) if config.std == "global" else None
-    several = config.images_per_cot > 1
-    rivals = reward.view(-1, config.images_per_cot) if several else reward  # (P * J, pictures)
-    of_plan = reward.view(len(reward), config.plans_per_group, -1).mean(2)  # (P, J)
-    images, plans = group_advantage(rivals, *limits, std=std), group_advantage(of_plan, *limits)
-    return images.flatten(), plans.flatten()
-
-
-# --------------------------------------------------------------------------------------------------
-# the objective, in the order of the equations
-
-
-@dataclass
-class Actions:
-    """What was done in a batch and what it was worth: the constants of the objective."""
-
-    advantage: torch.Tensor  # (I,) A of the member of each noised picture
-    image_of_token: torch.Tensor  # (Z,) which of the I pictures
-    step_size: torch.Tensor  # (I,) t - t' of the step that each takes
-    text_advantage: torch.Tensor  # (labels,) A of the plan that each token belongs to
-    text_counts: torch.Tensor  # (labels,) bool: the model wrote this token, and it counts here
-    clip_range: float  # eps
-    scale: float  # 1 / (pictures * steps) of the optimiser step
-    text_scale: float  # text_weight / plan tokens of the optimiser step
-
-
-@dataclass
-class Objective:
-    """L of a batch and its parts."""
-
-    total: torch.Tensor  # (), what is differentiated
-    images: torch.Tensor  # (), the clipped surrogate alone
-    kl: torch.Tensor  # (), mean over the batch
-    ratio: torch.Tensor  # (I,)
-
-    def detached(self):
-        return Objective(*(x.detach() for x in vars(self).values()))
-
-
-def objective(new, old, anchor, *, actions, config):
-    """L of a batch: a pure function of tensors.
-
-    new, old, anchor: tree.Policy of the present weights, of those that sampled, and of the stage 1
-    model (None without kl_beta).
-    """
-    ratio = likelihood_ratio(new, old, actions.image_of_token, guard=config.guard)  # (I,)
-    loss = clipped(ratio, actions.advantage.to(ratio), actions.clip_range)  # (I,)
-    if config.guard:
-        loss = loss / actions.step_size.to(loss)
-    loss = loss.sum() * actions.scale
-    kl = divergence(new, anchor, actions.image_of_token, kind=config.kl)
-    total = loss + config.kl_beta * kl * ratio.numel() * actions.scale
-    if config.train_text:
-        text_ratio, advantage = (new.text - old.text).exp(), actions.text_advantage.to(new.text)
-        text = clipped(text_ratio, advantage, config.text_clip_range)  # (labels,)
-        total = total + actions.text_scale * (text * actions.text_counts.to(text)).sum()
-    return Objective(total, loss, kl, ratio)
-
-
-def likelihood_ratio(new, old, image_of_token, *, guard):
-    """(I,): p_new / p_old of the steps taken. With `guard`, GRPO-Guard's normalised ratio.
-
-    A change of the mean by dm shifts the log-ratio by -|dm|^2 / (2 std^2) on average, and its
-    spread grows as std falls: guard adds the shift back and multiplies by std (arXiv 2510.22319).
-    """
-    log_ratio = new.log_prob - old.log_prob
-    if guard:
-        of = dict(image_of_token=image_of_token.to(log_ratio.device), images=log_ratio.numel())
-        shift = flow.kl_divergence(new.mean, old.mean, old.std, **of)  # (I,)
-        std = flow.image_mean(old.std, *of.values())  # (I,)
-        log_ratio = (log_ratio + shift) * std
-    return log_ratio.exp()
-
-
-def clipped(ratio, advantage, clip_range):
-    """The clipped surrogate loss of each ratio, to be averaged."""
-    near = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * near)
-
-
-def divergence(new, anchor, image_of_token, *, kind):
-    """KL of the policy to the stage 1 model, a mean over the batch; 0 without an anchor."""
-    if anchor is None:
-        return torch.zeros((), device=new.v.device)
-    if kind == "velocity":
-        return flow.velocity_mse(new.v, anchor.v)
-    of = dict(image_of_token=image_of_token.to(new.v.device), images=new.log_prob.numel())
-    return flow.kl_divergence(new.mean, anchor.mean, new.std, **of).mean()
-
-
-# --------------------------------------------------------------------------------------------------
 # update
 
 
@@ -297,8 +188,9 @@ def update(learner, rollout, worth, *, config):
             found = [tree.policy(model, prefix, batch, config=config) for batch in one.batches]
             one.old = [policy.detached(config.guard) for policy in found]
     health, norms = [], []
-    clip_range = config.clip_kappa / rollout.x[0, 0].numel() ** 0.5
-    scales = dict(clip_range=clip_range, scale=1 / (share * config.group_size * config.window))
+    values = math.prod(rollout.grid) * model.config.token_channels  # of a picture
+    clip_range = config.clip_kappa / values**0.5
+    scales = dict(clip_range=clip_range, scale=1 / (share * config.group_size * config.scores))
     words = rollout.written.view(config.updates, -1).sum(1).tolist()  # plan tokens of each step
     for number, text_tokens in enumerate(processes.reduced(words)):
         scales["text_scale"] = config.text_weight * processes.size() / text_tokens
@@ -309,11 +201,13 @@ def update(learner, rollout, worth, *, config):
             done += group_backward(learner, trees[group], actions, **how)
         norms.append(sharding.step_if_finite(learner.state.optimizer, config.max_grad_norm))
         health.append(done)
-    old = torch.cat([policy.log_prob for one in trees for policy in one.old])  # (P * G * S,)
-    mismatch = (old.cpu().view_as(rollout.log_prob) - rollout.log_prob).abs().mean().item()
-    values = {"mismatch": mismatch, "mismatch_clip": mismatch / clip_range}
-    values |= summary(health, [norm for norm, _ in norms], clip_range)
-    return values, all(stepped for _, stepped in norms)
+    found = summary(health, [norm for norm, _ in norms], clip_range)
+    if config.likelihood == "sde":
+        old = torch.cat([policy.log_prob for one in trees for policy in one.old])  # (P * G * S,)
+        seen = rollout.pictures.log_prob.flatten()  # (P * G * S,)
+        found["mismatch"] = mismatch = (old.cpu() - seen).abs().mean().item()
+        found["mismatch_clip"] = mismatch / clip_range
+    return found, all(stepped for _, stepped in norms)
 
 
 def actions_of(batch, worth, scales):
@@ -387,7 +281,7 @@ def summary(health, norms, clip_range):
 
 def iteration(learner, clip, source, *, config, step):
     """One rollout and its update: the log's line, whether all was finite. May be Interrupted."""
-    model, share = learner.engine.model, tree.share_of(config)
+    model, share = learner.engine.model, rollouts.share_of(config)
     clock, truncated = [], clip.truncated
 
     def lap():
@@ -397,7 +291,7 @@ def iteration(learner, clip, source, *, config, step):
     numbers, asked = share.numbers(step), learner.stop and learner.stop.here
     samples, how = [source[i] for i in numbers], dict(config=share.config, first=share.first)
     with suppress(Interrupted), sharding.gathered(model), learner.engine.until(asked):
-        rollout = tree.roll_out(learner.engine, samples, numbers, step=step, **how)
+        rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
     if learner.stop and learner.stop.wanted():
         raise Interrupted
     lap()
@@ -444,7 +338,7 @@ def train(config):
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
         find_stage_1(config)  # or the folder would belong to a mistyped --init
-        share = tree.share_of(config)  # before there is a folder, for the same reason
+        share = rollouts.share_of(config)  # before there is a folder, for the same reason
         folder, prompts, seed = loop.start(config), config.prompts_per_step, config.seed + 1
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)

@@ -113,6 +113,7 @@ def otherwise(config):
     """Changes of the method, where nothing else is enough."""
     most = [{"train": "lora"}] if hasattr(config, "train") else [{}]
     contexts = changes(config, [("text_guidance", 1.0), ("max_references", 1)])
-    windows = changes(config, [("window", n) for n in (8, 4, 2, 1)])
+    scores = "scored_times" if getattr(config, "likelihood", "") == "forward" else "window"
+    windows = changes(config, [(scores, n) for n in (8, 4, 2, 1)])
     less = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
     return [*less, *(one | most[0] for one in less)]

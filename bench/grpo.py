@@ -4,7 +4,7 @@ Stage 2 over the tree of a group, against the loop that knows no tree.
     python -m bench grpo
 
     rollout   naive   for each member: read the prompt, write a plan; read the prompt again, paint
-              tree    engine.py, as tree.py calls it: one prefill, all members in every pass
+              tree    engine.py, as rollouts.py calls it: one prefill, all members in every pass
     update    naive   for each member and step: a pack of prompt, plan and one noised picture
               tree    grpo.update: the prompt once, members in packs of `tokens_per_pack`
 
@@ -22,6 +22,8 @@ import torch
 
 import flow
 import grpo
+import objective
+import rollouts
 import tree
 from bench.memory import kept_bytes
 from bench.model import MID, random_engine, random_reference, random_words
@@ -53,7 +55,7 @@ class Contest:
 
     engine: Engine
     config: grpo.Config
-    rollout: tree.Rollout  # for the updates, with latents drawn at random
+    rollout: rollouts.Rollout  # for the updates, with latents drawn at random
     reward: torch.Tensor  # (1, G)
     generator: torch.Generator
 
@@ -153,6 +155,7 @@ def prepare(case, seed, generator):
         prompts_per_step=1,
         tokens_per_pack=4096,
         updates=1,
+        likelihood="sde",
         train_text=False,
         kl_beta=0.0,
     )
@@ -170,19 +173,11 @@ def random_rollout(engine, prompt, plans, *, config, generator):
     grid = shape.picture_grid(config.picture_side, config.picture_side)
     sizes = (config.window, size, grid[0] * grid[1], shape.token_channels)
     x = torch.randn(sizes, generator=generator)  # (S, G, T, C)
-    times = flow.time_grid(config.num_timesteps, config.timestep_shift)
-    return tree.Rollout(
-        prompts=[prompt],
-        plans=plans,
-        captions=["x"] * size,
-        images=[],
-        ended=torch.ones(size, dtype=torch.bool),
-        log_prob=torch.zeros(size, config.window),
-        x=x,
-        x_next=x + 0.1 * torch.randn(sizes, generator=generator),
-        times=times[1 : config.window + 2],
-        grid=grid,
-    )
+    times = flow.time_grid(config.num_timesteps, config.timestep_shift)[1 : config.window + 2]
+    x_next = x + 0.1 * torch.randn(sizes, generator=generator)  # (S, G, T, C)
+    steps = rollouts.Steps(x, x_next, times, torch.zeros(size, config.window))
+    ended = torch.ones(size, dtype=torch.bool)
+    return rollouts.Rollout([prompt], plans, ["x"] * size, [], ended, steps, grid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +195,7 @@ def naive_rollout(contest):
 
 
 def tree_rollout(contest):
-    """All members of the group together, as tree.roll_out does it."""
+    """All members of the group together, as rollouts.roll_out does it."""
     engine, generator, size = contest.engine, contest.generator, contest.config.group_size
     prompts, thinking = [contest.prompt], Thinking(contest.config.max_plan_tokens, 1.0)
     prefix, generators = engine.prefill(prompts), [generator] * size
@@ -220,20 +215,20 @@ def naive_pack(contest, member, k):
     with sequence.document():
         contest.prompt.write(sequence)
         sequence.text(rollout.plans[member])
-        sequence.noise(rollout.x[k, member], rollout.grid, rollout.times[k])
+        sequence.noise(rollout.pictures.x[k, member], rollout.grid, rollout.pictures.times[k])
     return sequence.pack()
 
 
 def naive_update(contest):
     """One member and one step at a time."""
     model, rollout, config = contest.engine.model, contest.rollout, contest.config
-    of = dict(image_of_token=torch.zeros(rollout.x.shape[2], dtype=torch.long), images=1)
+    of = dict(image_of_token=torch.zeros(rollout.pictures.x.shape[2], dtype=torch.long), images=1)
     for member in range(config.group_size):
         for k in range(config.window):
             packed = naive_pack(contest, member, k)
             v = model.velocity(packed, model(packed)[1])  # (T, C)
-            t, t_next = rollout.times[k], rollout.times[k + 1]
-            x, x_next = rollout.x[k, member], rollout.x_next[k, member]  # (T, C)
+            t, t_next = rollout.pictures.times[k], rollout.pictures.times[k + 1]
+            x, x_next = rollout.pictures.x[k, member], rollout.pictures.x_next[k, member]  # (T, C)
             mean, std = flow.transition(x, v, t, t_next=t_next, sde=config.transition)
             log_prob = flow.log_prob(x_next, mean, std, **of)
             ratio = (log_prob - log_prob.detach()).exp().sum()
@@ -246,7 +241,7 @@ def tree_update(contest):
     parameters = dict(contest.engine.model.named_parameters())
     state = TrainingState(parameters, torch.optim.SGD(parameters.values(), 0.0), {})
     learner = grpo.Learner(contest.engine, state, None)
-    worth = grpo.advantages(contest.reward, contest.config)
+    worth = objective.advantages(contest.reward, contest.config)
     grpo.update(learner, contest.rollout, worth, config=contest.config)
 
 

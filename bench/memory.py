@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import rollouts
 import tree
 from engine import Prompt
 from model import UnifiedModel
@@ -148,26 +149,27 @@ def a_prompt(shape, case):
 def packs(shape, case, config):
     """(pack of the prompt, the largest pack of members), of a group cut by tree.plant."""
     layout, prompt, n = a_prompt(shape, case)
-    member = config.window * len(config.sampler.contexts) * (n + 2)
+    member = config.scores * len(config.sampler.contexts) * (n + 2)
     few = min(config.group_size, 2 + config.tokens_per_pack // member)  # more than fit
     few = -(-few // config.images_per_cot) * config.images_per_cot
     few = replace(config, group_size=few)
-    steps = torch.zeros(1).expand(config.window, few.group_size, n, shape.token_channels)
     plans = [[4] * (case.plan - 2)] * few.plans_per_group
-    rollout = tree.Rollout(
-        [prompt],
-        plans,
-        captions=[""] * len(plans),
-        images=[],
-        ended=torch.ones(len(plans), dtype=torch.bool),
-        log_prob=torch.zeros(few.group_size, config.window),
-        x=steps,
-        x_next=steps,
-        times=torch.linspace(0.9, 0.5, config.window + 1),
-        grid=shape.picture_grid(case.side, case.side),
-    )
+    ended, grid = torch.ones(len(plans), dtype=torch.bool), shape.picture_grid(case.side, case.side)
+    pictures = empty_pictures(few, (n, shape.token_channels))
+    captions = [""] * len(plans)
+    rollout = rollouts.Rollout([prompt], plans, captions, [], ended, pictures, grid)
     planted = tree.plant(layout, rollout, 0, config=few)
     return planted.prompt, max((batch.packed for batch in planted.batches), key=len)
+
+
+def empty_pictures(config, sizes):
+    """What a rollout of one group would have scored; takes no memory. sizes: (T, C)."""
+    nothing = torch.zeros(1).expand(config.scores, config.group_size, *sizes)  # (S, G, T, C)
+    if config.likelihood == "forward":
+        times = torch.full((1, config.scores), 0.5)
+        return rollouts.Finished(nothing[0], nothing[:, :1].transpose(0, 1), times)
+    times = torch.linspace(0.9, 0.5, config.scores + 1)
+    return rollouts.Steps(nothing, nothing, times, torch.zeros(config.group_size, config.scores))
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,15 @@ def plain(config):
 
     What was computed for it need not be computed again for one that trains other weights.
     """
-    names = ("window", "tokens_per_pack", "text_guidance", "image_guidance", "images_per_cot")
-    names += ("num_timesteps", "window_end", "group_size", "rid", "checkpointing", "precision")
+    names = ("likelihood", "scored_times", "window", "tokens_per_pack", "text_guidance")
+    names += ("image_guidance", "images_per_cot") + (
+        "num_timesteps",
+        "window_end",
+        "group_size",
+        "rid",
+        "checkpointing",
+        "precision",
+    )
     return type(config)(**{name: getattr(config, name) for name in names})
 
 

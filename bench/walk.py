@@ -245,7 +245,8 @@ def walk_grpo(config, shape):
     standing["CLIP and codec"] = clip_bytes(config.clip_name)[0] + codec_weights(model)
     h, w = shape.picture_grid(work.side, work.side)
     # x before and after each stochastic step stays until the group's last picture is painted
-    window = 8 * config.window * config.group_size * h * w * shape.token_channels
+    steps = config.window if config.likelihood == "sde" else 0
+    window = 8 * steps * config.group_size * h * w * shape.token_channels
     kept = whole | {"window": window * config.groups_at_once}
     rollout = painting(shape, work, kept)
     case, plain = replace(work.case, plan=config.max_plan_tokens), memory.plain(config)

@@ -266,6 +266,30 @@ def test_log_prob_is_the_normal_density(kind):
         assert found.dtype == torch.float64 and (found - expected).abs().max() < 1e-12
 
 
+def test_the_weighted_flow_error_is_the_likelihood_of_a_picture():
+    """For normal data its exact velocity gives the exact log-density, up to the same constant."""
+    std, nodes = 0.7, 20_000
+    u = (torch.arange(nodes, dtype=torch.float64)[:, None] + 0.5) / nodes  # (nodes, 1)
+    t, slope = 1 - u.square(), 2 * u  # more nodes at the noisy end; dt = slope du
+
+    def bound(x0):
+        total = torch.zeros((), dtype=torch.float64)
+        for noise in (-1.0, 1.0):  # two points that have the mean and the square of a normal
+            data, noise = torch.full_like(t, x0), torch.full_like(t, noise)
+            x = flow.interpolate(data, noise, t)
+            v = (t - (1 - t) * std**2) / ((1 - t).square() * std**2 + t.square()) * x  # E[e - x0|x]
+            of = dict(image_of_token=torch.arange(nodes), images=nodes)
+            score = flow.forward_log_prob(v, flow.velocity(data, noise), **of)  # (nodes,)
+            total += ((1 - t) / t * slope).squeeze(1) @ score / nodes / 2
+        return total
+
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), std)
+    one, other = torch.tensor([0.2, 1.5], dtype=torch.float64)
+    expected = normal.log_prob(one) - normal.log_prob(other)
+    found = bound(0.2) - bound(1.5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("order", ["one after the other", "mixed"])
 def test_image_mean_does_not_care_about_the_order_of_tokens(order):
     values = packed(1)[0]

@@ -14,12 +14,16 @@ import torch
 import flow
 import grpo
 import iccot
+import objective
+import rollouts
 import tree
-from engine import Engine, Interrupted, Prompt
+from engine import Branch, Engine, Group, Interrupted, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
+from objective import clipped, group_advantage
 from reward import group_rewards
 from runtime import lora
 from runtime.config import UserError
+from runtime.processes import generator
 from runtime.state import TrainingState
 from sequence import Sequence
 from toy.tasks import draw_sample
@@ -67,12 +71,12 @@ def write_true_plans(toy, monkeypatch):
 def roll(toy, config=CONFIG, step=0):
     engine, samples = toy
     numbers = [2 * step, 2 * step + 1]
-    return tree.roll_out(engine, samples, numbers, config=config, step=step)
+    return rollouts.roll_out(engine, samples, numbers, config=config, step=step)
 
 
 def update(learner, rollout, reward, config):
     """With rewards of whole groups on this process."""
-    return grpo.update(learner, rollout, grpo.advantages(reward, config), config=config)
+    return grpo.update(learner, rollout, objective.advantages(reward, config), config=config)
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -81,7 +85,7 @@ def test_members_start_from_one_noise_if_asked_to(toy, monkeypatch, same):
     write_true_plans(toy, monkeypatch)
     rollout = roll(toy, dataclasses.replace(CONFIG, same_start=same))
     before, after = (
-        x[0].view(2, CONFIG.group_size, -1) for x in (rollout.x, rollout.x_next)
+        x[0].view(2, CONFIG.group_size, -1) for x in (rollout.pictures.x, rollout.pictures.x_next)
     )  # (P, G, T * C)
     assert torch.allclose(before, before[:, :1].expand_as(before), atol=1e-5) == same
     assert not torch.allclose(after[:, 0], after[:, 1], atol=1e-2)
@@ -133,6 +137,16 @@ VARIANTS = {
         tokens_per_pack=450,
     ),
     "guard, split": dict(guard=True, rid=False, window=3, tokens_per_pack=200),
+    "forward": dict(likelihood="forward"),
+    "forward, no rid": dict(likelihood="forward", rid=False),
+    "forward, guided text, split": dict(
+        likelihood="forward",
+        text_guidance=3.0,
+        image_guidance=1.5,
+        train_text=True,
+        images_per_cot=2,
+        tokens_per_pack=450,
+    ),
 }
 
 
@@ -149,7 +163,8 @@ def test_ratio_is_exactly_one_before_the_first_update(toy, name):
     # or not, while nothing has moved
     health, *_ = run_update(toy, rollout, some_reward(), config, lr=0.0)
     assert health["ratio_last"] == 1.0
-    assert health["mismatch"] < 1e-3
+    assert health.get("mismatch", 0) < 1e-3
+    assert ("mismatch" in health) == (config.likelihood == "sde")
 
 
 def test_rid_gives_every_member_its_own_plan(toy):
@@ -162,15 +177,38 @@ def test_rid_gives_every_member_its_own_plan(toy):
 
 def test_seeds_differ_between_members_and_iterations(toy):
     rollout = roll(toy)
-    steps = rollout.x_next - rollout.x  # (S, P * G, T, C)
+    steps = rollout.pictures.x_next - rollout.pictures.x  # (S, P * G, T, C)
     members = steps.shape[1]
     assert len({tuple(steps[0, m, 0].tolist()) for m in range(members)}) == members
     again = roll(toy)
-    assert torch.equal(again.x_next, rollout.x_next) and again.plans == rollout.plans
+    assert (
+        torch.equal(again.pictures.x_next, rollout.pictures.x_next) and again.plans == rollout.plans
+    )
     starts = {
-        float(roll(toy, dataclasses.replace(CONFIG, window=1), step).times[0]) for step in range(8)
+        float(roll(toy, dataclasses.replace(CONFIG, window=1), step).pictures.times[0])
+        for step in range(8)
     }
     assert len(starts) > 1
+
+
+def test_forward_scores_the_finished_picture_where_the_group_noises_it(toy):
+    """Pictures are what the sampler paints without noise; times and noises belong to the group."""
+    config = dataclasses.replace(CONFIG, likelihood="forward")
+    engine, _ = toy
+    rollout, many = roll(toy, config), config.group_size
+    pictures, start = rollout.pictures, generator(config.seed, 1, rollouts.STARTS, 2)
+    branch = Branch(rollout.plans[many + 2], (engine.start(rollout.grid, start),))
+    painted = engine.paint([Group(rollout.prompts[1], rollout.grid, (branch,))], config.sampler)
+    torch.testing.assert_close(pictures.x0[many + 2], painted, rtol=1e-4, atol=1e-5)
+    assert pictures.times.unique().numel() == 2 * config.scored_times
+    rows, first = torch.arange(2 * many), torch.zeros(2 * many, dtype=torch.long)
+    scored = pictures.of(rows, first)
+    t = scored.t[:, None, None]
+    noise, again = scored.x + (1 - t) * scored.aim, scored.x - t * scored.aim  # both ends
+    torch.testing.assert_close(again, pictures.x0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(noise[:many], noise[:1].expand(many, -1, -1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(noise[0], noise[many], atol=1e-2)
+    assert not torch.equal(roll(toy, config, step=1).pictures.times, pictures.times)
 
 
 @pytest.mark.parametrize("name", ["plain", "guided", "text"])
@@ -184,29 +222,27 @@ def test_equal_rewards_give_exactly_no_gradient(toy, name):
 
 def test_advantages():
     reward = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    advantage = grpo.group_advantage(reward, 1e-3, 100.0)
+    advantage = group_advantage(reward, 1e-3, 100.0)
     expected = (reward - reward.mean(1, keepdim=True)) / reward.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(advantage, expected)
-    torch.testing.assert_close(grpo.group_advantage(3 * reward + 7, 1e-3, 100.0), advantage)
-    assert grpo.group_advantage(reward, 1e-3, 0.5).abs().max() == 0.5
+    torch.testing.assert_close(group_advantage(3 * reward + 7, 1e-3, 100.0), advantage)
+    assert group_advantage(reward, 1e-3, 0.5).abs().max() == 0.5
     tiny = torch.tensor([[0.0, 1e-5]])
-    torch.testing.assert_close(grpo.group_advantage(tiny, 0.003, 5.0), (tiny - tiny.mean()) / 0.003)
-    assert not grpo.group_advantage(
-        torch.tensor([[0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2]]), 1e-30, 5.0
-    ).any()
+    torch.testing.assert_close(group_advantage(tiny, 0.003, 5.0), (tiny - tiny.mean()) / 0.003)
+    assert not group_advantage(torch.tensor([[0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2]]), 1e-30, 5.0).any()
 
 
 def test_global_std_and_pictures_of_one_plan():
     reward = some_reward().double()
-    images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, std="global"))
+    images, plans = objective.advantages(reward, dataclasses.replace(CONFIG, std="global"))
     expected = (reward - reward.mean(1, keepdim=True)) / reward.std(correction=0)
     torch.testing.assert_close(images, expected.flatten())
-    images, plans = grpo.advantages(reward, dataclasses.replace(CONFIG, images_per_cot=2))
+    images, plans = objective.advantages(reward, dataclasses.replace(CONFIG, images_per_cot=2))
     pairs = reward.view(2, 2, 2)
     torch.testing.assert_close(
-        images.view(2, 2, 2), grpo.group_advantage(pairs.flatten(0, 1), 0.003, 5.0).view(2, 2, 2)
+        images.view(2, 2, 2), group_advantage(pairs.flatten(0, 1), 0.003, 5.0).view(2, 2, 2)
     )
-    torch.testing.assert_close(plans, grpo.group_advantage(pairs.mean(2), 0.003, 5.0).flatten())
+    torch.testing.assert_close(plans, group_advantage(pairs.mean(2), 0.003, 5.0).flatten())
 
 
 def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch):
@@ -223,7 +259,7 @@ def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch)
     expected = torch.tensor([[0.5, 0.2, 0.2, 0.9], [0.1, 0.3, 0.4, 0.8]])
     torch.testing.assert_close(rewards(captions), expected)
     # a group without any plan teaches nothing
-    advantage = grpo.group_advantage(rewards([""] * 4 + captions[4:]), 0.003, 5.0)
+    advantage = group_advantage(rewards([""] * 4 + captions[4:]), 0.003, 5.0)
     assert not advantage[0].any() and advantage[1].any()
     assert not rewards([""] * 8).any()
 
@@ -264,7 +300,7 @@ def make_actions(**changes):
         scale=1 / 2,
         text_scale=1 / 2,
     )
-    return grpo.Actions(**known | changes)
+    return objective.Actions(**known | changes)
 
 
 def test_objective_is_the_equation():
@@ -275,7 +311,7 @@ def test_objective_is_the_equation():
     )
     anchor = make_policy(torch.zeros(2), v=torch.zeros(2, 3))
     config = dataclasses.replace(CONFIG, kl_beta=0.5, train_text=True, text_clip_range=0.2)
-    found = grpo.objective(new, old, anchor, actions=make_actions(), config=config)
+    found = objective.objective(new, old, anchor, actions=make_actions(), config=config)
     ratio = torch.tensor([0.3, 0.05]).exp()
     images = (-1.0 * 1.1 + 2.0 * ratio[1]) / 2  # the first is clipped at 1 + eps
     text = -torch.tensor(0.1).exp() + 0.8  # the last is clipped at 0.8, against its advantage
@@ -285,14 +321,14 @@ def test_objective_is_the_equation():
     torch.testing.assert_close(found.ratio, ratio)
     guard = dataclasses.replace(CONFIG, guard=True)
     same = make_policy(torch.zeros(2), std=torch.ones(2, 1))
-    found = grpo.objective(same, same, None, actions=make_actions(), config=guard)
+    found = objective.objective(same, same, None, actions=make_actions(), config=guard)
     torch.testing.assert_close(found.total, torch.tensor((-1.0 + 2.0) / 0.25 / 2))
 
 
 def test_gradient_at_ratio_one_is_reinforce():
     log_prob = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     advantage = torch.randn(6, 1, dtype=torch.float64)
-    loss = grpo.clipped((log_prob - log_prob.detach()).exp(), advantage, 1e-3).mean()
+    loss = clipped((log_prob - log_prob.detach()).exp(), advantage, 1e-3).mean()
     (gradient,) = torch.autograd.grad(loss, log_prob)
     torch.testing.assert_close(gradient, -advantage.expand(6, 3) / log_prob.numel())
 
@@ -300,7 +336,7 @@ def test_gradient_at_ratio_one_is_reinforce():
 def test_clipping_stops_only_what_goes_too_far():
     log_prob = torch.tensor([0.1, 0.1, -0.1, -0.1], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    (gradient,) = torch.autograd.grad(grpo.clipped(log_prob.exp(), advantage, 0.01).sum(), log_prob)
+    (gradient,) = torch.autograd.grad(clipped(log_prob.exp(), advantage, 0.01).sum(), log_prob)
     assert (gradient != 0).tolist() == [False, True, True, False]
 
 
@@ -320,33 +356,39 @@ def test_guard_centres_the_ratio_and_levels_the_steps():
         )
         for at in (moved, mean)
     )
-    plain = grpo.likelihood_ratio(new, old, image_of_token, guard=False).log()
-    guarded = grpo.likelihood_ratio(new, old, image_of_token, guard=True).log()
+    plain = objective.likelihood_ratio(new, old, image_of_token, guard=False).log()
+    guarded = objective.likelihood_ratio(new, old, image_of_token, guard=True).log()
     expected = (plain + scale**2 / 2) * torch.tensor([0.1, 0.5])
     torch.testing.assert_close(guarded, expected, rtol=1e-3, atol=1e-6)
     assert (plain < 0).all() or (guarded.abs() < plain.abs()).all()
 
 
 def naive_loss(engine, rollout, reward, config):
-    """One member and one step at a time, each in a sequence of its own; texts plan by plan."""
-    advantage, plan_advantage = grpo.advantages(reward, config)
+    """One member and one score at a time, each in a sequence of its own; texts plan by plan."""
+    advantage, plan_advantage = objective.advantages(reward, config)
     terms = []
-    for member in range(rollout.x.shape[1]):
-        prompt = rollout.prompts[member // config.group_size]
-        plan = rollout.plans[member // config.pictures_per_plan]
-        for k in range(len(rollout.x)):
-            x, t, t_next = rollout.x[k, member], rollout.times[k], rollout.times[k + 1]
-            v = guided_alone(engine, prompt, plan, x, t=t, config=config)
-            mean, std = flow.transition(
-                x.to(v), v, t.to(v), t_next=t_next.to(v), sde=config.transition
-            )
-            normal = torch.distributions.Normal(mean, std)
-            density = normal.log_prob(rollout.x_next[k, member].to(v)).mean()
+    for member in range(len(advantage)):
+        for k in range(config.scores):
+            density = naive_density(engine, rollout, member, k=k, config=config)
             terms.append(-advantage[member] * (density - density.detach()).exp())
     loss = torch.stack(terms).mean()
     if config.train_text:
         loss = loss + naive_text_loss(engine, rollout, plan_advantage, config)
     return loss
+
+
+def naive_density(engine, rollout, member, *, k, config):
+    """Score k of a member: of a step that was taken, or of its finished picture."""
+    pictures, group = rollout.pictures, member // config.group_size
+    whose = rollout.prompts[group], rollout.plans[member // config.pictures_per_plan]
+    if config.likelihood == "forward":
+        x0, t, noise = pictures.x0[member], pictures.times[group, k], pictures.noise[group, k]
+        v = guided_alone(engine, *whose, (1 - t) * x0 + t * noise, t=t, config=config)
+        return -(v - (noise - x0)).square().mean()
+    x, t, t_next = pictures.x[k, member], pictures.times[k], pictures.times[k + 1]
+    v = guided_alone(engine, *whose, x, t=t, config=config)
+    mean, std = flow.transition(x.to(v), v, t.to(v), t_next=t_next.to(v), sde=config.transition)
+    return torch.distributions.Normal(mean, std).log_prob(pictures.x_next[k, member].to(v)).mean()
 
 
 def naive_text_loss(engine, rollout, advantage, config):
@@ -396,6 +438,9 @@ def velocity_alone(engine, prompt, plan, x, *, t):
         "cps",
         "split",
         "guided text, split",
+        "forward",
+        "forward, no rid",
+        "forward, guided text, split",
     ],
 )
 def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
@@ -405,9 +450,8 @@ def test_the_tree_equals_the_naive_loop(toy, name, dtype, tolerance):
     model = UnifiedModel(toy[0].model.config).to(dtype)
     model.load_state_dict(toy[0].model.state_dict())
     engine = Engine(model, toy[0].tokenizer)
-    rollout.x, rollout.x_next, rollout.times = (
-        x.to(dtype) for x in (rollout.x, rollout.x_next, rollout.times)
-    )
+    for key, value in vars(rollout.pictures).items():
+        setattr(rollout.pictures, key, value.to(dtype))
     rollout.ended[0] = False  # one plan was cut off: its eos is not the model's word
     reward = some_reward(config).to(dtype)
     parameters = dict(model.named_parameters())
@@ -437,7 +481,7 @@ def test_batches_are_within_the_budget(toy, name, budget):
     """So are steps with all their contexts if one fits; members are split only if they must."""
     config = dataclasses.replace(CONFIG, **VARIANTS[name], train_text=True, tokens_per_pack=budget)
     rollout = roll(toy, config)
-    step = len(config.sampler.contexts) * (rollout.x.shape[2] + 2)
+    step = len(config.sampler.contexts) * (rollout.pictures.x.shape[2] + 2)
     plans = rollout.plan_lengths[: config.plans_per_group] + 1  # with bos and eos
     least = int(plans.max()) + step
     batches = tree.plant(toy[0].layout, rollout, 0, config=config).batches
@@ -492,6 +536,9 @@ def test_gen_only_training_leaves_the_understanding_expert_alone(toy):
         (dict(images_per_cot=2, rid=False), "rid on"),
         (dict(train_text=True, cot_temperature=0.7), "cot_temperature=1"),
         (dict(train_text=True, train="gen"), "train=all"),
+        (dict(likelihood="forward", guard=True), "likelihood=sde"),
+        (dict(likelihood="forward", kl="latent"), "likelihood=sde"),
+        (dict(scored_times=0), "at least one time"),
     ],
 )
 def test_impossible_combinations_are_refused(change, words):
@@ -573,10 +620,10 @@ def test_every_member_of_a_step_is_on_one_process(monkeypatch, world, options, r
     groups, many = config.prompts_per_step, config.group_size
     images = torch.arange(groups * many)  # of the step, group by group
     plans = torch.arange(groups * config.plans_per_group)
-    monkeypatch.setattr(tree, "size", lambda: world)
+    monkeypatch.setattr(rollouts, "size", lambda: world)
     for rank in range(world):
-        monkeypatch.setattr(tree, "rank", lambda rank=rank: rank)
-        share = tree.share_of(config)
+        monkeypatch.setattr(rollouts, "rank", lambda rank=rank: rank)
+        share = rollouts.share_of(config)
         assert share.ranks == ranks
         numbers = torch.tensor(share.numbers(0))
         here = share.own_members(
@@ -591,7 +638,7 @@ def test_every_member_of_a_step_is_on_one_process(monkeypatch, world, options, r
 
 
 def test_members_that_cannot_be_shared_are_refused(monkeypatch):
-    monkeypatch.setattr(tree, "size", lambda: 7)
+    monkeypatch.setattr(rollouts, "size", lambda: 7)
     monkeypatch.setattr("runtime.processes.size", lambda: 7)
     with pytest.raises(UserError, match="cannot be shared evenly by 7 processes in 2 updates"):
-        tree.share_of(grpo.Config(config="full"))
+        rollouts.share_of(grpo.Config(config="full"))

@@ -19,7 +19,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 CONCEPTS = ("sequence", "model", "vision", "flow", "iccot", "reward")
-BETWEEN = ("engine", "example", "tree", "data")  # from concepts to commands
+BETWEEN = (
+    "engine",
+    "example",
+    "rollouts",
+    "tree",
+    "objective",
+    "data",
+)  # from concepts to commands
 COMMANDS = ("sft", "grpo", "sample", "evaluate", "curate")
 FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
 PAPERS = ("README.md", "LOG.md", "RESULTS.md", "LICENSE", "CONTRIBUTING.md")
@@ -45,7 +52,9 @@ MAY_IMPORT = {
     "model": {"kernels", "runtime", "sequence", "vision"},
     "engine": {"flow", "iccot", "kernels", "model", "runtime", "sequence", "vision"},
     "example": {"engine", "flow", "iccot", "runtime", "sequence", "vision"},
-    "tree": {"engine", "flow", "iccot", "runtime", "sequence"},
+    "rollouts": {"engine", "flow", "iccot", "runtime"},
+    "tree": {"engine", "flow", "runtime", "sequence"},
+    "objective": {"flow", "runtime"},
     "runtime": {"kernels", "model", "runtime", "sequence", "vision"},
     "toy": {*CONCEPTS, "kernels", "runtime", "toy"},
     "data": {"iccot", "runtime", "toy", "vision"},

@@ -13,6 +13,8 @@ from safetensors.torch import save_file  # noqa: E402
 import example  # noqa: E402
 import grpo  # noqa: E402
 import iccot  # noqa: E402
+import objective  # noqa: E402
+import rollouts  # noqa: E402
 import sft  # noqa: E402
 import tree  # noqa: E402
 from runtime import processes, sharding  # noqa: E402
@@ -97,7 +99,7 @@ def grpo_gradients(folder, bare=False, **options):
     """Gradients of both optimiser steps of an update: parts of true plans, random rewards."""
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     learner = grpo.build(config)
-    share = tree.share_of(config)
+    share = rollouts.share_of(config)
     engine, numbers, size = learner.engine, share.numbers(0), config.group_size
     samples = [draw(i, bare) for i in numbers]
     texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
@@ -109,9 +111,9 @@ def grpo_gradients(folder, bare=False, **options):
     engine.think = lambda *_, **__: (plans, [True] * len(plans))
     with sharding.gathered(engine.model):
         how = dict(config=share.config, step=0, first=share.first)
-        rollout = tree.roll_out(engine, samples, numbers, **how)
+        rollout = rollouts.roll_out(engine, samples, numbers, **how)
     reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
-    worth = share.own_members(*grpo.advantages(reward, config))
+    worth = share.own_members(*objective.advantages(reward, config))
     places = range(len(numbers))
     trees = [tree.plant(engine.layout, rollout, i, config=share.config) for i in places]
     passes = least_and_most([len(one.batches) for one in trees])
@@ -151,6 +153,11 @@ def work(folder):
         ("lora", {"train": "lora", "lora_rank": 4}),
         ("text", {"train_text": True, "kl_beta": 0.0, "sum_every_pass": True}),
         ("members", {"prompts_per_step": 1, "updates": 1}),
+        ("forward", {"likelihood": "forward"}),
+        (
+            "forward-members",
+            {"likelihood": "forward", "prompts_per_step": 1, "updates": 1, "train": "gen"},
+        ),
         ("plans", {"prompts_per_step": 2, "images_per_cot": 2, "train_text": True}),
         ("bare-all", {"bare": True}),
         ("bare-gen", {"bare": True, "train": "gen"}),

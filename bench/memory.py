@@ -189,14 +189,8 @@ def plain(config):
     What was computed for it need not be computed again for one that trains other weights.
     """
     names = ("likelihood", "scored_times", "window", "tokens_per_pack", "text_guidance")
-    names += ("image_guidance", "images_per_cot") + (
-        "num_timesteps",
-        "window_end",
-        "group_size",
-        "rid",
-        "checkpointing",
-        "precision",
-    )
+    names += ("image_guidance", "images_per_cot", "num_timesteps", "window_end", "group_size")
+    names += ("rid", "checkpointing", "precision")
     return type(config)(**{name: getattr(config, name) for name in names})
 
 

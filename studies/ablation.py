@@ -139,22 +139,39 @@ def ablation_table(rows):
 
     rows: {name: [row of each seed]}.
     """
-    lines = [
-        "| | " + " | ".join(COLUMNS) + " | Overall of each seed |",
-        "| --- " * (len(COLUMNS) + 2) + "|",
-    ]
+    heads = [*COLUMNS, "Overall of each seed", "Overall over SFT", "CLIP_out over SFT"]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for name, found in rows.items():
         cells = []
         for i, column in enumerate(COLUMNS):
-            values = [row[column] for row in found]
-            mean = sum(values) / len(values)
-            std = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
             paper = f" ({ROWS[name].paper[i]:.2f})" if ROWS[name].paper else ""
+            mean, std = spread([row[column] for row in found])
             cells.append(f"{mean:.2f} ± {std:.2f}{paper}")
         cells.append(", ".join(f"{row['Overall']:.2f}" for row in found))
+        cells += [gain(found, rows["SFT"], column) for column in ("Overall", "CLIP_out")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "In brackets: the paper's numbers, of other pictures and another judge."]
+    lines += [
+        "",
+        "In brackets: the paper's numbers, of other pictures and another judge. Differences from "
+        "SFT are of the same seed; \\*: a gain of more than two standard deviations.",
+    ]
     return "\n".join(lines)
+
+
+def spread(values):
+    """(mean, standard deviation of the sample) over seeds."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / max(1, len(values) - 1))
+
+
+def gain(found, sft, column):
+    """A row's difference from SFT, seed by seed: its mean ± standard deviation, * if it counts."""
+    if found is sft:
+        return ""
+    mean, std = spread([one[column] - other[column] for one, other in zip(found, sft)])
+    mark = " \\*" if len(found) > 2 and mean > 2 * std else ""
+    return f"{mean:+.2f} ± {std:.2f}{mark}"
 
 
 def plot_rewards(config, path):

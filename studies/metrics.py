@@ -38,6 +38,7 @@ from toy.sheets import fitted
 from toy.tasks import Drawn
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
+BETTER, WORSE = (46, 160, 67), (207, 34, 46)  # frames of pictures in a grid
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
 
 
@@ -159,16 +160,17 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision):
 
     precision: of the weights on a GPU; a CPU takes float32. Whatever nobody holds any more is freed
     first: cycles keep a model that was trained. Prints the table, writes table.json and grid.png
-    (pictures of the last one) into `folder`, and returns the rows {name: measure(...)}.
+    (pictures of all, side by side) into `folder`, and returns the rows {name: measure(...)}.
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
-    samples, rows = held_out.samples(), {}
+    samples, rows, painted = held_out.samples(), {}, []
     for name, path in checkpoints.items():
         results = held_out.paint(Engine(*load_model(path, device(), dtype)), samples)
         rows[name] = measure(samples, results, clip)
-    save_grid(Path(folder) / "grid.png", samples[:8], results[:8])
+        painted.append(results[:8])
+    save_grid(Path(folder) / "grid.png", samples[:8], *painted)
     write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
     print_table(rows)
     return rows
@@ -196,21 +198,37 @@ def print_table(rows):
         print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in COLUMNS))
 
 
-def save_grid(path, samples, results, *, side=128, pad=4):
-    """One row a sample: references, the true target, the painted picture. Sizes in pixels."""
-    columns = max(len(one.references) for one in samples) + 2
+def save_grid(path, samples, *results, side=128, pad=4):
+    """One row a sample: references, the true target, the picture of each of some lists of results.
+
+    Where the truth is known a picture is framed if it is better than the first list's (green) or
+    worse (red), by a point of Overall. Sizes in pixels.
+    """
+    columns = max(len(one.references) for one in samples) + 1 + len(results)
     cell = side + pad
     size = (columns * cell + pad, len(samples) * cell + pad)
     sheet = Image.new("RGB", size, (255, 255, 255))
-    for row, (one, result) in enumerate(zip(samples, results)):
-        blank = [None] * (columns - 2 - len(one.references))
-        pictures = [*one.references, *blank, one.target, result.image]
-        for column, image in enumerate(pictures):
+    for row, (one, *painted) in enumerate(zip(samples, *results)):
+        blank = [None] * (columns - len(one.references) - 1 - len(results))
+        pictures = [*one.references, *blank, one.target, *(result.image for result in painted)]
+        frames = [None] * (columns - len(results)) + changes(one, painted)
+        for column, (image, frame) in enumerate(zip(pictures, frames)):
+            left, top = pad + column * cell, pad + row * cell
+            if frame is not None:
+                sheet.paste(frame, (left - pad, top - pad, left + cell, top + cell))
             if image is not None:
-                place = (pad + column * cell, pad + row * cell)
-                sheet.paste(fitted(image, side), place)
+                sheet.paste(fitted(image, side), (left, top))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def changes(sample, results):
+    """A colour for each result: BETTER or WORSE than the first one, else None."""
+    if not sample.truth:
+        return [None] * len(results)
+    first, *others = [judge(result.image, sample.truth).overall for result in results]
+    marks = [None if abs(x - first) < 1 else BETTER if x > first else WORSE for x in others]
+    return [None, *marks]
 
 
 def save_strip(folder, step, engine, *, held_out):

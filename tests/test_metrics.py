@@ -76,8 +76,32 @@ def test_the_ablation_table_has_mean_deviation_and_all_seeds():
     seeds = [one, one | dict(PF=8.0, Overall=7.0, CLIP_out=32.0)]
     lines = ablation_table({"SFT": seeds, "SFT without IC-CoT": seeds}).splitlines()
     assert lines[2].startswith("| SFT | 7.50 ± 0.71 (7.51) | 6.00 ± 0.00 (6.46) | ")
-    assert lines[2].endswith(" | 6.50, 7.00 |") and "(" not in lines[3]
+    assert lines[2].endswith(" | 6.50, 7.00 |  |  |") and "(" not in lines[3]
     assert [name for name, row in ROWS.items() if not row.plans] == ["base", "SFT without IC-CoT"]
+
+
+def test_a_gain_is_one_beyond_two_standard_deviations_of_the_seeds():
+    """Differences are of the same seed: what seeds have in common is no spread of the gain."""
+    sft = [dict(PF=7.0, SC=6.0, Overall=x, CLIP_out=30 + x) for x in (6.0, 7.0, 8.0)]
+    steady = [one | dict(Overall=one["Overall"] + 0.1) for one in sft]
+    steady[0]["Overall"] += 0.01
+    chance = [one | dict(Overall=one["Overall"] + x) for one, x in zip(sft, (0.0, 0.1, 0.5))]
+    lines = ablation_table({"SFT": sft, "SFT + RGA": steady, "base": chance}).splitlines()
+    assert "| +0.10 ± 0.01 \\* |" in lines[3] and "| +0.20 ± 0.26 |" in lines[4]
+    two = ablation_table({"SFT": sft[:2], "base": steady[:2]})  # two seeds have no spread to trust
+    assert "\\* |" not in two
+
+
+def test_the_grid_frames_what_became_better_or_worse(tmp_path):
+    samples = held_out("toy", 3)
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    before = [painted(one, image=image) for one, image in zip(samples, (grey, None, None))]
+    after = [painted(one, image=image) for one, image in zip(samples, (None, grey, None))]
+    metrics.save_grid(tmp_path / "grid.png", samples, before, after, side=32)
+    sheet = Image.open(tmp_path / "grid.png")
+    left = sheet.width - 36 - 2  # inside the frame of the last column
+    frames = [sheet.getpixel((left, 4 + 36 * row + 16)) for row in range(3)]
+    assert frames == [metrics.BETTER, metrics.WORSE, (255, 255, 255)]
 
 
 def test_a_row_of_the_ablation_is_measured_once(engine, tmp_path):

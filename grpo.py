@@ -51,6 +51,7 @@ from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, merge_lora, trained_parameters
 from runtime.pretrained import shape_of
 from runtime.state import TrainingState, new_average, newest_step
+from studies.curves import save_curves
 from studies.metrics import HeldOut, compare_checkpoints, measured_together, save_strip
 from toy import world
 from toy.prepare import find_stage_1, metric_clip, metric_clip_of_all, prepare
@@ -380,8 +381,9 @@ def finish(config, folder, begun):
     metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
     both, how = {"SFT": config.init, "SFT + GRPO": folder}, dict(precision=config.precision)
     rows = compare_checkpoints(both, config.held_out, metric, folder=folder, **how)
+    save_curves({"": [folder]}, folder / "curves.png")
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
-    found = f"model in {folder}/model, pictures in {folder}/grid.png"
+    found = f"model in {folder}/model, pictures in {folder}/grid.png, curves.png"
     print(f"grpo: {loop.seconds(begun)} with the table; {found}", flush=True)
     if config.target is not None and gain < config.target:
         print(f"Overall rose by {gain:.3f}, less than target={config.target}", file=sys.stderr)

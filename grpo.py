@@ -125,17 +125,17 @@ class Config(loop.Options, rollouts.Options):
 # fmt: off
 TOY = dict(
     clip_name="toy", clip="out/toy-clip-reward", metric_name="toy", metric="out/toy-clip-metric",
-    clip_steps=300, kl_beta=0.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=3e-4,
-    eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE, groups_at_once=8,
-    pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False, precision="float32",
-    sum_every_pass=False, eval_batch=50,
+    clip_steps=300, likelihood="forward", scored_shift=5.0, kl_beta=0.3, average=0.0,
+    num_timesteps=7, timestep_shift=10.0, lr=2e-4, std_floor=0.02, eval_timesteps=7,
+    eval_plan_tokens=72, picture_side=world.SIZE, groups_at_once=8, pictures_at_once=1000,
+    tokens_per_pack=8192, checkpointing=False, precision="float32", sum_every_pass=False,
+    eval_batch=50,
 )
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
     "toy": TOY | dict(
-        init="out/toy-sft", prompts_per_step=32, group_size=4, max_plan_tokens=72, window=1,
-        steps=30, train_text=True, kl_beta=20.0, lr=1e-4, std_floor=0.05, groups_at_once=32,
-        out="out/toy-grpo", save_every=10,
+        init="out/toy-sft", group_size=8, max_plan_tokens=72, updates=1, steps=20,
+        groups_at_once=16, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | SMOKE | dict(
         init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, window=2,

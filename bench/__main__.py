@@ -5,6 +5,7 @@ Every speed and memory figure that this project quotes, beside its rival: python
     grpo           whole groups against one member and one step at a time; 7B computed
     data           samples a second read from shards at 1024 px, against decoding alone
     scale          one process against two; what 8 and 64 GPUs would have to send, computed
+    signal         cosines between stage 2's gradients of independent groups, with RID and without
     memory         what each GPU holds in stage 2 of the preset `full`, computed
 
 A speed is the best of `repeats` rounds, in CPU time on a CPU (bench/timing.py). Nothing here is a
@@ -25,6 +26,7 @@ from bench.data import bench_data
 from bench.grpo import bench_grpo
 from bench.model import bench_model
 from bench.scale import bench_scale
+from bench.signal import bench_signal
 from bench.walk import walk_grpo
 from model import ModelConfig
 from runtime.config import exit_on_user_error, parse
@@ -36,6 +38,7 @@ class Config:
     threads: int = 1
     seed: int = 0
     json: bool = False  # end with one line of JSON
+    init: str = "out/toy-sft"  # of signal: the stage 1 model
     gpus: int = 8  # of the memory table
     gpu_memory: float = 80.0  # GB of each, 10^9 bytes
 
@@ -64,6 +67,7 @@ REGIMES = {
     "grpo": bench_grpo,
     "data": bench_data,
     "scale": bench_scale,
+    "signal": bench_signal,
     "memory": bench_memory,
 }
 

@@ -29,7 +29,7 @@ from sequence import Sequence
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
-CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"])
+CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"] | dict(likelihood="sde", kl_beta=0.0))
 
 
 class FixedClip:

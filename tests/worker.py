@@ -39,6 +39,7 @@ GRPO = dataclasses.replace(
     prompts_per_step=4,
     updates=2,
     tokens_per_pack=560,  # two passes for a group of short plans, four for one of long plans
+    likelihood="sde",
     kl_beta=0.1,
     text_guidance=3.0,
     clip_steps=1,

@@ -74,7 +74,7 @@ class Config(loop.Options, rollouts.Options):
     clip_kappa: float = 0.025  # clip range times sqrt(T C)
     guard: bool = False  # GRPO-Guard's ratio: centred, alike at all steps (2510.22319)
     kl: Literal["velocity", "latent"] = "velocity"  # |v - v_ref|^2, or that of the transitions
-    kl_beta: float = 1.5e-5  # weight of the KL to the stage 1 model (UniGRPO)
+    kl_beta: float = 0.3  # weight of the KL to the stage 1 model
     text_clip_range: float = 0.2
     text_weight: float = 1.0
     # optimisation
@@ -125,11 +125,10 @@ class Config(loop.Options, rollouts.Options):
 # fmt: off
 TOY = dict(
     clip_name="toy", clip="out/toy-clip-reward", metric_name="toy", metric="out/toy-clip-metric",
-    clip_steps=300, likelihood="forward", scored_shift=5.0, kl_beta=0.3, average=0.0,
-    num_timesteps=7, timestep_shift=10.0, lr=2e-4, std_floor=0.02, eval_timesteps=7,
-    eval_plan_tokens=72, picture_side=world.SIZE, groups_at_once=8, pictures_at_once=1000,
-    tokens_per_pack=8192, checkpointing=False, precision="float32", sum_every_pass=False,
-    eval_batch=50,
+    clip_steps=300, scored_shift=5.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=2e-4,
+    std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
+    groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
+    precision="float32", sum_every_pass=False, eval_batch=50,
 )
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
@@ -138,23 +137,24 @@ PRESETS = {
         groups_at_once=16, out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | SMOKE | dict(
-        init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, window=2,
-        steps=2, eval_samples=16, out="out/smoke-grpo", save_every=1, sample_every=2,
+        init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, steps=2,
+        eval_samples=16, out="out/smoke-grpo", save_every=1, sample_every=2,
     ),
     "small": TOY | dict(  # one data-centre GPU, after sft.py --config small
-        init="out/small-sft", scale=2, picture_side=64, group_size=24, max_plan_tokens=72, window=2,
-        lr=1e-4, groups_at_once=16, precision="bfloat16", out="out/small-grpo",
+        init="out/small-sft", scale=2, picture_side=64, group_size=24, max_plan_tokens=72, lr=1e-4,
+        groups_at_once=16, precision="bfloat16", out="out/small-grpo",
     ),
     "rehearsal": SMOKE | dict(  # the recipe of full on thin weights, 512 x 512
         init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4, group_size=4,
-        num_timesteps=5, window=2, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
+        num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
         eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,
         sample_every=2, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's
-        lr=1e-6, updates=1, kl_beta=0.0, average=0.0, num_timesteps=51, window=25, window_end=1.0,
-        text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05, out="out/paper-grpo",
+        likelihood="sde", lr=1e-6, updates=1, kl_beta=0.0, average=0.0, num_timesteps=51, window=25,
+        window_end=1.0, text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05,
+        out="out/paper-grpo",
     ),
 }
 # fmt: on

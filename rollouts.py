@@ -111,7 +111,7 @@ class Options:
     num_timesteps: int = 17  # grid points; one more than denoising steps
     timestep_shift: float = 3.0
     same_start: bool = False  # all members of a group start from the same noise
-    likelihood: Literal["sde", "forward"] = "sde"  # of steps taken, or of the finished picture
+    likelihood: Literal["sde", "forward"] = "forward"  # of steps taken, of the finished picture
     scored_times: int = 3  # forward: times at which a picture is noised again
     scored_shift: float = 3.0  # forward: their time shift; they are drawn as in training
     sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
@@ -137,7 +137,7 @@ class Options:
                 f"group_size={self.group_size}: advantages compare the members of a group; "
                 f"use at least 2"
             )
-        if self.window < 1 or last_window_start(self) < 0:
+        if self.likelihood == "sde" and (self.window < 1 or last_window_start(self) < 0):
             raise ValueError(
                 f"window={self.window} does not fit into the first window_end={self.window_end} of "
                 f"{self.num_timesteps - 1} denoising steps"

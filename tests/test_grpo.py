@@ -29,7 +29,8 @@ from sequence import Sequence
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
-CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"] | dict(likelihood="sde", kl_beta=0.0))
+SDE = dict(likelihood="sde", window=2, kl_beta=0.0)
+CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"] | SDE)
 
 
 class FixedClip:

@@ -40,6 +40,7 @@ GRPO = dataclasses.replace(
     updates=2,
     tokens_per_pack=560,  # two passes for a group of short plans, four for one of long plans
     likelihood="sde",
+    window=2,
     kl_beta=0.1,
     text_guidance=3.0,
     clip_steps=1,

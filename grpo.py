@@ -133,8 +133,8 @@ TOY = dict(
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
     "toy": TOY | dict(
-        init="out/toy-sft", group_size=8, max_plan_tokens=72, updates=1, steps=20,
-        groups_at_once=16, out="out/toy-grpo", save_every=10,
+        init="out/toy-sft", group_size=8, max_plan_tokens=72, steps=20, groups_at_once=16,
+        out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | SMOKE | dict(
         init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, steps=2,
@@ -152,7 +152,7 @@ PRESETS = {
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's
-        likelihood="sde", lr=1e-6, updates=1, kl_beta=0.0, average=0.0, num_timesteps=51, window=25,
+        likelihood="sde", lr=1e-6, kl_beta=0.0, average=0.0, num_timesteps=51, window=25,
         window_end=1.0, text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05,
         out="out/paper-grpo",
     ),

@@ -100,8 +100,8 @@ def share_of(config):
 class Options:
     """The options of grpo.py that say what is sampled, and how it is packed."""
 
-    prompts_per_step: int = 16  # groups; 256 pictures an update (Flow-GRPO: 384 to 576)
-    updates: int = 2  # optimiser steps an iteration, each on its share of the groups
+    prompts_per_step: int = 16  # groups; 512 pictures an update (Flow-GRPO: 384 to 576)
+    updates: int = 1  # optimiser steps an iteration, each on its share of the groups
     group_size: int = 32  # members of a group (paper)
     rid: bool = True  # every member writes its own plan; false: one plan a group
     images_per_cot: int = 1  # pictures of each plan; above 1 they compete with each other only

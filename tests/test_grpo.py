@@ -29,7 +29,7 @@ from sequence import Sequence
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
-SDE = dict(likelihood="sde", window=2, kl_beta=0.0)
+SDE = dict(likelihood="sde", window=2, kl_beta=0.0, updates=2)
 CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"] | SDE)
 
 

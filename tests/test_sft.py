@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 import example
 import sft
 from engine import Engine
 from model import ModelConfig, UnifiedModel
-from runtime import loop, processes
-from runtime.config import UserError
-from runtime.pretrained import save_model, shape_with
+from runtime import loop, lora, processes
+from runtime.config import UserError, parse
+from runtime.pretrained import load_model, save_model, shape_with
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
@@ -139,3 +140,78 @@ def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     line = loop.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)
     assert (tmp_path / "run/model/ema.safetensors").is_file()
+
+
+# --------------------------------------------------------------------------------------------------
+# a part of the weights
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_fresh_weights_are_trained_whole(capsys, train):
+    with pytest.raises(SystemExit) as refused:
+        parse(sft.Config, sft.PRESETS, ["--config", "smoke", "--train", train])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and f"train={train}" in line and "--init" in line
+
+
+@pytest.mark.parametrize("dropout, reached", [(0.0, True), (1.0, False)])
+def test_the_text_loss_reaches_the_painter_through_latents_of_references_alone(
+    toy, dropout, reached
+):
+    model = toy[0].model
+    (one,) = pack(toy, examples_of(toy, vae_dropout=dropout, plan_dropout=0.0, text_dropout=0.0))
+    try:
+        trained = lora.trained_parameters(model, "gen")
+        ce, _ = sft.losses(model, one.packed, one.target)
+        found = torch.autograd.grad(ce, trained.values(), allow_unused=True)
+        assert any(grad is not None and grad.count_nonzero() for grad in found) == reached
+    finally:
+        lora.trained_parameters(model, "all")
+
+
+def part(toy, out, train, **options):
+    """The Config of a short run from the checkpoint that trains a part of its weights."""
+    few = dict(
+        samples_per_step=4, sample_plan_tokens=4, sample_timesteps=2, save_every=1, threads=1
+    )
+    start = dict(init=str(toy[1] / "model"), out=str(out), train=train, lora_rank=4, steps=2)
+    return dataclasses.replace(CONFIG, **few | start | options)
+
+
+def weights(folder):
+    model, _ = load_model(folder)
+    return dict(model.named_parameters())
+
+
+def moved_only_the_painter(toy, out, train):
+    """Whether the exported model of a run differs from the checkpoint in what it trains alone."""
+    before, after = weights(toy[1]), weights(out)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    names = {"gen": lora.TRAINED["gen"], "lora": (".gen.",)}[train]
+    return moved and all(any(part in name for part in names) for name in moved)
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_a_part_is_trained_resumed_and_exported(toy, tmp_path, train):
+    sft.train(part(toy, tmp_path / "whole", train))
+    sft.train(part(toy, tmp_path / "half", train, steps=1))
+    sft.train(part(toy, tmp_path / "half", train))
+    whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert moved_only_the_painter(toy, tmp_path / "whole", train)
+    stored = FileSystemReader(tmp_path / "whole/state-000002").read_metadata().state_dict_metadata
+    averaged = [key for key in stored if key.startswith("average.")]
+    assert averaged and all(any(part in key for part in lora.TRAINED[train]) for key in averaged)
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train):
+    """As on one GPU: in bfloat16, with the frozen weights out of the sharding."""
+    config = part(toy, tmp_path / "run", train, precision="bfloat16", export_float32=True, steps=1)
+    sft.train(config)
+    (narrow,) = loop.read_log(tmp_path / "run")
+    sft.train(dataclasses.replace(config, precision="float32", out=str(tmp_path / "wide")))
+    (wide,) = loop.read_log(tmp_path / "wide")
+    for name in ("ce", "mse", "grad_norm"):
+        assert narrow[name] == pytest.approx(wide[name], rel=0.05) and narrow[name] != wide[name]
+    assert moved_only_the_painter(toy, tmp_path / "wide", train)

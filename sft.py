@@ -13,9 +13,9 @@ conditions are dropped as in BAGEL (docs/BAGEL.md §13.3), for guidance. One sam
 `noise_copies` noised copies of its target, at different times and mutually invisible: its prompt
 and plan are computed once for all of them.
 
-With `train` gen or lora only the expert that paints is trained. The one that writes is as it was:
-L_cot reaches no weight but through the latents of references, which plans attend to. So such a
-stage teaches to paint by a plan; to write one is learned by train=all.
+With `train` gen or lora the expert that writes is frozen, and L = mse_weight * L_img: L_cot could
+reach the painter only where plans see the latents of references, and is logged alone. So such a
+stage teaches to paint by a plan; to write one is learned with train=all.
 
 Letters: sequence.py. Left out: tricks of large batches (the number of processes changes no mean).
 
@@ -65,7 +65,7 @@ class Config(loop.Options, example.Options, ModelConfig):
     weight_decay: float = 0.0
     beta2: float = 0.95  # AdamW (BAGEL)
     average: float = 0.9999  # decay of the moving average of the weights, which is saved (BAGEL)
-    ce_weight: float = 1.0  # weight of the text loss
+    ce_weight: float = 1.0  # weight of the text loss, with train=all
     mse_weight: float = 1.0  # weight of the image loss
     # run; more, and the machine, in runtime/loop.py
     out: str = "out/full-sft"
@@ -160,6 +160,7 @@ def backward(model, packs, config):
         sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
         where = processes.device()
         ce, mse = losses(model, one.packed.to(where), one.target.to(where))
+        ce = ce if config.train == "all" else ce.detach()
         weight = float(i < len(packs))
         loss = config.ce_weight * ce / max(1, labels) + config.mse_weight * mse / latents
         (loss * weight * processes.size()).backward()
@@ -233,8 +234,7 @@ def train(config):
         step = newest_step(folder)
         loop.last_step(folder, step, config)
         if (folder / "model").is_dir() and step >= config.steps:
-            ready = f"{folder}/model is finished ({step} steps); raise --steps to train on"
-            processes.say(ready)
+            processes.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
         how = dict(scale=config.scale, painter=painter_of(config))
         source = open_source(config.data, config.seed, config.max_references, **how)

@@ -77,7 +77,7 @@ def test_stage_1_has_the_same_losses_and_gradients(worlds, what):
 
 @pytest.mark.parametrize("train", ["gen", "lora"])
 def test_stage_1_of_a_part_has_the_same_gradients(worlds, train):
-    """Where one process has no latents of a reference, which L_cot needs to reach the painter."""
+    """Where one process has no label, the other no latents of a reference."""
     one, two = (load_file(worlds / f"sft-{train}-{world}.safetensors") for world in (1, 2))
     one.pop("passes"), two.pop("passes")
     assert all(any(part in name for part in TRAINED[train]) for name in one if name != "means")

@@ -48,7 +48,7 @@ from objective import Actions, advantages, objective
 from reward import Clip, embed_groups, reward_statistics, rewards_of
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
-from runtime.lora import load_trained, merge_lora, trained_parameters
+from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of
 from runtime.state import TrainingState, new_average, newest_step
 from studies.curves import save_curves
@@ -62,8 +62,6 @@ class Config(loop.Options, rollouts.Options):
     config: str = ""  # name of the preset; stage 1 is trained with the same one
     # data; the rollout's options are in rollouts.py
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
-    data: str = "toy"  # where the prompts come from: "toy" draws them; otherwise as in sft.py
-    scale: int = 1  # of the toy world: pixels for each of its own, each way
     max_references: int = 4
     # objective
     reward: Literal["clip_l2", "clip_cos"] = "clip_l2"
@@ -79,18 +77,11 @@ class Config(loop.Options, rollouts.Options):
     text_weight: float = 1.0
     # optimisation
     steps: int = 200  # iterations of rollout and update (paper)
-    train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
-    lora_rank: int = 64
-    lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
     lr: float = 1e-5  # between R3's 5e-6 and UniGRPO's 3e-5
-    max_grad_norm: float = 1.0
     average: float = 0.9  # decay of the moving average of the weights, which is saved; 0: off
     # run; more, and the machine, in runtime/loop.py
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
-    metric_name: str = "ViT-B-32"  # the same for the CLIP that measures CLIP_out
-    metric: str = "openai"
-    clip_steps: int = 0  # training steps of the two toy CLIPs, if they are missing
     eval_data: str = "toy"  # prompts of the final table: toy (held out), or samples on disk
     eval_samples: int = 200  # how many
     eval_timesteps: int = 50
@@ -369,9 +360,8 @@ def train(config):
             save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
-    everything = dict(learner.engine.model.named_parameters()) | learner.state.average
-    run.export(learner.engine, merge_lora(everything, config.lora_rank, config.lora_alpha))
-    del learner, everything, run, clip, metric  # the table needs the memory
+    run.export(learner.engine)
+    del learner, run, clip, metric  # the table needs the memory
     if processes.is_main() and not config.export:
         finish(config, folder, begun)
 

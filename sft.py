@@ -13,11 +13,15 @@ conditions are dropped as in BAGEL (docs/BAGEL.md §13.3), for guidance. One sam
 `noise_copies` noised copies of its target, at different times and mutually invisible: its prompt
 and plan are computed once for all of them.
 
+With `train` gen or lora the expert that writes is frozen, and L = mse_weight * L_img: L_cot could
+reach the painter only where plans see the latents of references, and is logged alone. So such a
+stage teaches to paint by a plan; to write one is learned with train=all.
+
 Letters: sequence.py. Left out: tricks of large batches (the number of processes changes no mean).
 
     python sft.py --config toy             draws the toy world, trains on a CPU, writes out/toy-sft
     python sft.py --config smoke           the same in seconds
-    python sft.py --config full --init BAGEL-7B-MoT     fine-tunes a checkpoint
+    python sft.py --config full --init BAGEL-7B-MoT     fine-tunes it; on one GPU with --train lora
 Run the same command again to resume. Then look at out/toy-sft/samples, or at sample.py.
 """
 
@@ -37,7 +41,8 @@ from kernels.attention import describe_backend
 from model import MODELS, ModelConfig, UnifiedModel
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
-from runtime.pretrained import find_model, load_tokenizer, load_weights, shape_of, shape_with
+from runtime.lora import load_trained, trained_parameters
+from runtime.pretrained import shape_of, shape_with
 from runtime.processes import generator
 from runtime.state import TrainingState, new_average, newest_step
 from studies.metrics import HeldOut, measured_together, save_strip
@@ -50,8 +55,6 @@ class Config(loop.Options, example.Options, ModelConfig):
     config: str = ""  # name of the preset
     init: str = ""  # checkpoint to start from: a folder, or owner/name; "": fresh weights
     # data; more in example.py
-    data: str = "toy"  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
-    scale: int = 1  # of the toy world: pixels for each of its own, each way
     workers: int = 0  # processes that read samples ahead
     samples_per_step: int = 512  # samples of one optimiser step
     # optimisation
@@ -61,9 +64,8 @@ class Config(loop.Options, example.Options, ModelConfig):
     decay: float = 0.0  # last share of the steps over which the rate falls linearly to zero
     weight_decay: float = 0.0
     beta2: float = 0.95  # AdamW (BAGEL)
-    max_grad_norm: float = 1.0
     average: float = 0.9999  # decay of the moving average of the weights, which is saved (BAGEL)
-    ce_weight: float = 1.0  # weight of the text loss
+    ce_weight: float = 1.0  # weight of the text loss, with train=all
     mse_weight: float = 1.0  # weight of the image loss
     # run; more, and the machine, in runtime/loop.py
     out: str = "out/full-sft"
@@ -74,9 +76,14 @@ class Config(loop.Options, example.Options, ModelConfig):
     sample_shift: float = 3.0  # its time shift
     sample_plan_tokens: int = 256  # of their plans, at most
     eval_samples: int = 64  # prompts of the measurements at eval_every
-    metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP that measures; toys: toy
-    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
-    clip_steps: int = 0  # training steps of the toy CLIP, if it is missing
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train != "all" and not self.init:
+            raise ValueError(
+                f"train={self.train} keeps most weights as they are, and without a checkpoint they "
+                f"are fresh ones: name one with --init, or use --train all"
+            )
 
     @property
     def held_out(self):
@@ -153,6 +160,7 @@ def backward(model, packs, config):
         sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
         where = processes.device()
         ce, mse = losses(model, one.packed.to(where), one.target.to(where))
+        ce = ce if config.train == "all" else ce.detach()
         weight = float(i < len(packs))
         loss = config.ce_weight * ce / max(1, labels) + config.mse_weight * mse / latents
         (loss * weight * processes.size()).backward()
@@ -202,22 +210,14 @@ def iteration(engine, optimizer, samples, *, config, step):
 def build(config, folder):
     """The Engine to start from: the checkpoint `init`, or fresh weights; sharded."""
     shape = shape_with(config, PRESETS.get(config.config, {}))
-
-    def shard(model):
-        return sharding.shard(model, config.precision, config.replicas)
-
     if config.init:
-        init = find_model(config.init)
-        model = load_weights(init, shape, processes.device(), prepare=shard)
-        tokenizer = load_tokenizer(init)
-    else:
-        model = UnifiedModel(shape).initialise(config.seed).to(processes.device())
-        if shape.codec == "flux":  # no part of the module
-            model.codec.weights.to(processes.device())
-        model = shard(model)
-        tokenizer = toy_tokenizer(folder, shape.vocab_size)
+        return Engine(*load_trained(config))
+    model = UnifiedModel(shape).initialise(config.seed).to(processes.device())
+    if shape.codec == "flux":  # no part of the module
+        model.codec.weights.to(processes.device())
     model.checkpointing = config.checkpointing
-    return Engine(model, tokenizer)
+    model = sharding.shard(model, config.precision, config.replicas)
+    return Engine(model, toy_tokenizer(folder, shape.vocab_size))
 
 
 @exit_on_user_error()
@@ -234,8 +234,7 @@ def train(config):
         step = newest_step(folder)
         loop.last_step(folder, step, config)
         if (folder / "model").is_dir() and step >= config.steps:
-            ready = f"{folder}/model is finished ({step} steps); raise --steps to train on"
-            processes.say(ready)
+            processes.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
             return
         how = dict(scale=config.scale, painter=painter_of(config))
         source = open_source(config.data, config.seed, config.max_references, **how)
@@ -244,15 +243,16 @@ def train(config):
             example.check_budget(engine.model.config, config)
         measured_by = config.metric_name, config.metric, config.clip_steps
         clip = metric_clip_of_all(*measured_by) if config.eval_every else None
-    parameters = dict(engine.model.named_parameters())
+    trained = trained_parameters(engine.model, config.train)
     rates = dict(lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-    optimizer = torch.optim.AdamW(engine.model.parameters(), **rates, fused=True)
-    state = TrainingState(parameters, optimizer, new_average(parameters))
+    optimizer = torch.optim.AdamW(trained.values(), **rates, fused=True)
+    state = TrainingState(trained, optimizer, new_average(trained))
     run = loop.Run(folder, config, state, desc="sft")
     measuring = replace(config.held_out, count=config.eval_samples)
-    millions = sum(p.numel() for p in parameters.values()) / 1e6
+    parts = trained.values(), engine.model.parameters()
+    millions = " of ".join(f"{sum(p.numel() for p in part) / 1e6:.1f}M" for part in parts)
     processes.say(
-        f"sft: {millions:.1f}M parameters, {config.samples_per_step} samples a step, {each} on "
+        f"sft: trains {millions} parameters, {config.samples_per_step} samples a step, {each} on "
         f"each of {processes.size()} processes, {torch.get_num_threads()} CPU threads, "
         f"{describe_backend()}, step {step} of {config.steps}"
     )
@@ -270,7 +270,7 @@ def train(config):
             with sharding.exchanged(engine.model, state.average):
                 save_strip(folder, step + 1, engine, held_out=config.held_out)
     run.finish()
-    run.export(engine, state.average)
+    run.export(engine)
     processes.say(f"sft: {loop.seconds(run.begun)}{run.pace(engine.model)}")
     processes.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
 

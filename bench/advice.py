@@ -100,20 +100,26 @@ def cheap(config):
     return changes(config, wanted)
 
 
+def less(config):
+    """Changes to fewer trained weights: of a checkpoint, and where plans are not trained."""
+    if not getattr(config, "init", "") or getattr(config, "train_text", False):
+        return []
+    ways = ("all", "gen", "lora")
+    return [{"train": way} for way in ways[ways.index(getattr(config, "train", "lora")) + 1 :]]
+
+
 def strong(config):
     """Changes of what is trained, and of the number of GPUs."""
-    wanted = [("train", "gen"), ("train", "lora")] if getattr(config, "train", "") == "all" else []
-    wanted += [("train", "lora")] if getattr(config, "train", "") == "gen" else []
-    found = changes(config, wanted)
+    found = less(config)
     more = (2, 4, 8, 16, 32, 64, 128)
     return found + [{"gpus": n} for n in more if n > getattr(config, "gpus", 128)]
 
 
 def otherwise(config):
     """Changes of the method, where nothing else is enough."""
-    most = [{"train": "lora"}] if hasattr(config, "train") else [{}]
+    most = less(config)[-1:] or [{}]
     contexts = changes(config, [("text_guidance", 1.0), ("max_references", 1)])
     scores = "scored_times" if getattr(config, "likelihood", "") == "forward" else "window"
     windows = changes(config, [(scores, n) for n in (8, 4, 2, 1)])
-    less = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
-    return [*less, *(one | most[0] for one in less)]
+    found = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
+    return [*found, *(one | most[0] for one in found)]

@@ -1,5 +1,5 @@
 """
-What stands on a GPU during stage 2, and what an update adds, computed without one. Not a concept
+What stands on a GPU in training, and what an update adds, computed without one. Not a concept
 of the paper. walk.py has every phase of every command.
 
 Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real
@@ -231,17 +231,26 @@ def always(config, model, shards):
         "gradients": 4 * trained / (shards if config.sum_every_pass else 1),
         "moments": 8 * trained / shards,
         "average": 4 * trained / shards * (config.average > 0),
-        "reference": 4 * trained / shards * (config.kl_beta > 0),
+        "reference": 4 * trained / shards * (getattr(config, "kl_beta", 0) > 0),
     }
+
+
+def values_gathered(config, module):
+    """Number of values that are copied to gather a module: where a GPU keeps whole weights, frozen
+    ones are used as they are held (runtime/sharding.py)."""
+    return values_of(module, trained=shards_of(config) == 1)
 
 
 def gathered_bytes(config, model):
     """Bytes of two gathered blocks, of what is no block, and of their gradients, in an update."""
     width = value_bytes(config)
     units = (*model.blocks, *model.eye.layers)  # sharded by themselves; the rest is the root
-    root = values_of(model) - sum(values_of(unit) for unit in units)
-    root_trained = values_of(model, True) - sum(values_of(unit, True) for unit in units)
-    block, block_trained = values_of(model.blocks[0]), values_of(model.blocks[0], True)
+
+    def block_and_root(count):
+        return count(model.blocks[0]), count(model) - sum(map(count, units))
+
+    block, root = block_and_root(lambda part: values_gathered(config, part))
+    block_trained, root_trained = block_and_root(lambda part: values_of(part, trained=True))
     return width * (2 * block + root) + (width + 4) * block_trained + width * root_trained
 
 

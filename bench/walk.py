@@ -171,8 +171,8 @@ def largest(name, phases):
 
 
 def gathered(config, model):
-    """{what: bytes} of all weights whole on every GPU."""
-    return {"gathered weights": memory.value_bytes(config) * memory.values_of(model)}
+    """{what: bytes} that are copied to have all weights whole on every GPU."""
+    return {"gathered weights": memory.value_bytes(config) * memory.values_gathered(config, model)}
 
 
 def codec_weights(model):
@@ -181,16 +181,12 @@ def codec_weights(model):
     return 4 * memory.values_of(model.codec.weights) if flux else 0
 
 
-def ends(config, model, shards):
+def ends(config, model):
     """The phases after the steps, but for the table."""
     work = of_held_out(config.held_out, getattr(torch, config.precision))
     strip = largest("strip", painting(model.config, work, gathered(config, model)))
-    named = dict(model.named_parameters())
-    adapted = [named[name[:-6] + "weight"] for name in named if name.endswith("lora_a")]
-    export = {"one weight, whole, twice": 8 * max(p.numel() for p in named.values())}
-    if adapted:
-        export["merged weights, float32"] = 4 * sum(p.numel() for p in adapted) / shards
-    return [strip, Phase("export", 0, export)]
+    largest_weight = max(p.numel() for p in model.parameters())  # adapters are merged one by one
+    return [strip, Phase("export", 0, {"one weight, whole, twice": 8 * largest_weight})]
 
 
 def host_bytes(config, model, standing):
@@ -240,7 +236,7 @@ def of_table(config, shape, dtype):
 def walk_grpo(config, shape):
     """The Walk of grpo.py. config: a grpo.Config; shape: a ModelConfig."""
     shards, work = memory.shards_of(config), rollout_work(config)
-    model = memory.model_of(shape, config.train, config.lora_rank * (config.train == "lora"))
+    model = memory.model_of(shape, config.train, config.lora_rank)
     standing, whole = memory.always(config, model, shards), gathered(config, model)
     standing["CLIP and codec"] = clip_bytes(config.clip_name)[0] + codec_weights(model)
     h, w = shape.picture_grid(work.side, work.side)
@@ -261,7 +257,7 @@ def walk_grpo(config, shape):
             Phase("reward", 0, {"CLIP's pass": clip_bytes(config.clip_name)[1]}),
             Phase("old policy, reference", tokens, old),
             Phase("update", tokens, memory.of_update(config, model, case)),
-            *ends(config, model, shards),
+            *ends(config, model),
             of_table(config, shape, work.dtype),
         ],
         host_bytes(config, model, standing),
@@ -295,15 +291,9 @@ def walk_sft(config, shape):
     """The Walk of sft.py. config: a sft.Config; shape: a ModelConfig."""
     if config.data != "toy":
         check_budget(shape, config)
-    shards, model = memory.shards_of(config), memory.model_of(shape, "all", 0)
-    trained = memory.values_of(model)
-    standing = {
-        "weights, trained": 4 * trained / shards,
-        "gradients": 4 * trained / (shards if config.sum_every_pass else 1),
-        "moments": 8 * trained / shards,
-        "average": 4 * trained / shards,
-        "codec": codec_weights(model),
-    }
+    model = memory.model_of(shape, config.train, config.lora_rank)
+    standing = memory.always(config, model, memory.shards_of(config))
+    standing["codec"] = codec_weights(model)
     encoding, _ = codec_bytes(shape, shape.latent_side * shape.token_pixels)
     names = ("max_references", "noise_copies", "tokens_per_pack", "checkpointing", "precision")
     alike = type(config)(**{name: getattr(config, name) for name in names})
@@ -317,7 +307,7 @@ def walk_sft(config, shape):
     phases = [
         Phase("read", 0, {"encoder": encoding}),
         Phase("update", tokens, update),
-        *ends(config, model, shards),
+        *ends(config, model),
     ]
     return Walk(standing, phases, host_bytes(config, model, standing))
 

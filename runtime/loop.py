@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from runtime.config import UserError, to_dict
 from runtime.files import check_writable, read_json, to_json, write_text
+from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
     barrier,
@@ -70,6 +71,14 @@ MAY_CHANGE = (  # between resumptions
 class Options:
     """What the configurations of both stages have in common."""
 
+    # data
+    data: str = "toy"  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
+    scale: int = 1  # of the toy world: pixels for each of its own, each way
+    # what is trained (runtime/lora.py)
+    train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
+    lora_rank: int = 64
+    lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
+    max_grad_norm: float = 1.0
     # machine
     checkpointing: bool = True  # recompute each block backward: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic alone
@@ -90,6 +99,10 @@ class Options:
     eval_batch: int = 1  # prompts painted at once by strips and tables: bounds the memory
     export_float32: bool = False  # write out/<name>/model in float32: small updates survive
     export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
+    # the CLIP that measures CLIP_out
+    metric_name: str = "ViT-B-32"  # its open_clip architecture; toys: toy
+    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
+    clip_steps: int = 0  # training steps of the toys' CLIPs, where they are missing
 
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
@@ -198,16 +211,18 @@ class Run:
         self.saver.wait()
         self.tracker.close()
 
-    def export(self, engine, weights):
-        """Write out/<name>/model; weights: {name: tensor}, sharded or whole, of the whole model.
+    def export(self, engine):
+        """Write out/<name>/model: the average where there is one, with adapters merged.
 
         Warns if rounding undoes most of what was learned since `init`.
         """
         config, whole, moved, lost = self.config, {}, 0, 0
+        weights = dict(engine.model.named_parameters()) | self.state.average
         dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
         before = self.weights_before(engine.model) if dtype != torch.float32 else {}
-        for name, tensor in weights.items():
+        for name in (name for name in weights if ".lora_" not in name):
             known = name in before
+            tensor = merged_weight(weights, name, config.lora_alpha / config.lora_rank)
             found = whole_weights({name: tensor}, torch.float32 if known else dtype)
             whole |= {key: value.to(dtype) for key, value in found.items()}
             if known:
@@ -399,8 +414,8 @@ def pace(folder, first, model, *, precision):
     """Text: tokens/s of the job and its MFU, from the log since step `first`; "" without any.
 
     A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, in passes
-    with gradients, 4 more backward. The rest, attention and recomputation do not count. The
-    ceiling of the model FLOPs utilisation (MFU) is `matmul_speed`.
+    with gradients, 2 more backward and 2 for a weight that is trained. The rest, attention and
+    recomputation do not count. The ceiling of the model FLOPs utilisation (MFU) is `matmul_speed`.
     """
     lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
     if not lines:
@@ -412,7 +427,9 @@ def pace(folder, first, model, *, precision):
     trained = total("tokens", "trained_tokens")  # of stage 1, of stage 2
     forward = total("rollout_tokens", "update_tokens") - total("trained_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
-    blocks = [p.numel() for name, p in model.named_parameters() if name.startswith("blocks.")]
-    flops = (2 * forward + 6 * trained) * sum(blocks) / 2
+    blocks = list(model.blocks.parameters())
+    weights = sum(p.numel() for p in blocks)
+    learned = sum(p.numel() for p in blocks if p.requires_grad)
+    flops = (2 * forward + 4 * trained) * weights / 2 + 2 * trained * learned / 2
     used = flops / spent / size() / matmul_speed(precision)
     return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * used:.0f} %"

@@ -5,8 +5,8 @@ LoRA (arXiv 2106.09685): train a small change of the generation expert in place 
                                         at first nothing changes
 
     add_lora(model, rank, alpha)        before sharding; reset_lora(model, seed) once it has memory
-    trained_parameters(model, "lora")   what stage 2 trains; "gen" and "all" need no adapters
-    merge_lora(weights, rank, alpha)    for the exported model, in BAGEL's layout like any other
+    trained_parameters(model, "lora")   what is trained; "gen" and "all" need no adapters
+    merged_weight(weights, name, scale) for the exported model, in BAGEL's layout like any other
 
 Only A and B are trained, so their gradients, moments and reference (zero again) cost little. Both
 matrices live in the module that they change, so that sharding and checkpointing need to know
@@ -22,9 +22,9 @@ from torch.distributed.tensor import distribute_tensor
 
 from runtime.pretrained import find_model, load_config, load_tokenizer, load_weights
 from runtime.processes import device
-from runtime.sharding import shard
+from runtime.sharding import shard, whole
 
-# {what stage 2 trains: parts of the names}; "gen" is the generation expert with its ways in and out
+# {what is trained: parts of the names}; "gen" is the generation expert with its ways in and out
 TRAINED = {
     "all": ("",),
     "gen": (".gen.", "norm_gen", "latent_in", "latent_out", "time_embedder"),
@@ -74,19 +74,20 @@ def reset_lora(model, seed):
 
 
 @torch.no_grad()
-def merge_lora(weights, rank, alpha):
-    """{name: tensor} with adapters -> without: W + (alpha / rank) B A."""
-    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    for name, b in weights.items():
-        if name.endswith(".lora_b"):
-            layer = name.removesuffix(".lora_b")
-            change = alpha / rank * (b @ weights[f"{layer}.lora_a"])  # (out, in)
-            merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + change
-    return merged
+def merged_weight(weights, name, scale):
+    """The weight `name` of {name: tensor} as it acts: with an adapter W + scale B A, whole.
+
+    scale: alpha / rank. One weight at a time, so that no second copy of the model is made.
+    """
+    layer = name.removesuffix(".weight")
+    if f"{layer}.lora_b" not in weights:
+        return weights[name]
+    w, b, a = (whole(weights[key]) for key in (name, f"{layer}.lora_b", f"{layer}.lora_a"))
+    return w + scale * (b @ a)  # (out, in)
 
 
 def trained_parameters(model, what):
-    """{name: parameter} of what stage 2 changes; the others are frozen.
+    """{name: parameter} of what training changes; the others are frozen.
 
     what: "all", "gen" (the generation expert, latents in and out, time) or "lora" (its adapters).
     """
@@ -96,7 +97,7 @@ def trained_parameters(model, what):
 
 
 def load_trained(config):
-    """(model, tokenizer) of the checkpoint `config.init` for stage 2, sharded over the processes.
+    """(model, tokenizer) of the checkpoint `config.init` for training, sharded over the processes.
 
     What `config.train` does not train is frozen and kept in `config.precision`.
     """

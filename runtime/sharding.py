@@ -8,7 +8,9 @@ Weights sharded over processes block by block (FSDP2), whole when needed; steps 
     with exchanged(model, average): ...         the same model with other weights, for a while
     whole_weights(average, torch.bfloat16)      to be saved, on the first process
 
-Shards, summed gradients and moments are float32, whatever `precision` the arithmetic has. FSDP2
+Shards, summed gradients and moments are float32, whatever `precision` the arithmetic has; weights
+that are frozen have the type that they are given. A process that keeps the whole model (a world of
+one) uses frozen weights as it holds them: only trained ones are copied to be gathered. FSDP2
 averages gradients over the processes: a loss that is divided by counts over all of them is to be
 multiplied by their number before the backward pass. In a world of one without a process group all
 of this is the identity, and the same code runs.
@@ -40,6 +42,7 @@ def shard(model, precision="float32", replicas=1):
 
     precision: of the arithmetic ("float32" or "bfloat16"). replicas: copies of the model, each
     sharded over size / replicas processes (hybrid sharding). UserError if they cannot be had.
+    Weights that are frozen stay so, and have that precision already where nothing is split.
     """
     if not dist.is_initialized():
         if precision != "float32":
@@ -61,8 +64,11 @@ def shard(model, precision="float32", replicas=1):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # a module that returns a view: nobody writes to it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    # where nothing is split, gathered weights would be a second copy
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    held = set(frozen) if size() == replicas else None
     for unit in (*model.eye.layers, *model.blocks, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=held)
     register_fsdp_forward_method(model, "keys_and_values")
     model.every_unit = size() > 1
     return model
@@ -105,8 +111,7 @@ def sum_gradients(model, on):
 def clip_gradients(parameters, max_norm):
     """Scale the gradients down to the norm `max_norm`. Returns the norm before, a number: that over
     all processes, the same on each."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
 
 
 def step_if_finite(optimizer, max_norm):
@@ -147,6 +152,11 @@ def exchanged(model, values):
         swap()
 
 
+def whole(tensor):
+    """A tensor that may be sharded, whole on every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def whole_weights(weights, dtype):
     """{name: tensor} -> whole copies as `dtype` on the CPU of the first process; {} on the others.
 
@@ -154,7 +164,7 @@ def whole_weights(weights, dtype):
     """
     found = {}
     for name, tensor in weights.items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensor = whole(tensor)
         if is_main():
             found[name] = tensor.detach().to("cpu", dtype, copy=True)
     return found

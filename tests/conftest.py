@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from runtime import processes  # noqa: E402
 
@@ -22,3 +23,11 @@ torch.set_num_threads(1)
 def say_it_again():
     """A warning comes once a process; each test counts as one."""
     processes.warn.cache_clear()
+
+
+@pytest.fixture
+def world_of_one():
+    """A process group of one process, as a run on one GPU has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

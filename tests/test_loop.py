@@ -199,7 +199,9 @@ def test_weights_are_exported_in_float32_on_request(run):
     make, engine, folder = run
     weights = {name: p.detach() + 1e-6 for name, p in engine.model.named_parameters()}
     for asked, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        make(precision="bfloat16", export_float32=asked).export(engine, weights)
+        one = make(precision="bfloat16", export_float32=asked)
+        one.state.average = weights
+        one.export(engine)
         written = load_file(folder / "model" / "ema.safetensors")
         assert written["language_model.lm_head.weight"].dtype == dtype
     assert torch.equal(written["language_model.lm_head.weight"], weights["lm_head.weight"])
@@ -214,14 +216,13 @@ def test_an_export_that_loses_what_was_learned_says_so(run, tmp_path, capsys, st
     pretrained.save_model(engine.model, engine.tokenizer, tmp_path / "init")
     with torch.no_grad():
         engine.model.lm_head.weight.mul_(1 + step)
-    weights = dict(engine.model.named_parameters())
     count = engine.model.lm_head.weight.count_nonzero().item()
     how = dict(precision="bfloat16", init=str(tmp_path / "init"))
-    make(**how).export(engine, weights)
+    make(**how).export(engine)
     error = capsys.readouterr().err
     assert ("--export_float32" in error) == warned
     assert (f"{count:,} of the {count:,} weights" in error) == warned  # untouched ones are no loss
-    make(**how, export_float32=True).export(engine, weights)
+    make(**how, export_float32=True).export(engine)
     assert "--export_float32" not in capsys.readouterr().err
 
 
@@ -231,7 +232,8 @@ def test_frozen_weights_in_bfloat16_are_no_loss(run, tmp_path, capsys):
     pretrained.save_model(engine.model, engine.tokenizer, tmp_path / "init")
     one = make(precision="bfloat16", init=str(tmp_path / "init"))
     one.state.parameters = {"blocks.0.gen.q_proj.lora_b": None}
-    one.export(engine, dict(engine.model.to(torch.bfloat16).named_parameters()))
+    engine.model.to(torch.bfloat16)
+    one.export(engine)
     assert "warning" not in capsys.readouterr().err
 
 

@@ -14,7 +14,10 @@ import grpo
 from bench import memory, walk
 from bench.__main__ import Config, bench_memory
 from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
-from runtime.lora import add_lora, trained_parameters
+from runtime.lora import add_lora, load_trained, trained_parameters
+from runtime.pretrained import save_model
+from runtime.sharding import gathered
+from toy.tokenizer import train_tokenizer
 
 CONFIG = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
@@ -95,6 +98,36 @@ def test_sharding_divides_what_is_sharded():
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):
         assert eight.always[name] == one.always[name] / 8
     assert eight.phases == one.phases
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("memory"), UnifiedModel(ModelConfig(**SMOKE))
+    tokenizer = train_tokenizer(folder / "tokenizer", model.config.vocab_size)
+    save_model(model.initialise(0), tokenizer, folder / "model")
+    return str(folder)
+
+
+@pytest.mark.parametrize("train", ["all", "gen", "lora"])
+def test_a_world_of_one_holds_frozen_weights_once(world_of_one, checkpoint, train):
+    """What is held, and what is copied to gather it, as walked; to the byte."""
+    how = dict(init=checkpoint, train=train, lora_rank=4, precision="bfloat16", gpus=1)
+    config = dataclasses.replace(CONFIG, **how)
+    model, _ = load_trained(config)
+
+    def held():
+        local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+        return {tensor.data_ptr(): tensor.nbytes for tensor in local}
+
+    before, on_meta = held(), memory.model_of(model.config, train, config.lora_rank)
+    always = memory.always(config, on_meta, 1)
+    assert sum(before.values()) == always["weights, frozen"] + always["weights, trained"]
+    with gathered(model):
+        inside = held()
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    copied = sum(size for at, size in inside.items() if at not in before)
+    assert copied == 2 * memory.values_of(on_meta, trained=True)
+    assert copied == walk.gathered(config, on_meta)["gathered weights"]
 
 
 def test_the_table_of_the_full_preset(capsys):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from runtime import loop, processes
 from runtime.config import UserError
+from runtime.lora import TRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,9 +75,19 @@ def test_stage_1_has_the_same_losses_and_gradients(worlds, what):
         close(two, one, 1e-4)
 
 
-def test_bfloat16_computes_nearly_the_same(worlds):
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_stage_1_of_a_part_has_the_same_gradients(worlds, train):
+    """Where one process has no label, the other no latents of a reference."""
+    one, two = (load_file(worlds / f"sft-{train}-{world}.safetensors") for world in (1, 2))
+    one.pop("passes"), two.pop("passes")
+    assert all(any(part in name for part in TRAINED[train]) for name in one if name != "means")
+    close(two, one, 1e-4)
+
+
+@pytest.mark.parametrize("what", ["narrow", "narrow-lora"])
+def test_bfloat16_computes_nearly_the_same(worlds, what):
     """Two processes in bfloat16 that recompute their blocks, one in float32."""
-    one, two = (load_file(worlds / f"narrow-{world}.safetensors") for world in (1, 2))
+    one, two = (load_file(worlds / f"{what}-{world}.safetensors") for world in (1, 2))
     one.pop("passes"), two.pop("passes")
     torch.testing.assert_close(two["means"], one["means"], rtol=1e-2, atol=0)
     close(one, two, 0.1)
@@ -110,6 +121,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(worlds, world):
     background = weights(worlds / f"background-{world}")
     assert all(torch.equal(whole[name], background[name]) for name in whole)
     assert [line["step"] for line in loop.read_log(worlds / f"half-{world}")] == list(range(6))
+
+
+def test_adapters_of_stage_1_go_on_bit_for_bit_on_two_processes(worlds):
+    whole, half = weights(worlds / "whole-part"), weights(worlds / "half-part")
+    init = load_file(worlds / "init" / "ema.safetensors")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    moved = {name for name in init if not torch.equal(init[name], whole[name])}
+    assert moved and all("moe_gen" in name for name in moved)  # the adapters, merged
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 import example
 import sft
 from engine import Engine
 from model import ModelConfig, UnifiedModel
-from runtime import loop, processes
-from runtime.config import UserError
-from runtime.pretrained import save_model, shape_with
+from runtime import loop, lora, processes
+from runtime.config import UserError, parse
+from runtime.pretrained import load_model, save_model, shape_with
 from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
@@ -130,12 +131,90 @@ def test_a_checkpoint_brings_its_shape(toy):
 
 def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     """One step from `init`: the first loss is that of the checkpoint, not of fresh weights."""
-    config = dataclasses.replace(
-        CONFIG, init=str(toy[1] / "model"), out=str(tmp_path / "run"), steps=1, threads=1
-    )
+    where = dict(init=str(toy[1] / "model"), out=str(tmp_path / "run"))
+    config = dataclasses.replace(CONFIG, **where, steps=1, threads=1, painter_errors=0.0)
     sft.train(config)
     examples = examples_of(toy, config.samples_per_step)
     means, _ = gradients(toy[0].model, pack(toy, examples, config.tokens_per_pack))
     line = loop.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)
     assert (tmp_path / "run/model/ema.safetensors").is_file()
+
+
+# --------------------------------------------------------------------------------------------------
+# a part of the weights
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_fresh_weights_are_trained_whole(capsys, train):
+    with pytest.raises(SystemExit) as refused:
+        parse(sft.Config, sft.PRESETS, ["--config", "smoke", "--train", train])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and f"train={train}" in line and "--init" in line
+
+
+@pytest.mark.parametrize("train", ["all", "gen"])
+def test_the_text_loss_trains_the_writer_alone(toy, train):
+    """Through the latents of references it would reach the painter of a frozen writer too."""
+    model = toy[0].model
+    packs = pack(toy, examples_of(toy, vae_dropout=0.0, plan_dropout=0.0, text_dropout=0.0))
+    means, found = [], []
+    try:
+        trained = lora.trained_parameters(model, train)
+        for ce_weight in (1.0, 0.0):
+            config = dataclasses.replace(CONFIG, train=train, init="-", ce_weight=ce_weight)
+            means.append(sft.backward(model, packs, config))
+            found.append([p.grad.clone() for p in trained.values()])
+            model.zero_grad()
+    finally:
+        lora.trained_parameters(model, "all")
+    assert means[0] == means[1] and means[0][0] > 0  # it is logged
+    assert all(map(torch.equal, *found)) == (train == "gen")
+
+
+def part(toy, out, train, **options):
+    """The Config of a short run from the checkpoint that trains a part of its weights."""
+    few = dict(
+        samples_per_step=4, sample_plan_tokens=4, sample_timesteps=2, save_every=1, threads=1
+    )
+    start = dict(init=str(toy[1] / "model"), out=str(out), train=train, lora_rank=4, steps=2)
+    return dataclasses.replace(CONFIG, **few | start | options)
+
+
+def weights(folder):
+    model, _ = load_model(folder)
+    return dict(model.named_parameters())
+
+
+def moved_only_the_painter(toy, out, train):
+    """Whether the exported model of a run differs from the checkpoint in what it trains alone."""
+    before, after = weights(toy[1]), weights(out)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    names = {"gen": lora.TRAINED["gen"], "lora": (".gen.",)}[train]
+    return moved and all(any(part in name for part in names) for name in moved)
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_a_part_is_trained_resumed_and_exported(toy, tmp_path, train):
+    sft.train(part(toy, tmp_path / "whole", train))
+    sft.train(part(toy, tmp_path / "half", train, steps=1))
+    sft.train(part(toy, tmp_path / "half", train))
+    whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert moved_only_the_painter(toy, tmp_path / "whole", train)
+    stored = FileSystemReader(tmp_path / "whole/state-000002").read_metadata().state_dict_metadata
+    averaged = [key for key in stored if key.startswith("average.")]
+    assert averaged and all(any(part in key for part in lora.TRAINED[train]) for key in averaged)
+
+
+@pytest.mark.parametrize("train", ["gen", "lora"])
+def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train):
+    """As on one GPU: in bfloat16, with the frozen weights out of the sharding."""
+    config = part(toy, tmp_path / "run", train, precision="bfloat16", export_float32=True, steps=1)
+    sft.train(config)
+    (narrow,) = loop.read_log(tmp_path / "run")
+    sft.train(dataclasses.replace(config, precision="float32", out=str(tmp_path / "wide")))
+    (wide,) = loop.read_log(tmp_path / "wide")
+    for name in ("ce", "mse", "grad_norm"):
+        assert narrow[name] == pytest.approx(wide[name], rel=0.05) and narrow[name] != wide[name]
+    assert moved_only_the_painter(toy, tmp_path / "wide", train)

@@ -17,7 +17,7 @@ import evaluate
 import grpo
 import sample
 import sft
-from bench import walk
+from bench import advice, walk
 from bench.peaks import live_bytes
 from model import SMOKE, ModelConfig
 from runtime.config import UserError, parse
@@ -87,6 +87,8 @@ def test_the_readme_names_all_commands():
     found = [(script, gpus) for script, _, gpus in readme_commands()]
     for one in (("sample.py", 1), ("grpo.py", 1), ("sft.py", 8), ("grpo.py", 8), ("grpo.py", 64)):
         assert one in found
+    alone = [words for script, words, gpus in readme_commands() if (script, gpus) == ("sft.py", 1)]
+    assert ["--config", "full"] in [words[:2] for words in alone]  # stage 1 of full on one GPU
 
 
 # whether it fits on 80 GB, and which phase decides; None: whatever the cut of the tree makes of it
@@ -109,9 +111,15 @@ def test_presets_at_8_and_64_gpus(script, preset, gpus, fits, deciding):
     assert all(walked.peak(one) > 0 and one.parts for one in walked.phases)
 
 
-@pytest.mark.parametrize("script, preset, gpus", [("grpo.py", "full", 8), ("sft.py", "full", 1)])
-def test_a_refusal_is_one_line_and_its_advice_fits(capsys, script, preset, gpus):
-    config = configured(script, ["--config", preset], gpus)
+@pytest.mark.parametrize(
+    "script, words, gpus, expected",
+    [
+        ("grpo.py", "--config full", 8, "--train gen"),
+        ("sft.py", "--config full --init BAGEL-7B-MoT", 1, "--train lora"),
+    ],
+)
+def test_a_refusal_is_one_line_and_its_advice_fits(a_folder, capsys, script, words, gpus, expected):
+    config = configured(script, words.split(), gpus)
     capsys.readouterr()
     with pytest.raises(SystemExit) as refused:
         run(script, config)
@@ -120,12 +128,20 @@ def test_a_refusal_is_one_line_and_its_advice_fits(capsys, script, preset, gpus)
     assert "fits, a tenth left free: no" in out
     (line,) = error.splitlines()
     ways = re.split(r" or (?=--)", line.partition("what would fit: ")[2])
-    assert ways and all(way.startswith("--") for way in ways)
+    assert expected in ways and all(way.startswith("--") for way in ways)
     for way in ways:
-        words = ["--config", preset, *way.split()]
-        again = configured(script, words, gpus)
+        again = configured(script, [*words.split(), *way.split()], gpus)
         walked = (walk.walk_sft if script == "sft.py" else walk.walk_grpo)(again, FULL)
         assert walked.fits(80), way
+
+
+def test_no_less_is_trained_where_that_cannot_be():
+    """Fresh weights are trained whole, and plans with all weights."""
+    fresh, full = sft.Config(config="full"), grpo.Config(config="full")
+    started = dataclasses.replace(fresh, init="BAGEL-7B-MoT")
+    assert not advice.less(fresh) and not advice.less(dataclasses.replace(full, train_text=True))
+    assert advice.less(started) == advice.less(full) == [{"train": "gen"}, {"train": "lora"}]
+    assert not advice.less(dataclasses.replace(full, train="lora"))
 
 
 def test_a_mistyped_init_is_refused(a_folder, capsys):

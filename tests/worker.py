@@ -149,6 +149,11 @@ def work(folder):
     precision = "float32" if world == 1 else "bfloat16"
     narrow = sft_gradients(folder, True, precision=precision, checkpointing=True)
     results["narrow"] = narrow
+    part = dict(init=str(folder / "init"), lora_rank=4)
+    for name in ("gen", "lora"):
+        results[f"sft-{name}"] = sft_gradients(folder, True, train=name, **part)
+    how = dict(precision=precision, checkpointing=True, train="lora")
+    results["narrow-lora"] = sft_gradients(folder, True, **how, **part)
     for name, options in (
         ("all", {}),
         ("gen", {"train": "gen"}),
@@ -180,6 +185,10 @@ def work(folder):
     train(folder, f"half-{world}")
     train(folder, f"background-{world}", async_save=True)
     if world == 2:
+        part |= dict(train="lora", steps=2, save_every=1, sample_plan_tokens=4)
+        train(folder, "whole-part", **part)
+        train(folder, "half-part", **part | {"steps": 1})
+        train(folder, "half-part", **part)
         train(folder, "handed-on-by-1")  # what one process began
         # nothing parses yet
         grpo.rewards_of = lambda e, *_, **__: torch.randn(e.shape[:2])

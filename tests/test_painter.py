@@ -88,5 +88,7 @@ def test_the_toys_source_has_the_painter_it_is_asked_for():
     source = open_source("toy", 0, 4, painter=asked)
     assert source.painter.errors == config.painter_errors and asked.clip is None
     assert isinstance(open_source("toy", 0, 4), Drawn)  # stage 2's prompts, and the held-out ones
-    with pytest.raises(UserError, match="painter_errors=0.45.*data=shards"):
-        painter_of(replace(config, data="shards"))
+    on_disk = replace(config, data="shards")
+    assert painter_of(on_disk) is None
+    with pytest.raises(UserError, match="filter_targets=0.2.*data=shards"):
+        painter_of(replace(on_disk, filter_targets=0.2))

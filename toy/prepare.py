@@ -57,12 +57,17 @@ def metric_clip_of_all(name, weights, steps):
 
 
 def painter_of(config):
-    """The painter of stage 1's toy targets. UserError if samples on disk should have one."""
-    if config.data != "toy" and (config.painter_errors or config.filter_targets):
-        raise UserError(
-            f"painter_errors={config.painter_errors}, filter_targets={config.filter_targets} are "
-            f"of the toy world, not of data={config.data}, whose targets curate.py filters"
-        )
+    """The painter of stage 1's toy targets; None for samples on disk, which have their own.
+
+    UserError if those are to be filtered.
+    """
+    if config.data != "toy":
+        if config.filter_targets:
+            raise UserError(
+                f"filter_targets={config.filter_targets} is for the toy world's targets; those of "
+                f"data={config.data} are filtered by curate.py"
+            )
+        return None
     of_filter = config.metric_name, config.metric, config.clip_steps
     clip = metric_clip_of_all(*of_filter) if config.filter_targets else None
     return Painter(config.painter_errors, config.filter_targets, clip)

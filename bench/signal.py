@@ -64,15 +64,17 @@ def bench_signal(config):
     )
     for likelihood, (name, change) in itertools.product(("forward", "sde"), WAYS.items()):
         line = f"{likelihood}, {name}"
-        found[line] = one_way(learner, clip, replace(plain, likelihood=likelihood, **change), line)
+        found[line] = one_way(
+            learner, clip, replace(plain, likelihood=likelihood, **change), line=line
+        )
     return found
 
 
-def one_way(learner, clip, config, line):
+def one_way(learner, clip, config, *, line):
     """Prints a line; returns the cosine of the generation expert's gradients."""
     gradients, statistics = [], []
     for step in range(SETS):
-        gradient, seen = of_a_set(learner, clip, config, step)
+        gradient, seen = of_a_set(learner, clip, config, step=step)
         gradients.append(gradient)
         statistics.append(seen)
     gen = [mine for mine, _ in gradients]
@@ -88,7 +90,7 @@ def one_way(learner, clip, config, line):
     return round(cosines(gen)[0], 4)
 
 
-def of_a_set(learner, clip, config, step):
+def of_a_set(learner, clip, config, *, step):
     """(gradient of the generation expert, of the rest) of one set of groups, and its statistics."""
     numbers = range(step * PROMPTS, (step + 1) * PROMPTS)
     source = Drawn("train", config.seed + 1, config.max_references)

@@ -157,9 +157,10 @@ def run_stage(name, before, function, *, config):
         for left, patient in ((new, False), (again, True)):  # what failed once may fail again
             how = dict(bar=bar, patient=patient)
             for record, found in in_parallel(function, left, config.workers, **how):
-                fields = {"dropped": str(found)} if isinstance(found, Fault) else found
-                done[record["key"]] = record | fields
-                files.append_line(path, done[record["key"]])
+                found = {"dropped": str(found)} if isinstance(found, Fault) else found
+                if done.get(record["key"]) != record | found:
+                    done[record["key"]] = record | found
+                    files.append_line(path, done[record["key"]])
     reasons = [record["dropped"] for record in done.values() if "dropped" in record]
     once_more = sum(map(may_recover, done.values()))
     print(

@@ -378,16 +378,20 @@ def judge_cases(cases, config):
         done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path)}
     left = painted([case for case in cases if (case.task, case.key) not in done], config)
     ask, failed = partial(judge_case, judge, config), []
+    how = dict(patient=bool(done))  # what failed in an earlier run may fail again
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
-        for case, scores in in_parallel(ask, left, config.judge_workers, bar=bar):
+        for case, scores in in_parallel(ask, left, config.judge_workers, bar=bar, **how):
             row = score_row(config, case, scores)
             done[case.task, case.key] = row
             if isinstance(scores, Fault):
                 failed.append(str(scores))
             if not isinstance(scores, Fault) or isinstance(scores, Refused):
                 files.append_line(paths[case.task], row)
-    if failed and len(failed) == len(left):
-        raise UserError(f"none of {len(left)} could be judged, most often: {commonest(failed)}")
+    if failed:
+        why = f"no score for {len(failed)} of {len(left)} pictures, most often: {commonest(failed)}"
+        if len(failed) == len(done):
+            raise UserError(why)
+        print(f"{why}; repeat the command to ask again")
     return [done[key] for case in cases if (key := (case.task, case.key)) in done]
 
 

@@ -33,6 +33,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -58,6 +59,13 @@ NOTHING = 0  # in place of an HTTP status where nothing came
 AGAIN = (NOTHING, 408, 409, 425, 429)  # and 5xx: a request is repeated
 
 WINDOW = 40  # items: when most of the last ones failed, something else is wrong
+
+# what an API says that has looked at the content; a proxy's "denied by policy" is none of these
+REFUSALS = re.compile(
+    r"content[ _](management )?policy|content[ _]filter|usage polic|moderation|flagged|"
+    r"safety (system|filter|polic)",
+    re.IGNORECASE,
+)
 
 LARGEST = 1024 * 1024  # pixels of a picture that is sent
 
@@ -242,7 +250,7 @@ class Endpoint:
             if reply.status == 200:
                 return reply.content
             message, code = _complaint(reply.content)
-            if reply.status in (400, 403, 422, 451) and _is_refusal(message.lower(), code):
+            if reply.status in (400, 403, 422, 451) and REFUSALS.search(f"{code} {message}"):
                 raise Refused(message)
             if limit == "max_tokens" and "max_completion_tokens" in message:
                 self.limit = "max_completion_tokens"
@@ -352,12 +360,6 @@ def _complaint(content):
         return str(error)[:200], ""
     message = error.get("message") or error.get("detail") or error
     return str(message)[:200], str(error.get("code", ""))
-
-
-def _is_refusal(message, code):
-    """Whether an error says that the content, not the form of the question, was the trouble."""
-    words = f"{code} {message}"
-    return any(word in words for word in ("policy", "moderation", "content_filter", "safety"))
 
 
 def _reason(error):

@@ -31,6 +31,7 @@ from runtime import files, loop
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
 from studies import benchmarks, writer
+from studies.pools import pools_of
 from toy import server, tasks, world
 from toy.clip import ToyClipSettings, train_toy_clip
 from toy.judge import Verdict
@@ -153,6 +154,19 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
         curate.main(parse(curate.Config, curate.PRESETS, words))
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_names_of_pictures(tmp_path):
+    """Of other systems: what a Mac leaves beside a file is no picture, other bytes are one line."""
+    draw_pools(tmp_path / "pools", 2)
+    found = pools_of(tmp_path / "pools")
+    (tmp_path / "pools/objects/._000.png").write_bytes(b"Mac OS X")
+    assert pools_of(tmp_path / "pools") == found
+    (tmp_path / "pools/objects/at 3.21\u202fPM.png").write_bytes(b"")
+    assert len(pools_of(tmp_path / "pools")["objects"]) == 3
+    (tmp_path / "pools/objects/caf\udce9.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"'caf.udce9.png' in .* is not UTF-8 text; rename it"):
+        pools_of(tmp_path / "pools")
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -21,13 +21,14 @@ from bad_endpoint import error, replies, says, served
 from PIL import Image
 
 import curate
+import evaluate
 from iccot import ICCoT, PlanError, to_json
 from runtime.config import UserError
-from studies import writer
+from studies import benchmarks, writer
 from studies.endpoint import WINDOW, Access, Endpoint, Question, in_parallel, to_send
 from studies.judge import ask_score, read_score
 from studies.replies import Fault, Refused, picture_in, text_in, visible
-from toy import world
+from toy import server, world
 from vision import to_png
 
 RED = to_png(Image.new("RGB", (32, 32), "red"))
@@ -158,6 +159,36 @@ def failing_all(broken):
     return function
 
 
+def test_a_case_that_cannot_be_judged_is_null_and_asked_again(tmp_path, capsys):
+    def fault(handler, number):
+        prompt, _ = server.chat_question(handler.body)
+        name = prompt.rsplit(" ", 1)[-1]
+        asked_of.append(name)
+        faults = {"well": says('{"score": 8}'), "declined": error(400, "content policy")}
+        faults.get(name, error(400, "no such luck") if sick else faults["well"])(handler)
+        return True
+
+    names, sick = ("well", "declined", "sick"), True
+    red, asked_of = Image.new("RGB", (32, 32), "red"), []
+    cases = [benchmarks.Case(name, "add", f"Draw {name}", "en", (red,)) for name in names]
+    with served(fault) as one:
+        config = evaluate.Config(judge_url=f"{one.home}/v1", result_dir=str(tmp_path))
+        path = benchmarks.picture_path(config, cases[0])
+        path.parent.mkdir(parents=True)
+        for case in cases:
+            red.save(benchmarks.picture_path(config, case))
+
+        def scores():
+            asked_of.clear()
+            return [row["PF_score"] for row in benchmarks.judge_cases(cases, config)]
+
+        assert scores() == [8, None, None]
+        assert "no score for 2 of 3 pictures, most often: " in capsys.readouterr().out
+        sick = False
+        assert scores() == [8, None, 8] and asked_of == ["sick", "sick"]
+        assert scores() == [8, None, 8] and not asked_of
+
+
 # --------------------------------------------------------------------------------------------------
 # only answers are kept for good
 
@@ -215,6 +246,17 @@ def test_a_refusal_is_an_answer(tmp_path, fault):
             with pytest.raises(Refused, match="refused: "):
                 endpoint.ask(question, read)
         assert one.requests == 1
+
+
+def test_a_proxy_that_denies_is_no_model_that_declines(tmp_path):
+    with asked(tmp_path, always(replies(b"<p>Denied by policy</p>", 403))) as (
+        endpoint,
+        question,
+        _,
+    ):
+        with pytest.raises(Fault, match="answered 403"):
+            endpoint.ask(question, visible)
+        assert not list((tmp_path / "replies").iterdir())
 
 
 def encoded(content):

@@ -219,8 +219,9 @@ class Endpoint:
     def _keep(self, path, question, outcome):
         """Put the outcome of a question on the disk, for good."""
         about = {"prompt": question.prompt, "images": len(question.images)}
-        with published(path, threading.get_ident()) as hidden, open(hidden, "w") as file:
-            file.write(json.dumps({"model": self.access.model, **about, **outcome}))
+        text = json.dumps({"model": self.access.model, **about, **outcome})
+        with published(path, threading.get_ident()) as hidden, open(hidden, "wb") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())  # it was paid for: it must outlive a power cut
 

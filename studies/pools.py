@@ -37,7 +37,7 @@ def pools_of(folder):
                 f"the pool {pool} is missing; --pools must hold characters/, objects/ and "
                 "scenes/ with pictures"
             )
-        paths = [path for path in pool.rglob("[!.]*") if path.suffix.lower() in SUFFIXES]
+        paths = [path for path in pool.rglob("*") if path.suffix.lower() in SUFFIXES]
         if not paths:
             raise UserError(f"the pool {pool} holds no {', '.join(SUFFIXES)} picture")
         for path in paths:

@@ -234,7 +234,7 @@ def curate_badly(folder, count, kills):
             process = multiprocessing.get_context("fork").Process(**how)
             process.start()
             if outcome.kills < kills:
-                outcome.kills += kill_after(process, one, rng.randint(count // 3, 2 * count))
+                outcome.kills += kill_after(process, one, rng.randint(count // 10, count))
             process.join(600)
             (folder / "pools/scenes/002.png").unlink(missing_ok=True)  # from the first time on
             assert process.exitcode in (0, -signal.SIGKILL), (folder / "log.txt").read_text()[
@@ -284,8 +284,11 @@ class Config:
     kills: int = 10
 
 
+PRESETS = {"default": {}}
+
+
 if __name__ == "__main__":
-    options = parse(Config, {"default": {}})
+    options = parse(Config, PRESETS)
     with tempfile.TemporaryDirectory() as scratch:
         ended = curate_badly(scratch, options.count, options.kills)
         for title, value in (audit(ended) | ended.counts()).items():

@@ -156,12 +156,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
 
 
-def test_names_of_pictures(tmp_path):
-    """Of other systems: what a Mac leaves beside a file is no picture, other bytes are one line."""
+def test_a_name_that_cannot_be_written_down_is_one_line(tmp_path):
     draw_pools(tmp_path / "pools", 2)
-    found = pools_of(tmp_path / "pools")
-    (tmp_path / "pools/objects/._000.png").write_bytes(b"Mac OS X")
-    assert pools_of(tmp_path / "pools") == found
     (tmp_path / "pools/objects/at 3.21\u202fPM.png").write_bytes(b"")
     assert len(pools_of(tmp_path / "pools")["objects"]) == 3
     (tmp_path / "pools/objects/caf\udce9.png").write_bytes(b"")

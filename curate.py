@@ -368,8 +368,8 @@ def report(all_records, reasons, config):
     dropped, kept, and not finished yet.
     """
     gone = Counter()  # of (stage, kind of reason)
-    for stage in STAGES[1:-1]:
-        of_stage = [one["dropped"] for one in all_records[stage].values() if "dropped" in one]
+    for stage, records in all_records.items():
+        of_stage = [one["dropped"] for one in records.values() if "dropped" in one]
         gone.update((stage, reason.partition(":")[0]) for reason in of_stage)
     gone.update(("cuts", reason.partition(":")[0]) for reason in reasons.values() if reason)
     begun = Counter(record["task"] for record in all_records["references"].values())

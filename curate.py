@@ -12,8 +12,10 @@ The data pipeline of Re-Align-410K: from folders of pictures to training samples
 Each stage reads the file of the one before and appends to its own, a line a sample: it can be
 killed and repeated. Answers of models are kept in replies/ (studies/endpoint.py), so nothing is
 asked twice; scores are kept apart from the cuts, so that these can be changed without asking again.
-studies/pools.py draws the references, writer.py has the questions to the models, judge.py the
-scores.
+A sample that fails, by a picture that does not open or an endpoint that gives no usable answer, is
+dropped with its reason and the others go on; repeating the command tries it again, unless the model
+declined. The run stops when most samples fail. studies/pools.py draws the references, writer.py has
+the questions to the models, replies.py reads their answers, judge.py the scores.
 
 Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by
 default cuts are percentiles within a task, since CLIP's cosines differ between models and tasks.
@@ -32,7 +34,6 @@ would ask, and then what it asks:
     python curate.py --config full --pools pictures --count 1000
 """
 
-import io
 import json
 import sys
 from collections import Counter
@@ -51,9 +52,10 @@ from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.shards import ShardWriter
 from studies import writer
-from studies.endpoint import Access, Endpoint, Refused, in_parallel
+from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
 from studies.judge import ask_score
 from studies.pools import draw_references, pools_of
+from studies.replies import Fault
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
 from toy.sheets import picture_sheet
@@ -76,7 +78,7 @@ class Config:
     dry_run: bool = False  # count what would be asked, and stop
     # models
     chat_url: str = "https://api.openai.com/v1"  # OpenAI-compatible base URL of the MLLM, up to /v1
-    chat_model: str = "gemini-2.5-pro"  # writes instructions and plans
+    chat_model: str = "gpt-5.4"  # writes instructions and plans
     judge_model: str = ""  # gives PF and SC; "": chat_model
     image_url: str = ""  # base URL of the image model; "": chat_url
     image_model: str = "gpt-image-2"
@@ -86,6 +88,8 @@ class Config:
     per_minute: float | None = None  # requests a minute, at most, to each model
     timeout: float = 180.0  # seconds
     tries: int = 6  # of one request, with growing pauses
+    longest_wait: float = 300.0  # seconds, at most, that an endpoint may ask to wait (Retry-After)
+    max_tokens: int = 1400  # of an answer in text, thinking included; raised where it is too few
     # scores and cuts
     clip_name: str = "ViT-B-32"  # CLIP of the caption-target score
     clip: str = "openai"
@@ -140,37 +144,69 @@ def by_key(path):
 def run_stage(name, before, function, *, config):
     """Apply `function` to every record that the stage before finished and this one has not.
 
-    function(record) -> fields to add, or {"dropped": why}. A dropped sample stays in the file and
-    goes no further. Returns {key: record}.
+    function(record) -> fields to add. A Fault is the fault of one sample: it stays in the file as
+    {"dropped": why}, goes no further, and is tried again next time, unless the model declined.
+    Returns {key: record}. UserError when most new samples fail, or when none is left.
     """
     path = Path(config.out) / f"{name}.jsonl"
     done = by_key(path)
-    left = [record for key, record in before.items() if key not in done and "dropped" not in record]
-    with tqdm(total=len(left), disable=None, desc=name) as bar:
-        for record, fields in in_parallel(function, left, config.workers, bar=bar):
-            done[record["key"]] = record | fields
-            files.append_line(path, done[record["key"]])
-    dropped = sum("dropped" in record for record in done.values())
-    print(f"{name}: {len(left)} new, {len(done) - dropped} usable, {dropped} dropped")
+    usable = [record for record in before.values() if "dropped" not in record]
+    new = [record for record in usable if record["key"] not in done]
+    again = [record for record in usable if may_recover(done.get(record["key"], {}))]
+    with tqdm(total=len(new) + len(again), disable=None, desc=name) as bar:
+        for left, patient in ((new, False), (again, True)):  # what failed once may fail again
+            how = dict(bar=bar, patient=patient)
+            for record, found in in_parallel(function, left, config.workers, **how):
+                found = {"dropped": str(found)} if isinstance(found, Fault) else found
+                if done.get(record["key"]) != record | found:
+                    done[record["key"]] = record | found
+                    files.append_line(path, done[record["key"]])
+    reasons = [record["dropped"] for record in done.values() if "dropped" in record]
+    once_more = sum(map(may_recover, done.values()))
+    print(
+        f"{name}: {len(new)} new, {len(again)} tried again, {len(done) - len(reasons)} usable, "
+        f"{len(reasons)} dropped" + f" ({once_more} will be tried again)" * bool(once_more)
+    )
+    if reasons and len(reasons) == len(done):
+        raise UserError(
+            f"{name}: none of {len(done)} samples is usable, most often: {commonest(reasons)}"
+        )
     return done
+
+
+def may_recover(record):
+    """Whether a sample was dropped for another reason than a model that declined."""
+    return not record.get("dropped", "refused").startswith("refused")
 
 
 # --------------------------------------------------------------------------------------------------
 # the stages that ask
 
 
+def opened(path):
+    """A picture; a Fault of its sample if it does not open."""
+    try:
+        return open_image(path)
+    except (OSError, ValueError) as error:
+        raise Fault("a picture does not open", error) from None
+
+
+def references_of(record, config):
+    """The references of a record, PIL."""
+    return [opened(Path(config.pools) / path) for path in record["references"]]
+
+
 def pictures_of(record, config):
-    """PNG bytes of a record's references."""
-    return tuple(to_png(open_image(Path(config.pools) / path)) for path in record["references"])
+    """PNG bytes of a record's references, as they are sent."""
+    return tuple(map(to_send, references_of(record, config)))
 
 
-def keep_target(record, config, answer):
-    """{"target": where the picture is now, as PNG}; ValueError if the answer is none."""
-    image = open_image(io.BytesIO(answer), "the picture that came")
+def keep_target(record, config, picture):
+    """{"target": where the picture, PNG bytes, is now}."""
     path = Path(config.out) / "targets" / f"{record['key']}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.published(path) as hidden:
-        hidden.write_bytes(to_png(image))
+        hidden.write_bytes(picture)
     return {"target": str(path.relative_to(config.out))}
 
 
@@ -195,7 +231,7 @@ def aesthetic_head(path, clip):
 
 
 class Crew:
-    """The models of the pipeline, and what each does with a record: fields, or {"dropped": why}."""
+    """The models of the pipeline, and what each does with a record: fields to add, or a Fault."""
 
     def __init__(self, config):
         self.config = config
@@ -211,7 +247,8 @@ class Crew:
 
     def _endpoint(self, url, model):
         config = self.config
-        limits = dict(per_minute=config.per_minute, timeout=config.timeout, tries=config.tries)
+        names = ("per_minute", "timeout", "tries", "longest_wait", "max_tokens")
+        limits = {name: getattr(config, name) for name in names}
         access = Access(url, model, config.key_variable, **limits)
         return Endpoint(access, Path(config.out) / "replies")
 
@@ -223,27 +260,22 @@ class Crew:
     def instruct(self, record):
         """The instruction, by the MLLM."""
         question = writer.instruction_question(record, pictures_of(record, self.config))
-        return writer.usable_answer(self.chat, question, partial(writer.read_instruction, record))
+        return self.chat.ask(question, partial(writer.read_instruction, record))
 
     def plan(self, record):
         """The IC-CoT, by the MLLM, which does not see the target."""
         question = writer.plan_question(record, pictures_of(record, self.config))
-        return writer.usable_answer(self.chat, question, partial(writer.read_plan, record))
+        return self.chat.ask(question, partial(writer.read_plan, record))
 
     def paint(self, record):
         """The target, by the image model."""
         images, size = pictures_of(record, self.config), self.config.image_size
         question = writer.target_question(record, images, size)
-        return writer.usable_answer(
-            self.painter, question, partial(keep_target, record, self.config)
-        )
+        return keep_target(record, self.config, self.painter.ask(question, writer.read_target))
 
     def score(self, record):
-        """CLIP cosine of caption and target, aesthetic score, PF and SC (None: no usable answer).
-
-        After `load_scorer`.
-        """
-        image = open_image(Path(self.config.out) / record["target"])
+        """CLIP cosine of caption and target, aesthetic score, PF and SC; after `load_scorer`."""
+        image = opened(Path(self.config.out) / record["target"])
         e = self.clip.embed_images([image])  # (1, E)
         u = self.clip.embed_captions([record["plan"]["out_caption"]])  # (1, E)
         scores = {"clip": round(float((e * u).sum()), 5)}
@@ -251,14 +283,11 @@ class Crew:
             weight, bias = self.head
             scores["aesthetic"] = round(float(e[0] @ weight + bias), 4)
         how = dict(
-            pictures=(*pictures_of(record, self.config), to_png(image)),
+            pictures=(*pictures_of(record, self.config), to_send(image)),
             scene="scene" in record["task"],
         )
         for name in ("PF", "SC"):
-            try:
-                answer = ask_score(self.judge, name, record["instruction"], **how)
-            except Refused as error:
-                return {"dropped": f"refused by the judge: {error}"}
+            answer = ask_score(self.judge, name, record["instruction"], **how)
             scores[name], scores[f"{name}_reason"] = answer
         return {"scores": scores}
 
@@ -318,31 +347,40 @@ def write_shards(records, config):
         with ShardWriter(hidden, config.shard_size) as shards:
             for key in mixed:
                 record = scored[key]
-                if not reasons[key]:
-                    about = {name: record[name] for name in kept}
-                    about["provenance"] = {"references": record["references"], **makers}
-                    target = (out / record["target"]).read_bytes()
-                    shards.write(about, pictures_of(record, config), target)
+                if reasons[key]:
+                    continue
+                try:
+                    pictures = [to_png(image) for image in references_of(record, config)]
+                    target = to_png(opened(out / record["target"]))
+                except Fault as fault:  # it was there when it was scored
+                    reasons[key] = str(fault)
+                    continue
+                about = {name: record[name] for name in kept}
+                about["provenance"] = {"references": record["references"], **makers}
+                shards.write(about, pictures, target)
     return reasons
 
 
 def report(all_records, reasons, config):
     """report.md: what each stage dropped and why, and what is left of each task; examples.png.
 
-    all_records: {stage: {key: record}}; reasons: of `why_dropped`.
+    all_records: {stage: {key: record}}; reasons: of `write_shards`. What was begun is what was
+    dropped, kept, and not finished yet.
     """
-    lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
-    for stage in STAGES[1:-1]:
-        dropped = [one["dropped"] for one in all_records[stage].values() if "dropped" in one]
-        why = Counter(reason.split(":")[0] for reason in dropped)
-        lines += [f"| {stage} | {reason} | {count} |" for reason, count in why.most_common()]
-    why = Counter(reason for reason in reasons.values() if reason)
-    lines += [f"| cuts | {reason} | {count} |" for reason, count in why.most_common()]
-    lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
+    gone = Counter()  # of (stage, kind of reason)
+    for stage, records in all_records.items():
+        of_stage = [one["dropped"] for one in records.values() if "dropped" in one]
+        gone.update((stage, reason.partition(":")[0]) for reason in of_stage)
+    gone.update(("cuts", reason.partition(":")[0]) for reason in reasons.values() if reason)
     begun = Counter(record["task"] for record in all_records["references"].values())
     kept = Counter(key.rsplit("-", 1)[0] for key, reason in reasons.items() if not reason)
-    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in TASKS]
     total, left = sum(begun.values()), sum(kept.values())
+    if total > left + gone.total():
+        gone["all", "not finished yet"] = total - left - gone.total()
+    lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
+    lines += [f"| {stage} | {reason} | {count} |" for (stage, reason), count in gone.items()]
+    lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
+    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in TASKS]
     lines += [f"| all | {total} | {left} ({100 * left / max(1, total):.0f} %) |"]
     text, out = "\n".join(lines), Path(config.out)
     files.write_text(out / "report.md", text + "\n")

@@ -40,8 +40,9 @@ import iccot
 from engine import Request, Sampler, Thinking
 from runtime import files
 from runtime.config import UserError
-from studies.endpoint import Access, Endpoint, Refused, in_parallel
-from studies.judge import ask_score, for_judge
+from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
+from studies.judge import ask_score
+from studies.replies import Fault, Refused
 from vision import open_image, to_png
 
 SIDE = 1024  # pixels of a picture on disk
@@ -363,7 +364,10 @@ def clip_out(cases, config, clip):
 
 
 def judge_cases(cases, config):
-    """Scores of all pictures, kept line by line; returns them all, the ones of before included."""
+    """Scores of all pictures, kept line by line; returns them all, the ones of before included.
+
+    A case without an answer is null and is asked again next time, unless the judge declined.
+    """
     folder = model_folder(config) / config.judge_model.replace("/", "_")
     access = Access(config.judge_url, config.judge_model, config.key_variable)
     judge = Endpoint(access, folder / "replies")
@@ -373,32 +377,42 @@ def judge_cases(cases, config):
         path.parent.mkdir(parents=True, exist_ok=True)
         done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path)}
     left = painted([case for case in cases if (case.task, case.key) not in done], config)
-    ask = partial(judge_case, judge, config)
+    ask, failed = partial(judge_case, judge, config), []
+    how = dict(patient=bool(done))  # what failed in an earlier run may fail again
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
-        for case, row in in_parallel(ask, left, config.judge_workers, bar=bar):
-            files.append_line(paths[case.task], row)
+        for case, scores in in_parallel(ask, left, config.judge_workers, bar=bar, **how):
+            row = score_row(config, case, scores)
             done[case.task, case.key] = row
+            if isinstance(scores, Fault):
+                failed.append(str(scores))
+            if not isinstance(scores, Fault) or isinstance(scores, Refused):
+                files.append_line(paths[case.task], row)
+    if failed:
+        why = f"no score for {len(failed)} of {len(left)} pictures, most often: {commonest(failed)}"
+        if len(failed) == len(done):
+            raise UserError(why)
+        print(f"{why}; repeat the command to ask again")
     return [done[key] for case in cases if (key := (case.task, case.key)) in done]
 
 
 def judge_case(judge, config, case):
-    """One line of score.jsonl, with the official scorer's names. Null: no readable answer."""
-    path = picture_path(config, case)
-    pictures = [*map(for_judge, case.references), to_png(open_image(path))]
+    """{"PF", "SC": (score, reasoning)}; a Fault where the judge gives none."""
+    result = to_png(open_image(picture_path(config, case)))
+    how = dict(pictures=[*map(to_send, case.references), result], scene="scene" in case.task)
+    return {name: ask_score(judge, name, case.instruction, **how) for name in ("PF", "SC")}
+
+
+def score_row(config, case, scores):
+    """One line of score.jsonl, with the official scorer's names; null after a Fault."""
     row = {
         "key": case.key,
         "task_type": case.task,
         "instruction": case.instruction,
         "instruction_language": case.language,
-        "output_image_path": str(path),
+        "output_image_path": str(picture_path(config, case)),
     }
     for name in ("PF", "SC"):
-        try:
-            score, reason = ask_score(
-                judge, name, case.instruction, pictures=pictures, scene="scene" in case.task
-            )
-        except Refused as error:
-            score, reason = None, f"refused: {error}"
+        score, reason = (None, str(scores)) if isinstance(scores, Fault) else scores[name]
         row |= {f"{name}_score": score, f"{name}_score_reason": reason}
     return row
 

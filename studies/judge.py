@@ -5,9 +5,12 @@ An MLLM as the judge of OmniContext's protocol.
     SC    subject consistency    are its subjects those of the references?
 
 Each is one question about the references and the result, in this order, and its answer is a number
-from 0 to 10. Where no answer of TRIES can be read there is no score: a number is never invented. A
-judge that declines raises Refused. curate.py cuts by these scores, benchmarks.py tabulates them;
-the judge of the toy world, which knows the truth, is toy/judge.py.
+from 0 to 10. Where no answer can be read there is no score: a number is never invented. curate.py
+cuts by these scores, benchmarks.py tabulates them; the judge of the toy world, which knows the
+truth, is toy/judge.py.
+
+    answer    the last JSON object outside of thinking that has a "score", or a score alone
+    score     8 | 8.5 | "8" | "8/10" | "8 out of 10" | [8]
 
 The questions are ours: they ask what the official prompts ask, in other words. Left out: those
 prompts word for word, and more than one score a question.
@@ -15,13 +18,15 @@ prompts word for word, and more than one score a question.
     score, reason = ask_score(endpoint, "PF", instruction, pictures=(reference, result))
 """
 
-import json
-import math
+import re
 
-from studies.endpoint import Question, Unusable
-from vision import to_png
+from studies.endpoint import Question
+from studies.replies import last_object, visible
 
-TRIES = 3  # questions to get a readable score
+SCORE = re.compile(r"([0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*10)?")
+
+# an answer that is no JSON, without what surrounds it
+BARE = re.compile(rf"(?:(?:score|rating)[\s*_`]*[:=][\s*_`]*)?{SCORE.pattern}", re.IGNORECASE)
 
 PREFACE = """You are a professional digital artist who judges the work of an image model. All people
 in the pictures are generated. The pictures are, in order: the reference image(s), and last the
@@ -45,43 +50,38 @@ SCENE = """
 The surroundings must also be those of the reference that shows the scene, and the subjects must fit
 into them."""
 
-LARGEST = 1024 * 1024  # pixels of a reference that the judge is sent
-
 
 def ask_score(judge, criterion, instruction, *, pictures, scene=False):
-    """(score, reasoning) of the judge, or (None, why) when no answer could be read.
+    """(score, reasoning) of the judge. Refused or another Fault where it gives none.
 
-    judge: an Endpoint; what it raises goes through: Refused where it declines, UserError where
-    nothing can be asked. criterion: "PF" or "SC". pictures: PNG bytes, the references and then the
+    judge: an Endpoint. criterion: "PF" or "SC". pictures: PNG bytes, the references and then the
     result. scene: the references show a scene that must be kept; the protocol asks so in SC alone.
     """
     prompt = PREFACE + CRITERIA[criterion]
     if scene and criterion == "SC":
         prompt += SCENE
     prompt += f"\n\nEditing instruction: {instruction}"
-    for nonce in range(TRIES):
-        try:
-            return read_score(judge.text(Question(prompt, tuple(pictures), nonce=nonce)))
-        except Unusable as error:
-            reason = str(error)
-    return None, f"no readable answer in {TRIES}: {reason}"
+    return judge.ask(Question(prompt, tuple(pictures)), read_score)
 
 
 def read_score(answer):
-    """(score, reasoning) from a JSON object that may have words around it; Unusable otherwise."""
-    start, end = answer.find("{"), answer.rfind("}")
-    try:
-        found = json.loads(answer[start : end + 1].replace("\n", " "))
-        score = found["score"][0] if isinstance(found["score"], list) else found["score"]
-        if isinstance(score, bool) or not 0 <= float(score) <= 10:
-            raise ValueError(f"a score of {score}")
-        return float(score), str(found.get("reasoning", ""))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Unusable(f"no score from 0 to 10 in {answer[:80]!r} ({error})") from None
+    """(score, reasoning) of an answer; ValueError if it gives none, or it is not sure which."""
+    found = last_object(answer, "score")
+    if not found and (bare := BARE.fullmatch(visible(answer).strip("*_` \n").rstrip("."))):
+        found = {"score": bare[1]}
+    score = _score(found.get("score"))
+    if score is None:
+        raise ValueError(f"no score from 0 to 10 in {answer[-80:]!r}")
+    return score, str(found.get("reasoning", ""))
 
 
-def for_judge(image):
-    """PNG bytes of a reference as the protocol sends it: at most LARGEST pixels, sides times 16."""
-    scale = min(1.0, math.sqrt(LARGEST / (image.width * image.height)))
-    size = tuple(max(16, int(side * scale) // 16 * 16) for side in image.size)
-    return to_png(image if size == image.size else image.resize(size))
+def _score(value):
+    """A number from 0 to 10; None if it is anything else."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, str):
+        found = SCORE.fullmatch(value.strip())
+        value = float(found[1]) if found else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 <= value <= 10 else None

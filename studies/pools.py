@@ -40,6 +40,9 @@ def pools_of(folder):
         paths = [path for path in pool.rglob("*") if path.suffix.lower() in SUFFIXES]
         if not paths:
             raise UserError(f"the pool {pool} holds no {', '.join(SUFFIXES)} picture")
+        for path in paths:
+            if str(path).encode("utf-8", "replace").decode() != str(path):  # it cannot be written
+                raise UserError(f"the name {path.name!a} in {pool} is not UTF-8 text; rename it")
         found[kind] = sorted(str(path.relative_to(folder)) for path in paths)
     return found
 

@@ -13,19 +13,26 @@ sent), and "instruction" and "plan" as far as the pipeline has come.
 The paper does not publish its prompts; these are ours. Left out: examples in the prompts, other
 languages than English.
 
-    usable_answer(endpoint, plan_question(record, images), partial(read_plan, record))
+    endpoint.ask(plan_question(record, images), partial(read_plan, record))
 """
 
+import io
 import json
-from dataclasses import replace
+import re
 
 import iccot
-from runtime.config import UserError
-from studies.endpoint import Question, Refused, Unusable
-
-TRIES = 3  # questions to get a usable answer
+from studies.endpoint import Question
+from studies.replies import Refused, last_object, visible
+from vision import open_image, to_png
 
 LONGEST = 1000  # characters of an instruction
+
+# how a model begins that declines in words
+DECLINED = re.compile(
+    r"\W*(?:(?:I['’]m|I am|we['’]re|we are) (?:very |so )?(?:sorry|unable|not able)|sorry\b|"
+    r"I (?:can['’]?t|cannot|can not|won['’]t|will not)\b|as an AI\b)",
+    re.IGNORECASE,
+)
 
 ACTIONS = {
     "add": "Image 1 is a picture to edit. The instruction adds the subject of image 2 to it.",
@@ -101,44 +108,30 @@ def target_question(record, images, size):
 
 
 # --------------------------------------------------------------------------------------------------
-# answers
-
-
-def usable_answer(endpoint, question, read):
-    """read(answer) of the first usable answer of up to TRIES, or {"dropped": why}.
-
-    read: Unusable or ValueError for an answer that will not do.
-    """
-    for nonce in range(TRIES):
-        asked = replace(question, nonce=nonce)
-        try:
-            return read(endpoint.picture(asked) if asked.size else endpoint.text(asked))
-        except Refused as error:
-            return {"dropped": f"refused: {error}"}
-        except UserError:  # the endpoint itself is at fault, not this answer
-            raise
-        except (Unusable, ValueError) as error:
-            reason = error
-    return {"dropped": f"no usable answer in {TRIES}: {reason}"}
+# answers; ValueError for one that will not do
 
 
 def read_instruction(record, answer):
-    """{"instruction": ...}; ValueError if it is too long or names a reference that is not there."""
-    instruction = " ".join(answer.split()).strip('"')
-    if len(instruction) > LONGEST:
+    """{"instruction": ...}, neither empty nor too long, that names no reference that is not there.
+
+    Refused if it is none, but says that the model declines.
+    """
+    instruction = " ".join(visible(answer).split()).strip('"').strip()
+    if not 0 < len(instruction) <= LONGEST:
         raise ValueError(f"an instruction of {len(instruction)} characters")
+    if DECLINED.match(instruction):
+        raise Refused(instruction)
     iccot.check_instruction(instruction, len(record["references"]))
     return {"instruction": instruction}
 
 
 def read_plan(record, answer):
-    """{"plan": ...}; PlanError if it does not follow the grammar.
-
-    JSON or tags; a JSON object may have words or a code fence around it.
-    """
-    start, end = answer.find("{"), answer.rfind("}")
-    if start >= 0:
-        plan = iccot.from_json(answer[start : end + 1], len(record["references"]))
-    else:
-        plan = iccot.parse(answer, len(record["references"]))
+    """{"plan": ...} of the last JSON object that looks like one, or of tags; else PlanError."""
+    found, count = last_object(answer, "out_caption"), len(record["references"])
+    plan = iccot.from_json(json.dumps(found), count) if found else iccot.parse(answer, count)
     return {"plan": json.loads(iccot.to_json(plan))}
+
+
+def read_target(answer):
+    """The picture as PNG bytes."""
+    return to_png(open_image(io.BytesIO(answer), "the picture that came"))

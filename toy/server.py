@@ -243,19 +243,19 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
             self.server.requests += 1
             number = self.server.requests
         if self.fault(self, number):
             return
         if self.path.endswith("/chat/completions"):
-            prompt, images = _chat_question(body)
+            prompt, images = chat_question(self.body)
             self.count(prompt, images)
             message = {"role": "assistant", "content": answer_text(prompt, images)}
             self.reply({"choices": [{"message": message, "finish_reason": "stop"}]})
         elif self.path.endswith("/images/edits"):
-            prompt, images = _image_question(body, self.headers["Content-Type"])
+            prompt, images = image_question(self.body, self.headers["Content-Type"])
             self.count(prompt, images)
             picture = base64.b64encode(answer_image(prompt, images)).decode()
             self.reply({"created": 0, "data": [{"b64_json": picture}]})
@@ -282,7 +282,7 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: tests and runs have their own words."""
 
 
-def _chat_question(body):
+def chat_question(body):
     """(prompt, pictures) of a request in JSON, its pictures as data URLs."""
     content = json.loads(body)["messages"][0]["content"]
     prompt = next(part["text"] for part in content if part["type"] == "text")
@@ -290,7 +290,7 @@ def _chat_question(body):
     return prompt, [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
 
 
-def _image_question(body, content_type):
+def image_question(body, content_type):
     """(prompt, pictures) of a multipart request."""
     head = b"Content-Type: " + content_type.encode() + b"\r\n\r\n"
     fields = {}

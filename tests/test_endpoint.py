@@ -1,0 +1,611 @@
+"""
+Questions to models over HTTP, and the reader of what they answer: what a fault is a fault of, what
+is kept, what reasoning models do, how big and how patient requests are. A test is named after what
+it asks for; test_curate.py has the whole pipeline.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import random
+import re
+import time
+from contextlib import contextmanager
+from email.utils import formatdate
+from functools import partial
+
+import numpy as np
+import pytest
+from bad_endpoint import error, replies, says, served
+from PIL import Image
+
+import curate
+import evaluate
+from iccot import ICCoT, PlanError, to_json
+from runtime.config import UserError
+from studies import benchmarks, writer
+from studies.endpoint import WINDOW, Access, Endpoint, Question, in_parallel, to_send
+from studies.judge import ask_score, read_score
+from studies.replies import Fault, Refused, picture_in, text_in, visible
+from toy import server, world
+from vision import to_png
+
+RED = to_png(Image.new("RGB", (32, 32), "red"))
+
+
+@contextmanager
+def asked(folder, fault, **options):
+    """An endpoint whose server has this fault, a question about one portrait, and the server."""
+    portrait = world.portrait(np.random.default_rng(0), world.subjects()[5])
+    question = Question("Task type: subject. Write.", (to_png(Image.fromarray(portrait)),))
+    with served(fault) as one:
+        access = Access(f"{one.home}/v1", "toy", **{"timeout": 60.0, "tries": 3, **options})
+        yield Endpoint(access, folder / "replies"), question, one
+
+
+def always(fault):
+    """A fault that every request has."""
+    return lambda handler, number: fault(handler) or True
+
+
+def then_well(*faults):
+    """These faults for the first requests, and no more."""
+
+    def fault(handler, number):
+        if number <= len(faults):
+            faults[number - 1](handler)
+        return number <= len(faults)
+
+    return fault
+
+
+def never(handler, number):
+    return False
+
+
+def picture_question(question):
+    return dataclasses.replace(question, size="32x32")
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# a fault of one sample is a fault of one sample
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [(400, "oops"), (401, "OPENAI_API_KEY"), (404, "name of a model"), (503, "oops")],
+)
+def test_an_http_error_is_a_fault_of_one_sample(tmp_path, status, words, no_pauses):
+    with asked(tmp_path, always(error(status, "oops")), tries=2) as (endpoint, question, one):
+        with pytest.raises(Fault, match=f"answered {status}: .*{words}"):
+            endpoint.ask(question, visible)
+        assert one.requests == (2 if status == 503 else 1)
+        assert not list((tmp_path / "replies").iterdir())
+    nobody = Endpoint(Access(endpoint.url, "toy", tries=1), tmp_path / "replies")
+    with pytest.raises(Fault, match="cannot be reached"):
+        nobody.ask(question, visible)
+
+
+def test_a_picture_that_does_not_open_is_a_fault_of_one_sample(tmp_path):
+    (tmp_path / "torn.png").write_bytes(RED[:40])
+    config = curate.Config(pools=str(tmp_path))
+    for name in ("torn.png", "gone.png"):
+        with pytest.raises(Fault, match=f"a picture does not open: .*{name}"):
+            curate.pictures_of({"references": [name]}, config)
+
+
+def failing(*numbers):
+    def function(number):
+        if number in numbers:
+            raise Fault("no luck" if number % 3 else "no wind", f"with {number}")
+        return {}
+
+    return function
+
+
+def test_a_run_stops_only_when_most_of_the_last_samples_fail():
+    some = [number for number in range(200) if number % 5 < 2]
+    found = dict(in_parallel(failing(*some), range(200), 1))
+    assert [number for number in range(200) if isinstance(found[number], Fault)] == some
+    found = {}
+    with pytest.raises(UserError, match=r"2[12] of the last 40 .*: no luck: with 1\d\d; .*repeat"):
+        for number, one in in_parallel(failing(*range(99, 200)), range(200), 1):
+            found[number] = one
+    assert len(found) >= 99 + WINDOW // 2  # and all of them were handed over
+    assert len(list(in_parallel(failing(*range(99)), range(99), 2, patient=True))) == 99
+
+
+def test_repeating_gets_past_what_fails_again(tmp_path, capsys):
+    config = curate.Config(out=str(tmp_path), workers=1)
+    before = {f"k{i}": {"key": f"k{i}"} for i in range(60)}
+
+    def stage(broken, known):
+        def function(record):
+            seen.append(record["key"])
+            if record["key"] in broken:
+                raise (Refused if record["key"] == "k0" else Fault)(*broken[record["key"]])
+            return {"text": "x"}
+
+        seen = []
+        records = curate.run_stage("plans", known, function, config=config)
+        return seen, [key for key, one in records.items() if "dropped" in one]
+
+    broken = {f"k{i}": ("answered 400", "no") for i in range(0, 60, 2)} | {"k0": ("no",)}
+    _, dropped = stage(broken, dict(list(before.items())[:50]))
+    assert len(dropped) == 25
+    seen, dropped = stage(broken, before)  # 24 of 34 fail, and it goes on
+    assert sorted(seen) == sorted({*broken} - {"k0"} | {f"k{i}" for i in range(50, 60)})
+    assert len(dropped) == 30 and "30 dropped (29 will be tried again)" in capsys.readouterr().out
+    seen, dropped = stage({"k2": ("answered 400", "no")}, before)
+    assert dropped == ["k0", "k2"] and len(seen) == 29  # what the model declined stays
+    everything = {key: ("answered 401", "key") for key in before}
+    with pytest.raises(UserError, match="2. of the last"):
+        curate.run_stage("scores", before, failing_all(everything), config=config)
+    with pytest.raises(UserError, match="none of 3 samples is usable, most often: answered 401"):
+        few = dict(list(before.items())[:3])
+        curate.run_stage("targets", few, failing_all(everything), config=config)
+
+
+def failing_all(broken):
+    def function(record):
+        raise Fault(*broken[record["key"]])
+
+    return function
+
+
+def test_a_case_that_cannot_be_judged_is_null_and_asked_again(tmp_path, capsys):
+    def fault(handler, number):
+        prompt, _ = server.chat_question(handler.body)
+        name = prompt.rsplit(" ", 1)[-1]
+        asked_of.append(name)
+        faults = {"well": says('{"score": 8}'), "declined": error(400, "content policy")}
+        faults.get(name, error(400, "no such luck") if sick else faults["well"])(handler)
+        return True
+
+    names, sick = ("well", "declined", "sick"), True
+    red, asked_of = Image.new("RGB", (32, 32), "red"), []
+    cases = [benchmarks.Case(name, "add", f"Draw {name}", "en", (red,)) for name in names]
+    with served(fault) as one:
+        config = evaluate.Config(judge_url=f"{one.home}/v1", result_dir=str(tmp_path))
+        path = benchmarks.picture_path(config, cases[0])
+        path.parent.mkdir(parents=True)
+        for case in cases:
+            red.save(benchmarks.picture_path(config, case))
+
+        def scores():
+            asked_of.clear()
+            return [row["PF_score"] for row in benchmarks.judge_cases(cases, config)]
+
+        assert scores() == [8, None, None]
+        assert "no score for 2 of 3 pictures, most often: " in capsys.readouterr().out
+        sick = False
+        assert scores() == [8, None, 8] and asked_of == ["sick", "sick"]
+        assert scores() == [8, None, 8] and not asked_of
+
+
+# --------------------------------------------------------------------------------------------------
+# only answers are kept for good
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>Bad gateway</html>",
+        b'{"choices": [{"message": ',
+        {"choices": None},
+        {"choices": []},
+        {"choices": [{"message": {"content": ""}}]},
+        {"choices": [{"message": {"content": None}, "finish_reason": "length"}]},
+        {"choices": [{"message": {"content": "<think>Let me see"}}]},
+        [],
+    ],
+)
+def test_only_answers_are_kept_for_good(tmp_path, content):
+    def read(answer):
+        if not visible(answer):
+            raise ValueError("nothing to see")
+        return answer
+
+    with asked(tmp_path, then_well(*3 * [replies(content)])) as (endpoint, question, one):
+        with pytest.raises(Fault, match="no usable answer in 3: "):
+            endpoint.ask(question, read)
+        assert one.requests == 3 and not list((tmp_path / "replies").iterdir())
+        for _ in range(2):
+            assert endpoint.ask(question, read)
+        assert one.requests == 4
+
+
+def test_what_was_kept_without_being_an_answer_is_asked_again(tmp_path):
+    with asked(tmp_path, never) as (endpoint, question, one):
+        path = tmp_path / "replies" / f"{question.digest('toy')}.json"
+        for kept in ('{"unusable": "no JSON"}', '{"reply": {"choices": null}}', '{"reply": {"cho'):
+            path.write_text(kept)
+            assert endpoint.ask(question, visible)
+        assert one.requests == 3
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(400, "against our content policy"),
+        error(403, "no", "moderation_blocked"),
+        replies({"choices": [{"message": {"refusal": "no"}}]}),
+        says("I’m sorry, but I can't help with that."),
+    ],
+)
+def test_a_refusal_is_an_answer(tmp_path, fault):
+    read = partial(writer.read_instruction, {"references": ["a.png"]})
+    with asked(tmp_path, always(fault)) as (endpoint, question, one):
+        for _ in range(2):
+            with pytest.raises(Refused, match="refused: "):
+                endpoint.ask(question, read)
+        assert one.requests == 1
+
+
+def test_a_proxy_that_denies_is_no_model_that_declines(tmp_path):
+    with asked(tmp_path, always(replies(b"<p>Denied by policy</p>", 403))) as (
+        endpoint,
+        question,
+        _,
+    ):
+        with pytest.raises(Fault, match="answered 403"):
+            endpoint.ask(question, visible)
+        assert not list((tmp_path / "replies").iterdir())
+
+
+def encoded(content):
+    return base64.b64encode(content).decode()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"url": "data:image/png;base64," + encoded(RED)},
+        {"b64_json": "data:image/png;base64," + encoded(RED)},
+        {"b64_json": encoded(RED)[:40] + "\n" + encoded(RED)[40:].rstrip("=")},
+        {"url": "/red.png", "b64_json": None},
+        {"url": "HOME/red.png"},
+    ],
+)
+def test_a_picture_is_read_in_whatever_form_it_comes(tmp_path, item):
+    def draw(handler, number):
+        home = handler.server.home
+        handler.server.pictures["/red.png"] = RED
+        one = {name: value and value.replace("HOME", home) for name, value in item.items()}
+        handler.reply({"data": [one]})
+        return True
+
+    with asked(tmp_path, draw) as (endpoint, question, one):
+        assert endpoint.ask(picture_question(question), writer.read_target) == RED
+    # the server is gone and its URL with it
+    assert endpoint.ask(picture_question(question), writer.read_target) == RED
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"b64_json": encoded(RED[:50])}, {"url": "/nothing.png"}, {"b64_json": "?"}, {"b64_json": 3}],
+)
+def test_a_picture_that_is_none_is_not_kept(tmp_path, item):
+    with asked(tmp_path, always(replies({"data": [item]}))) as (endpoint, question, one):
+        with pytest.raises(Fault, match="no usable answer"):
+            endpoint.ask(picture_question(question), writer.read_target)
+        assert not list((tmp_path / "replies").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# reasoning models, and the reader
+
+
+def test_max_completion_tokens_takes_the_place_of_max_tokens(tmp_path):
+    seen = []
+
+    def fault(handler, number):
+        seen.append({"max_tokens", "max_completion_tokens"} & set(json.loads(handler.body)))
+        if "max_tokens" in seen[-1]:
+            error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.")(handler)
+            return True
+
+    with asked(tmp_path, fault, tries=1) as (endpoint, question, _):
+        for prompt in ("Task type: subject. A", "Task type: subject. B"):
+            assert endpoint.ask(dataclasses.replace(question, prompt=prompt), visible)
+    assert seen == [{"max_tokens"}, {"max_completion_tokens"}, {"max_completion_tokens"}]
+
+
+def test_thinking_that_uses_up_the_limit_raises_it(tmp_path):
+    limits = []
+
+    def fault(handler, number):
+        limits.append(json.loads(handler.body)["max_tokens"])
+        if limits[-1] < 5000:
+            says(None, "length")(handler)
+            return True
+
+    with asked(tmp_path, fault) as (endpoint, question, _):
+        assert endpoint.ask(question, visible)
+        assert endpoint.ask(dataclasses.replace(question, prompt="Task type: subject."), visible)
+    assert limits == [1400, 5600, 5600]  # the second question begins where the first one ended
+    with asked(tmp_path / "2", always(says("Put the", "length"))) as (endpoint, question, _):
+        with pytest.raises(Fault, match="cut off at 22,400 tokens"):
+            endpoint.ask(question, visible)
+        assert endpoint.tokens == 1400
+
+
+THINKING = '<think>{"score": 1}? {Or <think>{"score": 2}</think> not.</think>'
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ('{"score": 7, "reasoning": "x"}', 7),
+        ('```json\n{"score": 8.5,\n"reasoning": "y\nz"}\n```', 8.5),
+        ('{"score": [6], "reasoning": ""}', 6),
+        ('{"score": "8/10"}', 8),
+        ('{"score": 8 / 10, "reasoning": "x"}', 8),
+        ('{"score": 8, "list": [1, 2,],}', 8),
+        ('{"score": 8} That is {almost} all.', 8),
+        ('{"score": 3} No: {"score": 8}', 8),
+        (THINKING + ' {"score": 8}', 8),
+        ('So {"score": 3}.</think>\n{"score": 8}', 8),
+        ('{"score": 8} <think>{"score": 3}', 8),
+        ("8", 8),
+        ("**Score: 8/10**", 8),
+        ("<think>3</think>\n8.5 out of 10.", 8.5),
+        ("seven", None),
+        ("I would say 8/10.", None),
+        ("8/100", None),
+        (".8", None),
+        ("-8", None),
+        ("80%", None),
+        ('{"score": 11}', None),
+        ('{"score": 3} No: {"score": 11}', None),
+        ('{"score": 3} No: {"score": 8', None),
+        ('{"score": 3} No: "score": 8}', None),
+        ('{"score": 8, "reasoning": "as {"score": 3} says"}', None),
+        ('{"score": [8, 3]}', None),
+        ('{"score": "high"}', None),
+        ('{"score": true}', None),
+        ('{"score": NaN}', None),
+        ("<think>8", None),
+        (THINKING, None),
+        ("{", None),
+        ('{"score":' * 20000, None),
+    ],
+)
+def test_scores_are_read_or_refused_and_never_guessed(answer, score):
+    if score is None:
+        with pytest.raises(ValueError, match="no score from 0 to 10"):
+            read_score(answer)
+    else:
+        assert read_score(answer)[0] == score
+
+
+@pytest.mark.parametrize("before", ["", THINKING, '{"out_caption": "A draft."} Better:\n'])
+@pytest.mark.parametrize("after", ["", "\n```\nI hope {this} helps."])
+def test_plans_are_read_by_the_same_reader(before, after):
+    plan = ICCoT("A man.", ("The man is from image_1.",))
+    read = partial(writer.read_plan, {"references": ["a.png"]})
+    found = json.loads(to_json(plan))
+    assert read(before + to_json(plan) + after) == {"plan": found}
+    assert read(before + to_json(plan)[:-1] + ",}" + after) == {"plan": found}
+    with pytest.raises(PlanError):
+        read(before + to_json(plan)[:-1] + after)
+
+
+def test_an_instruction_is_what_stands_outside_of_thinking():
+    read = partial(writer.read_instruction, {"references": ["a.png"]})
+    assert read(THINKING + ' "Draw  image 1."') == {"instruction": "Draw image 1."}
+    for answer in (THINKING, '""', "x" * 1001):
+        with pytest.raises(ValueError, match="an instruction of"):
+            read(answer)
+
+
+def test_content_in_parts_is_joined():
+    parts = [{"type": "thinking", "text": "no"}, {"type": "text", "text": "yes"}, 3]
+    assert text_in({"choices": [{"message": {"content": parts}}]}) == "yes"
+
+
+PIECES = ("{", "}", '"', ",", ":", "[", "]", "\\", "<think>", "</think>", "\n", "\u2028", "\ud83d")
+PIECES += (" ", ".", "-", "/", "e", "null", "NaN", "```", "é", "\\ud83d", "'", "score", "**", "\0")
+
+
+def mutated(rng, text, most=4):
+    """A text with pieces put in, taken out, doubled, or cut off; its digits stay as they are."""
+    for _ in range(rng.randint(1, most)):
+        start = rng.randint(0, len(text))
+        piece = re.match(r"\D{0,9}", text[start:])[0]
+        way = rng.randrange(8)
+        if way < 4:
+            text = text[:start] + rng.choice(PIECES) + text[start:]
+        elif way < 6:
+            text = text[:start] + text[start + len(piece) :]
+        elif way < 7:
+            text = text[:start] + piece + text[start:]
+        else:
+            text = text[:start]
+    return text
+
+
+def stands_there(score, text):
+    """Whether a text says this score: after the word, or as all that it says."""
+    number = re.escape(f"{score:g}") + r"(?!\d)"
+    after_the_word = re.search(rf'score"?[\s"*_`:=\[]*{number}', text, re.IGNORECASE)
+    return after_the_word or re.fullmatch(rf"\D*{number}(\D*10)?\D*", text.split("</think>")[-1])
+
+
+ANSWERS = (
+    '{{"score": {n}, "reasoning": "3 of 4 {{persons}} are right\\n"}}',
+    '<think>{{"score": 2}} {{</think>```json\n{{"score": {n}, "reasoning": "x"}}\n```\nDone {{3}}.',
+    'Perhaps {{"score": 4}}. No: {{"score": {n}, "reasoning": ["a", 1]}} It is.',
+    "1 of them is missing.</think>\n**Score: {n}/10**",
+    '{{"reasoning": "not {{\\"score\\": 2}}", "score": "{n}/10",}}',
+    "{n}",
+    '{{"out_caption": "A {n}.", "relations": [{{"relation_1": "It is from image_1."}}]}}',
+)
+
+
+def test_no_mutated_answer_crashes_the_reader_or_invents_a_score():
+    """20,000 answers; the true scores are 6 to 9, and other digits are noise."""
+    rng, read, seconds = random.Random(0), 0, time.monotonic()
+    record = {"references": ["a.png"]}
+    for _ in range(20000):
+        truth = rng.randint(6, 9)
+        text = mutated(rng, rng.choice(ANSWERS).format(n=truth))
+        for reader in (read_score, partial(writer.read_plan, record)):
+            try:
+                answer = text_in({"choices": [{"message": {"content": text}}]})
+                found = reader(answer)
+            except ValueError:
+                continue
+            if reader is read_score:
+                read += 1
+                score = found[0]
+                assert stands_there(score, text), (score, text)
+                told = re.findall(r'"score": (\d)\b', text)
+                if "think>" not in text and told and f"{truth}" == told[-1]:
+                    assert score == truth, text
+            json.dumps(found, ensure_ascii=False).encode()
+    print(f"{read} scores read of 20000 answers in {time.monotonic() - seconds:.1f} s")
+    assert read > 3000  # the reader does not just give up
+
+
+def test_no_mutated_reply_crashes_the_reader():
+    rng = random.Random(0)
+    chat = {"choices": [{"message": {"content": "8", "refusal": None}, "finish_reason": "stop"}]}
+    picture = {"data": [{"b64_json": encoded(RED), "url": None}]}
+    for _ in range(4000):
+        reader, reply = rng.choice([(text_in, chat), (picture_in, picture)])
+        text = mutated(rng, json.dumps(reply), 2)
+        for word in ('"8"', "null", "[{", "stop"):  # still JSON, of other types
+            text = text.replace(word, rng.choice([word] * 6 + ["[]", "{}", "3", "null", "[[{"]))
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            reply = text
+        try:
+            answer = reader(reply)
+            assert isinstance(answer, (str, bytes)) and len(answer) > 0, text
+            if isinstance(answer, bytes):
+                writer.read_target(answer)
+        except (ValueError, Refused):
+            pass
+
+
+def test_a_judge_that_cannot_be_read_gives_no_score(tmp_path):
+    with asked(tmp_path, always(says("no idea"))) as (endpoint, question, one):
+        with pytest.raises(Fault, match="no score from 0 to 10"):
+            ask_score(endpoint, "PF", "Do it.", pictures=question.images)
+        assert one.requests == 3
+
+
+def test_the_default_models_are_those_of_the_default_endpoint():
+    config = curate.Config()
+    assert "openai.com" in config.chat_url and not config.image_url
+    assert config.chat_model.startswith("gpt-") and config.image_model.startswith("gpt-image")
+
+
+# --------------------------------------------------------------------------------------------------
+# requests: their size, and patience
+
+
+def photograph(width, height):
+    pixels = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+def test_phone_photographs_are_shrunk_before_they_are_sent(tmp_path):
+    photograph(2000, 1504).save(tmp_path / "a.jpg")
+    config = curate.Config(pools=str(tmp_path))
+    sent = curate.pictures_of({"references": ["a.jpg"] * 2}, config)
+    width, height = Image.open(io.BytesIO(sent[0])).size
+    assert width * height <= 1024 * 1024 and width % 16 == height % 16 == 0
+    assert abs(width / height - 4 / 3) < 0.03
+    (kept, _) = curate.references_of({"references": ["a.jpg"] * 2}, config)
+    assert kept.size == (2000, 1504)  # for the shards
+    small = Image.new("RGB", (32, 16))
+    assert to_send(small) == to_png(small)
+
+
+def test_413_halves_once_and_tries_again(tmp_path):
+    sizes = []
+
+    def fault(handler, number):
+        url = json.loads(handler.body)["messages"][0]["content"][1]["image_url"]["url"]
+        picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+        sizes.append(picture.size)
+        (error(413, "too large") if picture.width > limit else says("Fine."))(handler)
+        return True
+
+    limit = 100
+    with asked(tmp_path, fault, tries=1) as (endpoint, question, _):
+        big = dataclasses.replace(question, images=(to_png(photograph(160, 80)),))
+        assert endpoint.ask(big, visible) == "Fine." and sizes == [(160, 80), (80, 40)]
+        limit = 10
+        bigger = dataclasses.replace(big, prompt="again")
+        with pytest.raises(Fault, match="answered 413"):
+            endpoint.ask(bigger, visible)
+        assert sizes[2:] == [(160, 80), (80, 40)]
+
+
+def in_an_hour():
+    return formatdate(time.time() + 3600, usegmt=True)
+
+
+@pytest.mark.parametrize("header", ["3600", in_an_hour()])
+def test_a_long_retry_after_is_said_aloud_and_capped(tmp_path, header, capsys, no_pauses):
+    fault = then_well(error(429, "slow down", Retry_After=header))
+    with asked(tmp_path, fault, longest_wait=0.3) as (endpoint, question, one):
+        begun = time.monotonic()
+        assert endpoint.ask(question, visible) and time.monotonic() - begun >= 0.3
+        assert one.requests == 2
+        assert endpoint.ask(question, visible) and one.requests == 2  # kept
+    said = capsys.readouterr().err
+    assert re.search(r"toy at http\S+ asks to wait 3,[56]\d\d s; .* at \d\d:\d\d:\d\d", said)
+    assert "--longest_wait" in said
+
+
+def test_a_retry_after_that_cannot_be_read_or_is_past_does_no_harm(tmp_path, no_pauses):
+    past = formatdate(time.time() - 3600, usegmt=True)
+    headers = [past, "soon", "-1", "nan", "Mon, 99 Foo 2026 99:99:99 GMT", ""]
+    faults = [error(429, "slow down", Retry_After=header) for header in headers]
+    with asked(tmp_path, then_well(*faults), tries=7) as (endpoint, question, one):
+        assert endpoint.ask(question, visible) and one.requests == 7
+
+
+def test_an_empty_purse_is_not_asked_again(tmp_path):
+    fault = error(429, "You exceeded your current quota", "insufficient_quota")
+    with asked(tmp_path, always(fault)) as (endpoint, question, one):
+        with pytest.raises(Fault, match="answered 429: .*quota"):
+            endpoint.ask(question, visible)
+        assert one.requests == 1
+
+
+def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("MY_KEY", "secret-123\n")
+
+    def fault(handler, number):
+        seen.append(handler.headers["Authorization"])
+
+    with asked(tmp_path, fault, key_variable="MY_KEY") as (endpoint, question, _):
+        endpoint.ask(question, visible)
+    assert seen == ["Bearer secret-123"]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not any(b"secret-123" in content for content in written)
+    monkeypatch.setenv("MY_KEY", "secret\n123")
+    with pytest.raises(UserError, match="the key in MY_KEY is torn"):
+        Endpoint(Access("http://127.0.0.1:9", "toy", "MY_KEY"), tmp_path)
+
+
+def test_the_pace_is_kept(tmp_path):
+    with asked(tmp_path, never, per_minute=240) as (endpoint, question, _):
+        begun = time.monotonic()
+        for name in "abcd":
+            prompt = f"Task type: subject. {name}"
+            endpoint.ask(dataclasses.replace(question, prompt=prompt), visible)
+        assert time.monotonic() - begun >= 0.7

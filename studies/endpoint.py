@@ -139,12 +139,15 @@ class Endpoint:
         """The reply to a question: from disk, or asked for and put there."""
         path = self.replies / f"{question.digest(self.access.model)}.json"
         if path.is_file():
-            kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text(encoding="utf-8"))
         else:
             self.pace.wait()
             about = {"prompt": question.prompt, "images": len(question.images)}
             kept = {"model": self.access.model, **about, **ask(question)}
-            with published(path, threading.get_ident()) as hidden, open(hidden, "w") as file:
+            with (
+                published(path, threading.get_ident()) as hidden,
+                open(hidden, "w", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(kept))
                 file.flush()
                 os.fsync(file.fileno())  # it was paid for: it must outlive a power cut

@@ -21,6 +21,7 @@ import numpy as np
 
 from iccot import TASKS
 from runtime.config import UserError
+from runtime.files import is_hidden
 
 POOLS = ("characters", "objects", "scenes")
 
@@ -37,10 +38,11 @@ def pools_of(folder):
                 f"the pool {pool} is missing; --pools must hold characters/, objects/ and "
                 "scenes/ with pictures"
             )
-        paths = [path for path in pool.rglob("*") if path.suffix.lower() in SUFFIXES]
+        paths = [path.relative_to(folder) for path in pool.rglob("*")]
+        paths = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
         if not paths:
             raise UserError(f"the pool {pool} holds no {', '.join(SUFFIXES)} picture")
-        found[kind] = sorted(str(path.relative_to(folder)) for path in paths)
+        found[kind] = sorted(map(str, paths))
     return found
 
 

@@ -6,8 +6,10 @@ import random
 import shutil
 import tarfile
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import curate
 import data
@@ -17,6 +19,7 @@ from runtime import files, loop
 from runtime.config import UserError
 from runtime.pretrained import write_tensors
 from runtime.shards import ShardWriter
+from studies import benchmarks
 from studies.pools import pools_of
 
 FORMATS = ("png", "jpeg", "webp", "gif", "tiff", "dds")
@@ -200,6 +203,86 @@ def test_files_get_the_mode_of_the_umask(tmp_path):
         hidden.chmod(0o600)
     for name, like in (("model", "folder"), ("model/ema.safetensors", "usual"), ("a.png", "usual")):
         assert (tmp_path / name).stat().st_mode == (tmp_path / like).stat().st_mode, name
+
+
+# --------------------------------------------------------------------------------------------------
+# benchmarks
+
+
+@pytest.mark.parametrize(
+    "names, references",
+    [
+        (["ref.jpg", "res.jpg", "src.jpg"], ["src", "ref"]),
+        (["ref_10.jpg", "ref_2.jpg", "src_0.jpg", "res_0.jpg"], ["src_0", "ref_2", "ref_10"]),
+        (["0_src.jpg", "1_ref.jpg", "2_res.jpg"], ["0_src", "1_ref"]),
+        (["0.jpg", "1.jpg", "edit-Result.PNG", "imgres2.jpg", "a_gt.jpg"], ["0", "1"]),
+        (["dress.jpg", "forest.jpg", "._dress.jpg", "output.jpg"], ["dress", "forest"]),
+    ],
+)
+def test_dreamomni2_answers_are_no_references_and_the_source_is_first(tmp_path, names, references):
+    folder = tmp_path / "editing_benchmark/add/1"
+    folder.mkdir(parents=True)
+    (folder / "instruction.txt").write_bytes("\ufeff把图1\r\n".encode())
+    for name in names:
+        grey = references.index(name[:-4]) + 1 if name[:-4] in references else 99
+        Image.new("L", (8, 8), grey).save(folder / name, "PNG")
+    (case,) = benchmarks.read_dreamomni2(tmp_path)
+    assert case.instruction == "把图1"
+    found = [image.getpixel((0, 0))[0] for image in case.references]
+    assert found == list(range(1, len(references) + 1))
+
+
+def omnicontext_row(**fields):
+    row = {"key": "7", "task_type": "single_object", "instruction": "Do it."}
+    return row | {"input_images": [{"bytes": picture(), "path": None}]} | fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"key": 7},
+        {"input_images": [picture()]},
+        {"input_images": picture()},
+        {"input_images": ["a.png"]},
+        {"input_images": [{"bytes": None, "path": "a.png"}]},
+    ],
+)
+def test_other_exports_of_omnicontext_are_read(tmp_path, fields):
+    (tmp_path / "a.png").write_bytes(picture())
+    case = benchmarks.omnicontext_case(omnicontext_row(**fields), tmp_path)
+    assert case.key == "7" and [image.size for image in case.references] == [(9, 8)]
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"input_images": [None]}, "an input image of 7 is None; expected"),
+        ({"input_images": None}, "an input image of 7 is None; expected"),
+        (
+            {"input_images": [{"bytes": None, "path": None}]},
+            "an input image of 7 is None; expected",
+        ),
+        ({"input_images": [[1, 2]]}, "an input image of 7 is"),
+        ({"input_images": [b"GIF89a"]}, "an input image of 7 cannot be read"),
+        ({"key": None}, "a key of the benchmark: None names files"),
+        ({"key": "../../a"}, "a key of the benchmark: '../../a' names files"),
+        ({"instruction": None}, "row 7 has the task 'single_object' and the instruction None"),
+        ({"task_type": "../up"}, "row 7 has the task '../up'"),
+    ],
+)
+def test_other_rows_of_omnicontext_get_one_line(tmp_path, fields, words):
+    with pytest.raises(ValueError) as error:
+        benchmarks.omnicontext_case(omnicontext_row(**fields), tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_parquet_file_alone_has_its_pictures_beside_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    table = pyarrow.Table.from_pylist([omnicontext_row(key=7, input_images=["a.png"])])
+    parquet.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "._train.parquet").write_bytes(b"\0\5\x16\7")
+    for path in (tmp_path, tmp_path / "train.parquet"):
+        assert [case.key for case in benchmarks.read_omnicontext(path)] == ["7"]
 
 
 # --------------------------------------------------------------------------------------------------

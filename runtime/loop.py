@@ -282,6 +282,7 @@ def start(config):
     folder = Path(config.out)
     if config.eval_batch < 1:
         raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
+    _ = config.held_out  # ValueError for prompts that cannot be drawn
     check_writable(folder / "samples")
     options = json.loads(to_json(to_dict(config)))
     path, threads = folder / "config.json", config.threads

@@ -137,8 +137,11 @@ PRESETS = {
 
 
 def by_key(path):
-    """{key: record} of a stage's file, {} where there is none."""
-    return {record["key"]: record for record in files.read_lines(path)}
+    """{key: record} of a stage's file, {} where there is none. UserError for a torn record."""
+    records = files.read_lines(path, "key")
+    for record in records:
+        files.check_name(record["key"], path)
+    return {record["key"]: record for record in records}
 
 
 def run_stage(name, before, function, *, config):

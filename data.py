@@ -39,6 +39,7 @@ Left out: streaming from object stores (mount them), captions in other files, vi
     python data.py --check PATH        every record: pictures, relations, references, lengths
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -76,15 +77,21 @@ FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sam
 # reading
 
 
-def lines_of(part: Path) -> list[tuple[str, str]]:
-    """[("line NUMBER", line)] of a records.jsonl, without empty ones."""
-    lines = enumerate(part.read_text().splitlines(), 1)
-    return [(f"line {number}", line) for number, line in lines if line.strip()]
+def lines_of(part: Path) -> list[tuple[str, bytes]]:
+    """[("line NUMBER", line)] of a records.jsonl but for blank ones and a last one that is torn."""
+    lines = [(f"line {number}", line) for number, line in files.lines_of(part)]
+    if lines and not part.read_bytes().endswith(b"\n"):
+        try:
+            files.object_of(lines[-1][1])
+        except ValueError:
+            processes.warn(f"{part}, {lines.pop()[0]}: the last one is torn and left out")
+    return lines
 
 
 def hash_of(key: str, purpose: str = "held out") -> float:
     """A number in [0, 1) for a key, evenly spread, the same on every machine and in any company."""
-    digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=8).digest()
+    content = f"{purpose} {key}".encode(errors="surrogatepass")  # names in a tar may be any bytes
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -126,8 +133,9 @@ class Source(torch.utils.data.Dataset):
             return [self.path]
         if lines.is_file():
             return [lines]
-        if self.path.is_dir() and list(self.path.glob("*.tar")):
-            return sorted(self.path.glob("*.tar"))
+        shards = [path for path in self.path.glob("*.tar") if not files.is_hidden(path.name)]
+        if shards:
+            return sorted(shards)
         raise UserError(
             f"no samples at {self.path}: expected a .tar file, a folder of them, "
             "or a folder with records.jsonl"
@@ -155,9 +163,9 @@ class Source(torch.utils.data.Dataset):
         if part.suffix == ".tar":
             return key.rpartition("/")[2]
         try:
-            return str(json.loads(content)["key"])
+            return str(files.object_of(content)["key"])
         except FAULTS:
-            return content
+            return content.decode(errors="replace")
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) the order of an epoch: a sample of each lane in turn, neighbours shuffled."""
@@ -238,19 +246,20 @@ class Source(torch.utils.data.Dataset):
     def name(self, number: int) -> str:
         """Where a sample is, for messages."""
         part, key, _ = self.entries[number]
-        return f"{part}, sample {key}"
+        return in_one_line(f"{part}, sample {key}")
 
     def _load(self, number):
         """Sample `number`; one of FAULTS if it is broken."""
         part, _, content = self.entries[number]
         read = self._tar_record if part.suffix == ".tar" else self._line_record
         record, pictures = read(part, content)
+        for name in ("task", "instruction"):
+            if not isinstance(record[name], str):
+                raise TypeError(f"its {name} is {record[name]!r}; expected a text")
         plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
-        if not isinstance(record["instruction"], str):
-            raise TypeError("its instruction is no text")
         return Sample(
             key=str(record["key"]),
-            task=str(record["task"]),
+            task=record["task"],
             references=tuple(pictures[:-1]),
             instruction=record["instruction"],
             plan=plan,
@@ -260,10 +269,13 @@ class Source(torch.utils.data.Dataset):
     def record(self, number: int) -> dict:
         """The record of a sample, without its pictures."""
         part, _, content = self.entries[number]
-        return self._json(part, content) if part.suffix == ".tar" else json.loads(content)
+        return self._json(part, content) if part.suffix == ".tar" else files.object_of(content)
 
     def _json(self, part, places):
-        return json.loads(self._read(part, places["json"]))
+        try:
+            return files.object_of(self._read(part, places["json"]))
+        except ValueError as error:
+            raise ValueError(f"its member json cannot be read: {error}") from None
 
     def _read(self, part, place):
         with open(part, "rb") as file:
@@ -285,15 +297,21 @@ class Source(torch.utils.data.Dataset):
 
     def _line_record(self, part, line):
         """(record, pictures) of a sample, the target last."""
-        record = json.loads(line)
-        paths = (*record["references"], record["target"])
+        record = files.object_of(line)
+        references, target = record["references"], record["target"]
+        paths = [*references, target] if isinstance(references, list) else [None]
+        if not all(isinstance(path, str) for path in paths):
+            raise TypeError(
+                f"its references are {references!r}, its target {target!r}; expected a list of "
+                "paths and a path"
+            )
         return record, [open_image(part.parent / path) for path in paths]
 
 
-def in_one_line(error: Exception) -> str:
-    """What is wrong with a sample, without line breaks."""
+def in_one_line(error: Exception | str) -> str:
+    """What is wrong with a sample, without line breaks and what no terminal can show."""
     text = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def open_source(
@@ -352,6 +370,12 @@ def samples_of(answers):
 # checking
 
 
+@functools.cache
+def clip_tokenizer() -> SimpleTokenizer:
+    """CLIP's; reading its vocabulary takes longer than reading a sample."""
+    return SimpleTokenizer()
+
+
 def problems_of(source: Source, number: int, context_length: int = 77) -> list[str]:
     """What is wrong with a sample, one sentence each; an empty list if nothing is."""
     try:
@@ -363,10 +387,10 @@ def problems_of(source: Source, number: int, context_length: int = 77) -> list[s
         found.append("it has no reference")
     if not sample.instruction.strip() or len(sample.instruction) > LONGEST:
         found.append(f"its instruction has {len(sample.instruction)} characters")
-    for image, _ in iccot.image_numbers(sample.instruction):
-        if not 1 <= image <= count:
+    for image, _, certain in iccot.image_numbers(sample.instruction):
+        if certain and not 1 <= image <= count:
             found.append(f"its instruction names image {image}, it has {count} references")
-    tokens = len(SimpleTokenizer().encode(sample.plan.caption)) + 2
+    tokens = len(clip_tokenizer().encode(sample.plan.caption)) + 2
     if tokens > context_length:
         found.append(f"its caption has {tokens} CLIP tokens, CLIP reads {context_length}")
     return [f"{source.name(number)}: {what}" for what in found]

@@ -29,6 +29,7 @@ Letters: sequence.py. Left out: top-k and beam search; answers about pictures (s
 """
 
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -86,6 +87,14 @@ class Thinking:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max_plan_tokens={self.max_tokens}: expected at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected a probability above 0 and up to 1")
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -98,6 +107,20 @@ class Sampler:
     guidance_interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
     renorm_min: float = 0.0
+
+    def __post_init__(self):
+        if self.num_timesteps < 2:
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
+                f"picture"
+            )
+        if not 0 < self.timestep_shift < math.inf:
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift}: expected a number above 0; 1 shifts nothing"
+            )
+        for name in ("text_guidance", "image_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number; 1 is off")
 
     @property
     def contexts(self) -> tuple[str, ...]:

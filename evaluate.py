@@ -83,13 +83,11 @@ class Config:
             raise ValueError(
                 f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1"
             )
-        if self.num_timesteps < 2:
+        if min(self.batch, self.judge_workers) < 1:
             raise ValueError(
-                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
-                f"picture"
+                f"batch={self.batch}, judge_workers={self.judge_workers}: expected at least 1"
             )
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: expected at least 1 prompt")
+        _ = self.sampler, self.thinking  # ValueError for what cannot be drawn
         if bool(self.bench) != bool(self.bench_path):
             raise ValueError(
                 "--bench needs the name of a benchmark and its data: --bench omnicontext PATH"

@@ -57,21 +57,61 @@ JSON_FIELD = re.compile(
     r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL
 )
 
+# how people name a reference: "image 3", "image_3", "<image 3>", "images 1 and 3", "figure three",
+# "the 3rd photo", "图3", "第三张图"; not "image 3 times", "image 90°", "image 16:9", "图一样"
 ORDINALS = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
+CARDINALS = tuple("one two three four five six seven eight nine ten".split())
+HAN = tuple("一二三四五六七八九十")
+NUMBERS = {word: i for words in (ORDINALS, CARDINALS, HAN) for i, word in enumerate(words, 1)}
 
-# "image 3", "image_3", "image #3", "<|image_3|>", "images 1 and 3"; not "image 3 times" or
-# "image 90 degrees"
+COUNT = rf"(?:\d{{1,2}}|{'|'.join(CARDINALS)})"
+UNITS = (
+    r"percent|px|pixels?|times|deg|degrees?|mm|cm|inch(?:es)?|stops?|steps?|shades?|"
+    r"years?|months?|weeks?|days?|hours?|minutes?|seconds?"
+)
+# after the number: no angle, size, factor, ratio, fraction, year or end of a file's name
+COUNTED = (
+    r"(?![A-Za-z0-9_]|\.(?:\d|png|jpe?g|webp)|[:：/x×]\d|\s[:：x×]\s?\d"
+    rf"|\s*(?:[%°º度倍次]|像素|(?:{UNITS})\b))"
+)
+
 IMAGE_NUMBER = re.compile(
-    r"\bimage(?:s[ _]?(?:\d{1,2}\s*(?:,|and|or|to|&|-)\s*(?:and\s*)?)*|[ _]?#?\s?)"
-    r"(\d{1,2})(?!\w|\.\d)(?!\s*(?:%|percent|px|pixels?|times|degrees))",
+    r"(?<![A-Za-z])(image|img|picture|photo|figure|fig\.?|reference)"
+    rf"(?:(s)[ _]?((?:{COUNT}\s*(?:,|and|or|to|&|/|-)\s*(?:and\s*)?)*)"
+    rf"|[ _-]?(?:#|no\. ?)?[(\[]?\s?)({COUNT}){COUNTED}",
     re.IGNORECASE,
 )
 
 IMAGE_ORDINAL = re.compile(
-    r"\b(" + "|".join(ORDINALS) + r"|\d{1,2}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -](?:reference )?"
-    r"(?:image|picture|photo|photograph|reference)\b",
+    rf"(?<![A-Za-z])({'|'.join(ORDINALS)}|\d{{1,2}}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -]"
+    r"((?:reference|input|given) )?(image|picture|photo|photograph|reference)"
+    r"(?![A-Za-z]| (?:frame|album|book|booth)s?\b)",
     re.IGNORECASE,
 )
+
+IMAGE_HAN = re.compile(
+    rf"(?<![地拼构插蓝版绘制画截底草])(?:[图圖][片像象]?|[照相]片)[ _#]{{0,2}}"
+    rf"(\d{{1,2}}(?![个個只隻条條位张張幅名种種])|[{''.join(HAN)}](?=\W|[中里内內上的和与與跟及或是为為]|$))"
+    rf"{COUNTED}"
+)
+
+IMAGE_HAN_ORDINAL = re.compile(
+    rf"第 ?(\d{{1,2}}|[{''.join(HAN)}]) ?[张張幅副个個]?(?:参考|參考|输入|輸入)?"
+    r"([图圖](?![书書表标標案纸紙层層])|[照相]片)"
+)
+
+# a name has no article; "picture" and "figure" are verbs too, but not after these words
+ARTICLE = re.compile(r"\b(?:an?|the|this|that|another|every|each|your|my|its)\s+$", re.IGNORECASE)
+IN_USE = re.compile(
+    r"(?:\b(?:of|in|from|to|with|and|or|by|on|at|into|onto|like|as|for|use|using)\s+|[,(<\[|])$",
+    re.IGNORECASE,
+)
+# "the second picture", and "the second image on the wall", may hang there
+SOMEWHERE = re.compile(
+    r"\s+(?:on|in|at|of|above|over|under|below|behind|near|next|beside|along|inside|hanging)\b",
+    re.IGNORECASE,
+)
+MOST = 20  # references that anybody gives; a higher number is likelier an angle or a size
 
 
 class PlanError(ValueError):
@@ -147,7 +187,7 @@ def parse(text: str, references: int | None = None) -> ICCoT:
         start = position
         relation, position = _field(text, position, f"relation_{len(relations) + 1}")
         if references is not None:
-            for number, offset in _absent(text[start:position], references):
+            for number, offset, _ in _absent(text[start:position], references):
                 message = f"a relation names image {number}, but {_there_are(references)}"
                 _fail(text, start + offset, message)
         relations.append(relation)
@@ -353,30 +393,62 @@ def _keep(fields: dict[str, str], name: str, content: str, *, notes: list[str]) 
 # references named in a sentence
 
 
-def image_numbers(text: str) -> list[tuple[int, int]]:
-    """(number, offset) of each image that a sentence names, as in "image 2", "the second image"."""
+def image_numbers(text: str) -> list[tuple[int, int, bool]]:
+    """(number, offset, certain) of each reference that a sentence names, in English or Chinese.
+
+    certain: it can mean nothing else; not so "the image 3", "the second picture on the wall".
+    """
     found = []
     for match in IMAGE_NUMBER.finditer(text):  # "images 1, 2 and 3" is one match with three numbers
-        found += [(int(number[0]), match.start()) for number in re.finditer(r"\d+", match[0])]
+        words = re.findall(COUNT, f"{match[3] or ''} {match[4]}", re.IGNORECASE)
+        found += [(word, match.start(), _is_a_name(text, match)) for word in words]
     for match in IMAGE_ORDINAL.finditer(text):
-        word = match[1].lower()
-        found.append((ORDINALS.index(word) + 1 if word in ORDINALS else int(word), match.start()))
-    return found
+        loose = match[3].lower() == "image" and not SOMEWHERE.match(text, match.end())
+        certain = match[2] or match[3].lower() == "reference" or loose
+        another = re.search(r"\b(?:an?|another) $", text[: match.start()], re.IGNORECASE)
+        found.append((match[1], match.start(), bool(certain and not another)))
+    for match in IMAGE_HAN.finditer(text):
+        found.append((match[1], match.start(), True))
+    for match in IMAGE_HAN_ORDINAL.finditer(text):
+        elsewhere = text[: match.start()].endswith(tuple("的上里裡中内內边邊"))
+        found.append((match[1], match.start(), match[2] in "图圖" and not elsewhere))
+    numbered = [(NUMBERS.get(word.lower()) or int(word), *rest) for word, *rest in found]
+    return [(number, offset, certain and number <= MOST) for number, offset, certain in numbered]
 
 
-def check_instruction(instruction: str, references: int) -> None:
-    """ValueError when the instruction names a reference image that was not given."""
-    for number, offset in _absent(instruction, references):
-        raise ValueError(
-            f"the instruction names image {number} (at character {offset}: "
-            f"{instruction[offset : offset + 20]!r}), but {_there_are(references)}; "
-            "give the missing reference or change the instruction"
+def _is_a_name(text: str, match: re.Match) -> bool:
+    """Whether what IMAGE_NUMBER found is certainly the name of a reference."""
+    noun, number = match[1].lower(), match[4].lower()
+    if match[2]:  # the plural: "images 1 and 3", not "the sign pictures 3 men"
+        return bool(match[3])
+    if not text[match.end(1) : match.start(4)].isspace():  # "image_3", "image3", "image #3"
+        return number.isdecimal()
+    if ARTICLE.search(text, 0, match.start()) or noun == "figure" and number in ("8", "eight"):
+        return False
+    return noun in ("image", "img", "reference") or bool(IN_USE.search(text, 0, match.start()))
+
+
+def check_instruction(instruction: str, references: int) -> list[str]:
+    """ValueError when the instruction certainly names a reference image that was not given.
+
+    Returns a sentence for each one that it may name.
+    """
+    doubts = []
+    for number, offset, certain in _absent(instruction, references, only_certain=False):
+        sentence = (
+            f"the instruction {'names' if certain else 'may name'} image {number} (at character "
+            f"{offset}: {instruction[offset : offset + 20]!r}), but {_there_are(references)}"
         )
+        if certain:
+            raise ValueError(f"{sentence}; give the missing reference or change the instruction")
+        doubts.append(sentence)
+    return doubts
 
 
-def _absent(text: str, references: int) -> list[tuple[int, int]]:
+def _absent(text: str, references: int, only_certain: bool = True) -> list[tuple[int, int, bool]]:
     """Those of `image_numbers` that are not among the references."""
-    return [(n, offset) for n, offset in image_numbers(text) if not 1 <= n <= references]
+    found = [one for one in image_numbers(text) if not 1 <= one[0] <= references]
+    return [one for one in found if one[2] or not only_certain]
 
 
 def _there_are(references: int) -> str:

@@ -34,6 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from runtime.files import object_of
+
 # pictures or captions that go through the CLIP at once; bounds the memory, not the result
 BATCH = 64
 
@@ -51,8 +53,8 @@ class Clip:
 
         name         an open_clip architecture, e.g. "ViT-B-32"
         pretrained   a tag of it ("openai", ...), or a local .safetensors file in open_clip's layout
-                     (for OpenAI's weights write name="ViT-B-32-quickgelu"), or the folder of a CLIP
-                     of one's own (the name is then free)
+                     (name="ViT-B-32-quickgelu" for OpenAI's weights, or open_clip_config.json
+                     beside them), or the folder of a CLIP of one's own (the name is then free)
         cache_dir    where downloads go
         ValueError, FileNotFoundError: unknown name or tag, missing or unsuitable file; OSError: a
         download failed.
@@ -254,16 +256,12 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
         raise FileNotFoundError(
             f"CLIP weights not found at {pretrained}; give a .safetensors file or a tag"
         )
+    quick = tag.get("quick_gelu", False) if tag else _quick_gelu(name, Path(pretrained))
     logging.disable(logging.CRITICAL)  # open_clip also logs what it raises; one message is enough
     try:
         # OpenAI's, DFN's and MetaCLIP's weights need QuickGELU; with the plain GELU of "ViT-B-32"
         # the scores are wrong
-        return open_clip.create_model(
-            name,
-            pretrained,
-            force_quick_gelu=bool(tag and tag.get("quick_gelu")),
-            cache_dir=cache_dir,
-        )
+        return open_clip.create_model(name, pretrained, force_quick_gelu=quick, cache_dir=cache_dir)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if tag:
@@ -276,6 +274,34 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
         logging.disable(logging.NOTSET)
 
 
+def _quick_gelu(name: str, weights: Path) -> bool:
+    """Whether weights in a local file were trained with QuickGELU; they look the same without it.
+
+    open_clip_config.json says so, which lies beside them in their repository; else their name.
+    ValueError where that can mean both: scores with the wrong activation would only look right.
+    """
+    named = open_clip.get_model_config(name).get("quick_gelu", False)
+    about = weights.with_name("open_clip_config.json")
+    if about.is_file():
+        try:
+            quick = bool(object_of(about.read_bytes())["model_cfg"].get("quick_gelu"))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{about} describes no CLIP ({error}); copy it again") from None
+        if named and not quick:
+            raise ValueError(
+                f"{about} says that {weights.name} was trained without QuickGELU, the name {name} "
+                f"that it was; write {name.removesuffix('-quickgelu')}"
+            )
+        return quick
+    if not named and open_clip.get_model_config(f"{name}-quickgelu"):
+        raise ValueError(
+            f"{weights} does not say which activation it was trained with: write {name}-quickgelu "
+            f"for weights of OpenAI, DFN or MetaCLIP; for others copy the open_clip_config.json of "
+            f"their repository beside them"
+        )
+    return named
+
+
 def _load_folder(folder: Path) -> tuple[torch.nn.Module, dict]:
     """(model, preprocess) of a CLIP of one's own."""
     for name in ("clip.json", "clip.safetensors"):
@@ -285,7 +311,7 @@ def _load_folder(folder: Path) -> tuple[torch.nn.Module, dict]:
                 "expected clip.json and clip.safetensors"
             )
     try:
-        written = json.loads((folder / "clip.json").read_text())
+        written = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
         model = open_clip.CLIP(**written["model"])
         model.load_state_dict(load_file(folder / "clip.safetensors"))
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -14,6 +14,7 @@ Left out: pages to click on, top-k, beam search.
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,8 @@ from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.pretrained import load_model, shape_of
 from vision import open_image
+
+LINE = '{"prompt": "...", "ref": ["a.png"], "key": "..."}'  # of a file of prompts
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -68,13 +71,7 @@ class Config:
     gpu_memory: float = 80.0  # GB, 10^9 bytes
 
     def __post_init__(self):
-        if self.num_timesteps < 2:
-            raise ValueError(
-                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
-                f"picture"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: expected a probability above 0 and up to 1")
+        _ = self.sampler, self.thinking  # ValueError for what cannot be drawn
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: expected at least 1")
         if self.prompts and (self.prompt or self.ref):
@@ -164,21 +161,34 @@ def read_prompts(path):
     if not path.is_file():
         raise UserError(f"file of prompts not found: {path}")
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in files.lines_of(path):
         try:
-            one = json.loads(line)
-            key = str(one.get("key", f"{number:04d}"))
-            refs = [str(path.parent / ref) for ref in one.get("ref", [])]
-            found.append((key, str(one["prompt"]), refs))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number}: {error!r}; expected "
-                f'{{"prompt": "...", "ref": ["a.png"], "key": "..."}}'
-            ) from None
+            one = {"key": f"{number:04d}", "ref": []} | files.object_of(line)
+            check_prompt(one)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; expected {LINE}") from None
+        refs = [str(path.parent / ref) for ref in one["ref"]]
+        found.append((str(one["key"]), one["prompt"], refs))
+    if not found:
+        raise UserError(f"{path} holds no prompts; expected a line for each, {LINE}")
     names = [key for key, *_ in found]
-    if len(set(names)) < len(names) or any("/" in name for name in names):
-        raise UserError(f"{path}: keys name files, so they must differ and hold no slash")
+    if len(set(names)) < len(names):
+        (name, _), *_ = Counter(names).most_common(1)
+        raise UserError(f"{path}: keys name files, so they must differ; {name!r} comes twice")
     return found
+
+
+def check_prompt(one):
+    """ValueError unless these are the fields of a line of a file of prompts."""
+    kinds = {"prompt": str, "ref": list, "key": (str, int)}
+    for name, value in {"prompt": None, **one}.items():
+        if name not in kinds:
+            raise ValueError(f"it has a field {name!r}")
+        if not isinstance(value, kinds[name]) or name == "prompt" and not value.strip():
+            raise ValueError(f"its {name} is {json.dumps(value)}")
+    if not all(isinstance(ref, str) for ref in one["ref"]):
+        raise ValueError(f"its ref is {json.dumps(one['ref'])}")
+    files.check_name(str(one["key"]), "its key")
 
 
 def request_of(config, model, job):
@@ -190,7 +200,12 @@ def request_of(config, model, job):
             f"{len(job.references)} references given, the preset allows {config.max_references}; "
             f"leave some out or raise --max_references"
         )
-    iccot.check_instruction(job.prompt, len(job.references))
+    try:
+        doubts = iccot.check_instruction(job.prompt, len(job.references))
+    except ValueError as error:
+        raise UserError(f"{job.out}: {error}") from None
+    for doubt in doubts:
+        processes.warn(f"{job.out}: {doubt}")
     if job.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
     references = [open_image(path) for path in job.references]

@@ -24,6 +24,7 @@ Left out: training the autoencoder, video, the unused 2-D RoPE of the official e
 """
 
 import io
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.mask import Mask
+
+# what PIL raises for a broken picture, of one format or another
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, LookupError, TypeError, EOFError)
+BROKEN += (struct.error, Image.DecompressionBombError)
 
 MAX_PIXELS = 14 * 14 * 9 * 1024  # BAGEL's ImageTransform default
 
@@ -97,7 +102,7 @@ def open_image(path, name: str | None = None) -> Image.Image:
         raise FileNotFoundError(
             f"picture not found: {name}; give the path of a PNG, JPEG or WebP file"
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise ValueError(
             f"{name} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP"
         ) from None
@@ -105,11 +110,15 @@ def open_image(path, name: str | None = None) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image of any mode -> RGB, transparent pixels white (the official code's pil_img2rgb)."""
-    # 16-bit grey: PIL would clip it to white
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        scale = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((values.clip(0, scale) * (255.0 / scale)).astype(np.uint8))
+    # more than 8 bits of grey, which PIL would cut off at 255
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        most, white = float(values.max()), 65535.0
+        if image.mode == "F" and most <= 2:  # to 1; a little more is light that is too bright
+            white = 1.0
+        elif image.mode in ("I", "F"):  # any range: the least usual one that holds it
+            white = next(top for top in (255.0, 65535.0, most) if most <= top)
+        image = Image.fromarray((values.clip(0, white) / white * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))

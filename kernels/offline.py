@@ -69,7 +69,7 @@ def _assemble(ptx):
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source)]
         command += ["-o", str(source.with_suffix(".cubin"))]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -71,6 +71,8 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
     value}; the first is the default. Prints the preset and what was changed in it (rank 0 only).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks shall end no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_user_error():
         hints = typing.get_type_hints(Config)
         fields = {field.name: field for field in dataclasses.fields(Config) if field.init}

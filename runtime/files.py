@@ -1,5 +1,5 @@
 """
-Files that appear whole or not at all, and JSON that is read with a clear word where it is torn.
+Files that appear whole or not at all, and text that is read with a clear word where it is torn.
 
     with published("out/run/table.json") as hidden:     write a file, or make a folder, at `hidden`:
         hidden.write_text(text)                         it takes its name when the block ends
@@ -8,6 +8,10 @@ The name is given by a rename, so nobody ever reads half of a file. A process th
 the block leaves what stood under the name untouched, and beside it a hidden file or folder
 (.name.tmp) that the next attempt replaces. A folder cannot be renamed over another one: the older
 one steps aside first (.name.old) and is deleted after; killed just between, the name is free.
+Whatever made a file, it gets the mode that the umask grants.
+
+Text is UTF-8, whatever the locale; a byte order mark at its beginning is no part of it. Lines end
+at a newline only: U+2028 and U+0085 stand within one. What Windows puts before it means nothing.
 
 Not a concept of the paper. Left out: locks between processes; one of them writes, or each its own.
 """
@@ -15,11 +19,18 @@ Not a concept of the paper. Left out: locks between processes; one of them write
 import json
 import math
 import os
+import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.config import UserError
+
+UMASK = os.umask(0o077)  # the only way to ask for it is to set it
+os.umask(UMASK)
+
+NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")  # no hidden file, no way up or down
+LONGEST_NAME = 200  # bytes; file systems take 255, of which endings need some
 
 
 def hidden_path(path, unique=""):
@@ -51,10 +62,24 @@ def publish(hidden, path):
     path = Path(path)
     old = path.with_name(f".{path.name}.old")
     remove(old)
+    share(Path(hidden))
     if path.is_dir():
         os.replace(path, old)
     os.replace(hidden, path)
     remove(old)
+
+
+def share(path):
+    """Give a file, or a folder with all in it, the mode that the umask grants.
+
+    Some libraries make theirs for the owner alone (safetensors). Where modes cannot be changed they
+    stay as they are.
+    """
+    for part in (path, *path.rglob("*")):
+        with suppress(OSError):
+            mode, wanted = part.stat().st_mode, (0o777 if part.is_dir() else 0o666) & ~UMASK
+            if mode & wanted != wanted and not part.is_symlink():
+                part.chmod(mode | wanted)
 
 
 def remove(path):
@@ -66,10 +91,60 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def is_hidden(path):
+    """Whether a file is one that a system left beside those of people, as `._a.png` of a Mac.
+
+    path: relative to the folder or the archive where it was found.
+    """
+    path = Path(path)
+    return path.name[:1] in ("", ".") or "__MACOSX" in path.parts
+
+
+def check_name(name, what):
+    """UserError unless `name`, which comes from somebody else's data, can be the name of a file.
+
+    what: where the name was found.
+    """
+    named = isinstance(name, str) and NAME.fullmatch(name)
+    if not named or len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
+        shown = repr(name)
+        raise UserError(
+            f"{what}: {shown[:60]}{'…' if len(shown) > 60 else ''} names files; expected a text of "
+            f"at most {LONGEST_NAME} bytes without slashes that does not begin with a dot"
+        )
+
+
+def check_writable(folder):
+    """Make `folder` if it is missing; UserError if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# text
+
+
 def write_text(path, text):
     """Write a text file whole or not at all."""
     with published(path) as hidden:
-        hidden.write_text(text)
+        hidden.write_text(text, encoding="utf-8")
+
+
+def read_text(path):
+    """The text of a file; UserError if it is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def to_json(value, indent=None):
@@ -88,45 +163,52 @@ def to_json(value, indent=None):
 def read_json(path):
     """The object in a JSON file that this project wrote; UserError if it is torn."""
     try:
-        return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return object_of(Path(path).read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} is torn ({error}); delete its folder to start again") from None
 
 
-def check_writable(folder):
-    """Make `folder` if it is missing; UserError if nothing can be written there."""
+def object_of(content):
+    """The object that bytes of JSON hold; ValueError says in one line what else they are."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
-        ) from None
+        value = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}; expected an object, {{...}}")
+    return value
 
 
-def read_lines(path):
+def lines_of(path):
+    """[(number, bytes)] of the lines of a text file that are not blank."""
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_lines(path, *names):
     """The JSON objects of a file that `append_line` wrote, [] where there is none.
 
     A last line without its end was not written: it is cut off, so that the next one starts afresh.
-    Lines end at a newline only, whatever else text may hold. UserError for a line that is no JSON.
+    UserError for a line that is no object with these names.
     """
     path = Path(path)
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
     found = []
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is no JSON ({error})") from None
+    for number, line in lines_of(path):
+        try:
+            found.append(object_of(line))
+            missing = [name for name in names if name not in found[-1]]
+            if missing:
+                raise ValueError(f"it has no {' and no '.join(missing)}")
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number} is none of ours: {error}; delete it to make it again"
+            ) from None
     return found
 
 

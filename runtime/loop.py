@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.config import UserError, to_dict
-from runtime.files import check_writable, read_json, to_json, write_text
+from runtime.files import check_writable, lines_of, object_of, read_json, to_json, write_text
 from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
@@ -282,6 +282,7 @@ def start(config):
     folder = Path(config.out)
     if config.eval_batch < 1:
         raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
+    _ = config.held_out  # ValueError for prompts that cannot be drawn
     check_writable(folder / "samples")
     options = json.loads(to_json(to_dict(config)))
     path, threads = folder / "config.json", config.threads
@@ -310,14 +311,14 @@ def refuse_other_options(folder, before, options):
 def log(folder, values):
     """Append one line to metrics.jsonl."""
     if is_main():
-        with open(folder / "metrics.jsonl", "a") as file:
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(to_json(values) + "\n")
 
 
 def read_log(folder):
     """All lines of metrics.jsonl."""
     path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [object_of(line) for _, line in lines_of(path)] if path.is_file() else []
 
 
 def cut_log(folder, step):
@@ -325,7 +326,7 @@ def cut_log(folder, step):
     path = Path(folder) / "metrics.jsonl"
     if is_main() and path.is_file():
         lines = []
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 if json.loads(line)["step"] < step:
                     lines.append(line)

@@ -1,7 +1,8 @@
 """
 A model on disk: safetensors under BAGEL's own key names, in BAGEL's file layout (docs/BAGEL.md §2).
 
-    ema.safetensors     the whole model with its eye, without the codec
+    ema.safetensors     the whole model with its eye, without the codec; when read, also in parts,
+                        model-00001-of-00007.safetensors ..., with transformers' index of them
     ae.safetensors      the FLUX autoencoder; the toys' codec has no weights
     llm_config.json     shape of the transformer, Qwen2's keys
     vit_config.json     shape of the eye, SigLIP's keys; it counts one layer more than is built, as
@@ -18,12 +19,13 @@ from the mapped file into a model without memory (meta device), so that 29 GB st
 any float type is taken. A folder is published whole. Whatever does not fit is a FileNotFoundError
 or a ValueError of one sentence that names the file, what was found and what was expected.
 
-Not a concept of the paper. Left out: sharded index files, a generation expert made from a plain
-Qwen2 folder.
+Not a concept of the paper. Left out: writing in parts, scaled RoPE, a generation expert made from a
+plain Qwen2 folder.
 """
 
 import json
 import re
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model import MODELS, ModelConfig, UnifiedModel
 from runtime.config import UserError
-from runtime.files import published
+from runtime.files import check_name, object_of, published
 
 # --------------------------------------------------------------------------------------------------
 # names: ours and BAGEL's
@@ -90,7 +92,7 @@ WRITTEN = {  # what else the official code reads
 }
 
 BUILT_IN = {  # what the code does whatever a config says, so it must say the same or nothing
-    "llm_config": {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
+    "llm_config": {"hidden_act": "silu", "use_sliding_window": False},
     "vit_config": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
 }
 
@@ -125,7 +127,9 @@ def save_model(model, tokenizer, folder, *, weights=None):
         if model.config.codec == "flux":
             write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
         for name, content in official_configs(model.config).items():
-            (hidden / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            (hidden / f"{name}.json").write_text(
+                json.dumps(content, indent=1) + "\n", encoding="utf-8"
+            )
         tokenizer.save_pretrained(hidden)
 
 
@@ -220,6 +224,7 @@ def load_config(folder):
                     f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for "
                     f"{value!r}"
                 )
+    read["llm_config"] |= _rope_theta(f"{folder}/llm_config.json", read["llm_config"])
     values = _our_values(read)
     for field in fields(ModelConfig):
         if isinstance(values.get(field.name), list):
@@ -272,6 +277,29 @@ def shape_with(config, preset):
     return found
 
 
+def _rope_theta(path, llm):
+    """{"rope_theta": its value}, {} where none is given.
+
+    Older configs have it at the top and a scaling in `rope_scaling`; transformers 5 has both in
+    `rope_parameters`. ValueError for any scaling, and for two values.
+    """
+    given = [llm["rope_theta"]] if llm.get("rope_theta") is not None else []
+    for name in ("rope_scaling", "rope_parameters"):
+        if (about := llm.get(name)) is not None:
+            if not isinstance(about, dict) or not all(map(_scales_nothing, about.items())):
+                raise ValueError(f"{path} has {name}={about}; this model's RoPE is not scaled")
+            given += [about["rope_theta"]] if "rope_theta" in about else []
+    if llm.get("rope_parameters") is not None and not given or given and given[0] != given[-1]:
+        raise ValueError(f"{path} gives {given or 'none'} as rope_theta; expected one value")
+    return {"rope_theta": given[-1]} if given else {}
+
+
+def _scales_nothing(item):
+    """Whether (key, value) of a description of RoPE leaves it as it is."""
+    key, value = item
+    return key == "rope_theta" or value in (None, "default" if key in ("rope_type", "type") else 1)
+
+
 def _our_values(read):
     """{field of ModelConfig: value} of the objects in the three files, as far as they say."""
     llm, vit, own = read["llm_config"], read["vit_config"], read["config"]
@@ -289,12 +317,9 @@ def read_object(path):
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return object_of(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the checkpoint is torn") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def load_weights(folder, config, device="cpu", *, dtype=torch.float32, prepare=None):
@@ -327,10 +352,6 @@ def read_tensors(path, module, rename, *, device, tables):
 
     rename: our name -> the file's; tables: what else the file may hold, {our name: its value}.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout"
-        )
     parameters = {
         rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name
     }
@@ -338,15 +359,15 @@ def read_tensors(path, module, rename, *, device, tables):
     wanted = {key: tuple(p.shape) for key, (_, p) in parameters.items()}
     optional = {key: tuple(table.shape) for key, table in tables.items()}
     try:
-        with safe_open(path, "pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        with open_tensors(path) as held:
+            found = {key: tuple(part.get_slice(key).get_shape()) for key, part in held.items()}
             check_keys(path, found, wanted, optional=optional)
             for key, (name, parameter) in parameters.items():
                 sharded = isinstance(parameter, DTensor)
                 if sharded:
-                    tensor = file.get_slice(key)[own_rows(parameter)]
+                    tensor = held[key].get_slice(key)[own_rows(parameter)]
                 else:
-                    tensor = file.get_tensor(key)
+                    tensor = held[key].get_tensor(key)
                 if not tensor.is_floating_point():
                     raise ValueError(
                         f"{path}: {key} is {tensor.dtype}; expected floating point numbers"
@@ -355,17 +376,60 @@ def read_tensors(path, module, rename, *, device, tables):
                     parameter.to_local().detach().copy_(tensor)
                 else:
                     _replace(module, name, tensor.to(device, parameter.dtype, copy=True))
-            _check_tables(path, file, tables)
+            _check_tables(path, held, tables)
     except SafetensorError as error:
         raise ValueError(
             f"{path} cannot be read ({error}); the file is torn: copy or train it again"
         ) from None
 
 
-def _check_tables(path, file, tables):
-    """ValueError if the open file has other values for one of {key: table}."""
-    for key in [key for key in tables if key in file.keys()]:
-        table = file.get_tensor(key).float()
+@contextmanager
+def open_tensors(path):
+    """Yields {key: the open safetensors file that holds it}, of `path` or of its parts.
+
+    FileNotFoundError, ValueError: one of them is missing or torn.
+    """
+    held = {}
+    with ExitStack() as stack:
+        for part in parts_of(path):
+            try:
+                opened = stack.enter_context(safe_open(part, "pt"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{part} cannot be read ({error}); the file is torn: copy or train it again"
+                ) from None
+            held |= dict.fromkeys(opened.keys(), opened)
+        yield held
+
+
+def parts_of(path):
+    """The files of the tensors of `path`: itself, or those that an index beside it lists.
+
+    The index of ema.safetensors may have the name that transformers gives to it.
+    """
+    indexes = [path.with_name(f"{path.name}.index.json")]
+    indexes += [path.with_name("model.safetensors.index.json")] * (path.name == "ema.safetensors")
+    index = next((index for index in indexes if index.is_file()), None)
+    if path.is_file():
+        return [path]
+    if index is None:
+        raise FileNotFoundError(
+            f"{path} is missing; the checkpoint is torn, or not in BAGEL's layout"
+        )
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map; the checkpoint is torn")
+    for name in places.values():
+        check_name(name, index)
+        if not path.with_name(name).is_file():
+            raise FileNotFoundError(f"{path.with_name(name)} is missing, {index} lists it; copy it")
+    return [path.with_name(name) for name in sorted(set(places.values()))]
+
+
+def _check_tables(path, held, tables):
+    """ValueError if the open files {key: file} have other values for one of {key: table}."""
+    for key in [key for key in tables if key in held]:
+        table = held[key].get_tensor(key).float()
         if not torch.allclose(table, tables[key], rtol=0, atol=1e-2):
             raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
 
@@ -408,8 +472,8 @@ def check_keys(path, found, wanted, *, optional):
 
 def stored_tensor(folder, name):
     """The tensor that ema.safetensors in a model folder has for our parameter `name`."""
-    with safe_open(Path(folder) / "ema.safetensors", "pt") as file:
-        return file.get_tensor(official_name(name))
+    with open_tensors(Path(folder) / "ema.safetensors") as held:
+        return held[official_name(name)].get_tensor(official_name(name))
 
 
 def load_tokenizer(folder):

@@ -6,7 +6,8 @@ Tar shards: how they are written, and where in them each sample is.
     samples-000000.index.json   {tar, size, mtime_ns, samples: {KEY: {suffix: (offset, size)}}}
 
 The index is valid while name, size and time of the tar agree. It is written by whoever reads the
-shard first, so that headers are scanned once and not by each rank.
+shard first, so that headers are scanned once and not by each rank. Files that a system left in the
+tar beside the samples (._* and __MACOSX of a Mac) are none of them.
 
 A shard appears under its name when it is complete. Not a concept of the paper.
 Left out: compression (pictures are compressed already), object stores (mount them).
@@ -21,6 +22,9 @@ from pathlib import Path
 
 from runtime import files
 from runtime.config import UserError
+
+# what bytes that are no tar header, or no index of ours, may raise
+BROKEN_HEADER = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 class ShardWriter:
@@ -37,7 +41,15 @@ class ShardWriter:
         return self.folder / f"{self.prefix}-{self.number:06d}.tar"
 
     def write(self, record: dict, references: list[bytes], target: bytes) -> None:
-        """record: as above, without pictures; references: PNG bytes of each; target: PNG bytes."""
+        """record: as above, without pictures; references: PNG bytes of each; target: PNG bytes.
+
+        UserError for a key that cannot name files, or that has a dot: there its suffix would begin.
+        """
+        files.check_name(record["key"], "the key of a sample")
+        if "." in record["key"]:
+            raise UserError(
+                f"the key {record['key']!r} has a dot; in a tar shard it cannot have one"
+            )
         if self.tar is None:
             self.tar = tarfile.open(files.hidden_path(self.path), "w")
         contents = {"json": json.dumps(record, ensure_ascii=False).encode()}
@@ -94,30 +106,43 @@ def _places(found):
 
 
 def _scanned(shard):
-    """{key: {suffix: (offset, size)}} from the headers of a tar file."""
-    entries = {}
-    with tarfile.open(shard) as tar:
-        for entry in tar:
-            if entry.isfile():
-                name, _, suffix = Path(entry.name).name.partition(".")
-                key = str(Path(entry.name).with_name(name))
-                entries.setdefault(key, {})[suffix] = (entry.offset_data, entry.size)
+    """{key: {suffix: (offset, size)}} from the headers of a tar file; TarError if one is broken."""
+    entries, last = {}, "its beginning"
+    with tarfile.open(shard, "r:") as tar:  # compressed, no place in it could be read
+        try:
+            for entry in tar:
+                if entry.size < 0:
+                    raise ValueError("a size below 0")
+                if entry.isfile() and not files.is_hidden(entry.name):
+                    name, _, suffix = Path(entry.name).name.partition(".")
+                    key = str(Path(entry.name).with_name(name))
+                    entries.setdefault(key, {})[suffix] = (entry.offset_data, entry.size)
+                last = f"its member {entry.name}"
+            tar.fileobj.seek(
+                tar.offset
+            )  # where the list of members ended: at zeros, if it is whole
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("no end")
+        except (tarfile.TarError, *BROKEN_HEADER):
+            raise tarfile.ReadError(f"it is cut off or broken after {last}") from None
     return entries
 
 
 def _kept_index(path):
     """The index in a file; None if there is none, or what is there is not one of ours."""
     try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
+        kept = files.object_of(path.read_bytes())
+        places = [place for found in kept["samples"].values() for place in found.values()]
+        whole = all(type(start) is type(size) is int for start, size in places)
+    except (OSError, *BROKEN_HEADER):
         return None
-    return kept if isinstance(kept, dict) and {"tar", "samples"} <= kept.keys() else None
+    return kept if whole and "tar" in kept else None
 
 
 def _keep_index(path, index):
     """Write an index; a folder that cannot be written goes without. Processes may do it at once."""
     try:
         with files.published(path, f"-{socket.gethostname()}-{os.getpid()}") as hidden:
-            hidden.write_text(json.dumps(index))
+            hidden.write_text(json.dumps(index), encoding="utf-8")
     except OSError:
         pass

@@ -28,6 +28,7 @@ Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini,
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -47,7 +48,12 @@ from vision import open_image, to_png
 
 SIDE = 1024  # pixels of a picture on disk
 
+# the name of a true picture: "res", "0_result", "edit-res2", "imgres"; not "dress", "forest"
+ANSWER = re.compile(r"(?i)(?<![a-z])(?:res|target|output|answer|gt(?![a-z]))|res(?![a-z])")
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+SCORED = ("key", "task_type", "instruction_language", "PF_score", "SC_score")  # of a line of scores
 
 OMNICONTEXT_TASKS = (
     "single_character",
@@ -164,54 +170,77 @@ def read_omnicontext(path):
     folder = Path(path)
     if not folder.exists():
         folder = download(path)
-    found = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    found = sorted([*folder.glob("[!.]*.parquet"), *folder.glob("data/[!.]*.parquet")])
     if folder.is_file():
         found = [folder]
     if not found:
         raise UserError(
             f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet"
         )
-    return [omnicontext_case(row, folder) for file in found for row in parquet_rows(file)]
+    base = folder.parent if folder.is_file() else folder
+    return [omnicontext_case(row, base) for file in found for row in parquet_rows(file)]
 
 
 def parquet_rows(path, columns=("key", "task_type", "instruction", "input_images")):
     """The rows of a parquet file, as dictionaries; UserError if it is torn or lacks a column."""
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         table = parquet.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
+        names = table.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(
+                f"{path} has no column {', '.join(missing)}; expected {', '.join(columns)}"
+            )
+        for batch in table.iter_batches(16):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read as parquet ({str(error)[:100]}); copy it again"
         ) from None
-    missing = [name for name in columns if name not in table.schema_arrow.names]
-    if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}; expected {', '.join(columns)}")
-    for batch in table.iter_batches(16):
-        yield from batch.to_pylist()
 
 
 def omnicontext_case(row, folder):
-    """A Case from a row of OmniContext; its pictures are in the row, or files in `folder`."""
-    sources = [
-        io.BytesIO(image["bytes"]) if image.get("bytes") else folder / image["path"]
-        for image in row["input_images"]
-    ]
+    """A Case from a row of OmniContext; its pictures are in the row, or files in `folder`.
+
+    UserError for a row that is none, in any field.
+    """
+    key, images = row["key"], row["input_images"]
+    key = str(key) if isinstance(key, int) else key
+    files.check_name(key, "a key of the benchmark")
+    images = images if isinstance(images, list) else [images]
+    name = f"an input image of {key}"
+    if row["task_type"] not in OMNICONTEXT_TASKS or not isinstance(row["instruction"], str):
+        raise UserError(
+            f"row {key} has the task {row['task_type']!r} and the instruction "
+            f"{row['instruction']!r}; expected a text, and one of {', '.join(OMNICONTEXT_TASKS)}"
+        )
     return Case(
-        key=str(row["key"]),
+        key=key,
         task=row["task_type"],
         instruction=row["instruction"],
         language=row.get("instruction_language") or "en",
-        references=tuple(open_image(one, f"an input image of {row['key']}") for one in sources),
+        references=tuple(open_image(source_of(image, folder, name), name) for image in images),
         caption=row.get("caption") or "",
     )
+
+
+def source_of(image, folder, name):
+    """What to open for a picture: {bytes, path} as datasets writes it, bytes, or a path."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, (bytes, bytearray)):
+        return io.BytesIO(image)
+    if isinstance(image, str) and image:
+        return folder / image
+    raise UserError(f"{name} is {image!r}; expected {{bytes, path}}, bytes of a picture or a path")
 
 
 def read_dreamomni2(path):
     """Cases from DreamOmni2Bench's folders, or from that data set on Hugging Face.
 
-    A case is a folder {editing,generation}_benchmark/CATEGORY/NUMBER: instruction.txt, references,
-    and the true picture, which is left alone.
+    A case is a folder {editing,generation}_benchmark/CATEGORY/NUMBER: instruction.txt, references
+    (the picture to edit first), and the true picture, which is left alone.
     """
     folder = Path(path) if Path(path).exists() else download(path)
     found = sorted(folder.glob("*_benchmark/*/*/instruction.txt"))
@@ -231,21 +260,31 @@ def dreamomni2_case(folder):
         raise UserError(
             f"{folder.parent}: the category {category} is none of {', '.join(DREAMOMNI2_TASKS)}"
         )
-    results = ("res", "target", "output", "gt")  # what the name of a true picture begins with
-    references = [
+    pictures = [
         path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and not path.stem.lower().startswith(results)
+        for path in sorted(folder.iterdir(), key=in_order)
+        if path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)
     ]
+    references = [path for path in pictures if not ANSWER.search(path.stem)]
     if not references:
-        raise UserError(f"{folder} holds no reference picture")
+        raise UserError(
+            f"{folder} holds no reference picture, of {len(pictures)}; those named "
+            f"*res*, *target*, *output* or *gt* are answers"
+        )
     return Case(
         key=f"{category}-{folder.name}",
         task=task,
-        instruction=(folder / "instruction.txt").read_text().strip(),
+        instruction=files.read_text(folder / "instruction.txt").strip(),
         language="en",
         references=tuple(map(open_image, references)),
     )
+
+
+def in_order(path):
+    """Sorts the pictures of a case: what is to be edited, then references, 2 before 10."""
+    name = path.stem.lower()
+    numbers = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return not name.startswith(("src", "source")), numbers
 
 
 def download(name):
@@ -372,10 +411,10 @@ def judge_cases(cases, config):
     access = Access(config.judge_url, config.judge_model, config.key_variable)
     judge = Endpoint(access, folder / "replies")
     paths = {task: folder / task / "score.jsonl" for task in {case.task for case in cases}}
-    done = {}
+    done = {}  # {(task, key): row}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path)}
+        done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path, *SCORED)}
     left = painted([case for case in cases if (case.task, case.key) not in done], config)
     ask, failed = partial(judge_case, judge, config), []
     how = dict(patient=bool(done))  # what failed in an earlier run may fail again

@@ -21,6 +21,7 @@ import numpy as np
 
 from iccot import TASKS
 from runtime.config import UserError
+from runtime.files import is_hidden
 
 POOLS = ("characters", "objects", "scenes")
 
@@ -37,13 +38,14 @@ def pools_of(folder):
                 f"the pool {pool} is missing; --pools must hold characters/, objects/ and "
                 "scenes/ with pictures"
             )
-        paths = [path for path in pool.rglob("*") if path.suffix.lower() in SUFFIXES]
+        paths = [path.relative_to(folder) for path in pool.rglob("*")]
+        paths = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
         if not paths:
             raise UserError(f"the pool {pool} holds no {', '.join(SUFFIXES)} picture")
         for path in paths:
             if str(path).encode("utf-8", "replace").decode() != str(path):  # it cannot be written
                 raise UserError(f"the name {path.name!a} in {pool} is not UTF-8 text; rename it")
-        found[kind] = sorted(str(path.relative_to(folder)) for path in paths)
+        found[kind] = sorted(map(str, paths))
     return found
 
 

@@ -25,7 +25,7 @@ import sample
 import sft
 from engine import Engine
 from runtime import files, loop, processes, state
-from runtime.config import parse
+from runtime.config import UserError, parse
 from studies import questions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +345,11 @@ def test_bad_reference(trained, pictures, capsys, name, words):
         (["--prompt", "A", "--seed", "one"], "--seed"),
         (["--prompt", "A", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
         (["--prompt", "A", "--device", "cuda:99"], "--device=cuda:99"),
+        (["--prompt", "A", "--max_plan_tokens", "0"], "max_plan_tokens=0: expected at least 1"),
+        (["--prompt", "A", "--timestep_shift", "0"], "timestep_shift=0.0: expected a number above"),
+        (["--prompt", "A", "--timestep_shift", "inf"], "timestep_shift=inf: expected a number"),
+        (["--prompt", "A", "--temperature", "-1"], "temperature=-1.0: expected 0 or more"),
+        (["--prompt", "A", "--text_guidance", "inf"], "text_guidance=inf: expected a number"),
     ],
 )
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
@@ -355,6 +360,55 @@ def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message
     )
     assert message in refused(capsys, sample_main, *default, *words)
     assert sorted(os.listdir(pictures)) == before
+
+
+GOOD = '{"prompt": "Show it.", "ref": ["a.png"]}'
+
+
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        (
+            '{"prompt": "Show it\u2028in\x85a\u2029meadow.", "ref": []}',
+            ["Show it\u2028in\x85a\u2029meadow."],
+        ),
+        ("\ufeff" + GOOD, ["Show it."]),
+        (f"\r\n{GOOD}\r\n\r\n\n{GOOD}", ["Show it.", "Show it."]),
+        ('{"prompt": "一只猫", "key": 7}\n', ["一只猫"]),
+    ],
+)
+def test_a_file_of_prompts_is_read_as_people_write_it(tmp_path, content, prompts):
+    (tmp_path / "p.jsonl").write_bytes(content.encode())
+    assert [prompt for _, prompt, _ in sample.read_prompts(tmp_path / "p.jsonl")] == prompts
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "p.jsonl holds no prompts; expected a line for each"),
+        ("\n\n", "p.jsonl holds no prompts"),
+        ('{"prompt": "A", "ref": "a.png"}', 'p.jsonl, line 1: its ref is "a.png"; expected'),
+        ('{"prompt": "A", "ref": [1]}', "p.jsonl, line 1: its ref is [1]; expected"),
+        (
+            '{"prompt": "A", "references": []}',
+            "p.jsonl, line 1: it has a field 'references'; expec",
+        ),
+        ('{"prompt": null}', "p.jsonl, line 1: its prompt is null; expected"),
+        ('{"prompt": " "}', 'p.jsonl, line 1: its prompt is " "; expected'),
+        (GOOD + "\n{}", "p.jsonl, line 2: its prompt is null; expected"),
+        (GOOD + "\n[]", "p.jsonl, line 2: it holds a list; expected"),
+        (GOOD + '\n{"prompt": "to', "p.jsonl, line 2: Unterminated string"),
+        ('{"prompt": "A", "key": "%s"}' % ("k" * 300), "p.jsonl, line 1: its key: 'kkk"),
+        ('{"prompt": "A", "key": "../a"}', "p.jsonl, line 1: its key: '../a' names files"),
+        ('{"prompt": "A", "key": null}', "p.jsonl, line 1: its key is null"),
+        ('{"prompt": "A", "key": "a"}\n' * 2, "p.jsonl: keys name files, so they must differ; 'a'"),
+    ],
+)
+def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        sample.read_prompts(tmp_path / "p.jsonl")
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +423,11 @@ def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message
         (evaluate, ["--config", "smoke", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
         (evaluate, ["--config", "smoke", "--device", "cuda:99"], "--device=cuda:99"),
         (evaluate, ["--config", "smoke", "--batch", "0"], "batch=0"),
+        (evaluate, ["--config", "smoke", "--judge_workers", "0"], "judge_workers=0"),
+        (evaluate, ["--config", "smoke", "--max_plan_tokens", "0"], "max_plan_tokens=0"),
+        (evaluate, ["--config", "smoke", "--timestep_shift", "0"], "timestep_shift=0.0"),
         (sft, ["--config", "smoke", "--eval_batch", "0"], "eval_batch=0"),
+        (sft, ["--config", "smoke", "--sample_plan_tokens", "0"], "max_plan_tokens=0"),
         (grpo, ["--config", "smoke", "--init", "out/typo"], "out/typo"),
         (questions, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
         (questions, ["--question", "captoins"], "noise, mismatch, references, captions"),

@@ -286,3 +286,13 @@ def test_exit_on_user_error_takes_more_kinds_and_decorates(capsys):
         with pytest.raises(SystemExit):
             check(value)
     assert capsys.readouterr().err == "error: 1 is wrong\nerror: 2 is wrong\n"
+
+
+def test_a_letter_that_the_terminal_lacks_ends_no_run():
+    code = "from dataclasses import make_dataclass; from runtime.config import parse; "
+    code += "C = make_dataclass('C', [('prompt', str)]); "
+    code += "print(parse(C, {'toy': {}}, ['--prompt', '图']).prompt)"
+    environment = dict(os.environ, PYTHONIOENCODING="latin-1")
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.stdout == "config: toy prompt=\\u56fe\n\\u56fe\n", done.stderr

@@ -481,6 +481,25 @@ def test_nothing_forbidden():
     passed(broken)
 
 
+def test_text_is_utf_8_whatever_the_locale():
+    """Whoever opens a text file says so: runtime.files does, all others name the encoding."""
+    broken = []
+    for path in PROJECT:
+        for node in nodes_of(path):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            opens = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+            opens = opens and owner not in aliases_of(path)
+            if name == "open" and isinstance(node.func, ast.Name):
+                modes = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
+                opens = not any("b" in getattr(mode, "value", "") for mode in modes)
+            if opens and not any(keyword.arg == "encoding" for keyword in node.keywords):
+                broken.append(f"{path}:{node.lineno} {name} without encoding")
+    passed(broken)
+
+
 def test_files_are_published_in_one_place():
     broken = []
     for path in PROJECT:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from model import SMOKE, Cache, ModelConfig, UnifiedModel
 from runtime import pretrained
@@ -278,3 +279,67 @@ def test_a_cut_pack_equals_the_whole(model):
     assert rest.labels.tolist() == whole.labels.tolist()
     assert rest.text_ids[rest.label_rows].tolist() == whole.text_ids[whole.label_rows].tolist()
     model.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints as other tools write them
+
+
+@pytest.mark.parametrize(
+    "fields, theta",
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),  # transformers 5
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5),
+        ({"rope_scaling": {"type": "default", "factor": 1.0}, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": None, "rope_scaling": None, "rope_theta": 5e5}, 5e5),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}},
+            "not scaled",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "not scaled"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "not scaled"),
+        ({"rope_parameters": [5e5]}, "not scaled"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}, "not scaled"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, "expected one value"),
+        ({"rope_parameters": {"rope_type": "default"}}, "expected one value"),
+        ({"rope_parameters": {"rope_theta": "5e5"}}, "expected float"),
+    ],
+)
+def test_rope_is_read_from_either_layout_or_refused(saved, tmp_path, fields, theta):
+    written = json.loads((saved[1] / "llm_config.json").read_text())
+    del written["rope_theta"]
+    (tmp_path / "llm_config.json").write_text(json.dumps(written | fields))
+    if isinstance(theta, float):
+        assert pretrained.load_config(tmp_path).rope_theta == theta
+    else:
+        with pytest.raises(ValueError, match=theta):
+            pretrained.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["ema.safetensors.index.json", "model.safetensors.index.json"])
+def test_weights_in_parts_are_read(saved, tmp_path, index):
+    model, folder = saved
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "ema.safetensors")
+    (copy / "ema.safetensors").unlink()
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    places = {key: names[i % 3] for i, key in enumerate(tensors)}
+    for name in names:
+        held = {key: tensor for key, tensor in tensors.items() if places[key] == name}
+        pretrained.write_tensors(copy / name, held)
+    (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    loaded, _ = pretrained.load_model(copy)
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters()):
+        assert torch.equal(a, b), name
+    assert torch.equal(pretrained.stored_tensor(copy, "norm_und.weight"), model.norm_und.weight)
+    part = copy / names[1]
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{names[1]} cannot be read"):
+        pretrained.load_model(copy)
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{names[1]} is missing"):
+        pretrained.load_model(copy)
+    (copy / index).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(ValueError, match=f"{index}: '../a.safetensors' names files"):
+        pretrained.load_model(copy)

@@ -237,6 +237,35 @@ def test_weights_get_the_activation_they_were_trained_with(monkeypatch, name, ta
     assert asked["force_quick_gelu"] is quick
 
 
+@pytest.mark.parametrize(
+    "name, about, quick",
+    [
+        ("ViT-B-32", {"model_cfg": {"quick_gelu": True}}, True),
+        ("ViT-B-32", {"model_cfg": {"embed_dim": 512}}, False),
+        ("ViT-B-32-quickgelu", None, True),
+        ("ViT-B-32-quickgelu", {"model_cfg": {"quick_gelu": True}}, True),
+        ("ViT-S-32-alt", None, False),  # no weights of it have QuickGELU
+        ("ViT-B-32", None, "w.safetensors does not say .*: write ViT-B-32-quickgelu"),
+        ("ViT-L-14", None, "w.safetensors does not say .*: write ViT-L-14-quickgelu"),
+        ("ViT-B-32-quickgelu", {"model_cfg": {}}, "without QuickGELU, .* write ViT-B-32$"),
+        ("ViT-B-32", [], "open_clip_config.json describes no CLIP"),
+        ("ViT-B-32", {"model_cfg": None}, "open_clip_config.json describes no CLIP"),
+    ],
+)
+def test_a_local_file_never_gets_another_activation(monkeypatch, tmp_path, name, about, quick):
+    asked = {}
+    monkeypatch.setattr(open_clip, "create_model", lambda *names, **options: asked.update(options))
+    (tmp_path / "w.safetensors").touch()
+    if about is not None:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    if isinstance(quick, bool):
+        reward._load_open_clip(name, str(tmp_path / "w.safetensors"), None)
+        assert asked["force_quick_gelu"] is quick
+    else:
+        with pytest.raises(ValueError, match=quick):
+            reward._load_open_clip(name, str(tmp_path / "w.safetensors"), None)
+
+
 def test_a_failed_download_is_one_sentence(monkeypatch):
     from open_clip import factory
 

@@ -48,6 +48,31 @@ def test_grey_of_any_depth(photo, tmp_path):
     assert open_image(tmp_path / "1.png").mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    "name, kind, black, white, most",
+    [
+        ("a.png", np.uint16, 0, 65535, 255),
+        ("dark.png", np.uint16, 0, 200, 1),  # 16 bits, whatever the brightest pixel is
+        ("a.tif", np.uint16, 0, 65535, 255),
+        ("a.tif", np.float32, 0, 1, 255),
+        ("dark.tif", np.float32, 0, 0.5, 128),
+        ("bright.tif", np.float32, 0, 1.2, 255),
+        ("a.tif", np.float32, 0, 255, 255),
+        ("a.tif", np.float32, -1, 65535, 255),
+        ("a.tif", np.float32, 0, 1e6, 255),
+        ("a.tif", np.float32, np.nan, 1, 255),
+        ("a.tif", np.int32, 0, 255, 255),
+        ("a.tif", np.int32, 0, 65535, 255),
+        ("a.tif", np.int32, 0, 2**31 - 1, 255),
+    ],
+)
+def test_grey_beyond_8_bits_uses_its_range(tmp_path, name, kind, black, white, most):
+    values = np.array([[black] * 4, [0.4 * white] * 4, [white] * 4]).astype(kind)
+    Image.fromarray(values).save(tmp_path / name)
+    found = np.asarray(open_image(tmp_path / name))[:, 0, 0].astype(int)
+    assert found[0] == 0 and abs(found[1] - 0.4 * most) <= 21 and found[2] == most
+
+
 def test_transparency_becomes_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     palette = Image.new("P", (8, 8), 3)

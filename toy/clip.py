@@ -79,7 +79,7 @@ def train_toy_clip(folder, settings: ToyClipSettings, log=print) -> Path:
         size = config["vision_cfg"]["image_size"]
         preprocess = dict(size=size, mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash")
         written = dict(model=config, preprocess=preprocess, training=asdict(settings))
-        (hidden / "clip.json").write_text(json.dumps(written, indent=1) + "\n")
+        (hidden / "clip.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         save_file(model.state_dict(), hidden / "clip.safetensors")
     return folder
 
@@ -87,7 +87,7 @@ def train_toy_clip(folder, settings: ToyClipSettings, log=print) -> Path:
 def _is_trained(folder: Path, settings: ToyClipSettings) -> bool:
     """Whether the folder holds the CLIP of these settings; ValueError if it holds anything else."""
     if (folder / "clip.json").is_file() and (folder / "clip.safetensors").is_file():
-        found = json.loads((folder / "clip.json").read_text()).get("training")
+        found = json.loads((folder / "clip.json").read_text(encoding="utf-8")).get("training")
         if found != asdict(settings):
             raise ValueError(
                 f"{folder} holds a CLIP trained with {found}, not with {asdict(settings)}; "

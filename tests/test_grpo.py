@@ -609,7 +609,8 @@ def test_a_signal_ends_the_rollout_and_the_iteration(toy):
     "world, options, ranks",
     [
         (8, {}, 1),
-        (64, {}, 8),
+        (64, {}, 4),
+        (64, {"updates": 2}, 8),
         (64, {"prompts_per_step": 128}, 1),
         (4, {"prompts_per_step": 2, "group_size": 4, "images_per_cot": 2, "updates": 1}, 2),
         (2, {"prompts_per_step": 1, "group_size": 4, "rid": False, "updates": 1}, 2),
@@ -642,4 +643,4 @@ def test_members_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(rollouts, "size", lambda: 7)
     monkeypatch.setattr("runtime.processes.size", lambda: 7)
     with pytest.raises(UserError, match="cannot be shared evenly by 7 processes in 2 updates"):
-        rollouts.share_of(grpo.Config(config="full"))
+        rollouts.share_of(grpo.Config(config="full", updates=2))

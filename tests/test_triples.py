@@ -7,12 +7,12 @@ prompts are the toy world's.
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_curate import Server
 
 import curate
 import data
@@ -83,16 +83,19 @@ def curated(tmp_path_factory):
         asked.append((prompt, images))
         return answer(prompt, images)
 
-    with pytest.MonkeyPatch.context() as patch, Server() as running:
+    with pytest.MonkeyPatch.context() as patch, server.make_server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
         patch.chdir(folder)
         patch.setattr(server, "answer_text", answer_text)
-        words = f"--config toy --from Macro --out out --clip clip --chat_url {running.url}"
+        url = f"http://127.0.0.1:{running.server_port}/v1"
+        words = f"--config toy --from Macro --out out --clip clip --chat_url {url}"
         words += " --count 100 --max_references 10 --drop_clip 0 --workers 1"
         requests = []
         for _ in range(2):
             argv = curate.arguments(words.split())
             curate.main(parse(curate.Config, curate.PRESETS, argv))
-            requests.append(running.server.requests)
+            requests.append(running.requests)
+        running.shutdown()
     return folder, asked, requests
 
 

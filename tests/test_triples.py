@@ -65,7 +65,7 @@ def write_macro(root):
         if number == 1:  # broken in one way each
             for name, change in (
                 ("missing", {"output_image": "data/final/gone.jpg"}),
-                ("absent", {"prompt": "Put <image 7> on the moon."}),
+                ("absent", {"prompt": "Put the cat of <image 7> on the moon."}),
                 ("shown", {"output_image": one["input_images"][0]}),
             ):
                 (index / f"{name}.json").write_text(json.dumps(one | change))

@@ -50,7 +50,7 @@ def test_workers_start_without_fork(tmp_path, forkserver):
             record["plan"] = {"out_caption": one.plan.caption, "relations": relations}
             shards.write(record, [to_png(image) for image in one.references], to_png(one.target))
     mine = dict(data=str(tmp_path / "shards"), out=str(tmp_path / "run"), threads=1, workers=1)
-    mine |= dict(steps=1, samples_per_step=4)
+    mine |= dict(steps=1, samples_per_step=4, painter_errors=0.0)
     sft.train(sft.Config(config="smoke", **STAGE_1 | mine))
     assert loop.read_log(tmp_path / "run")[0]["grad_norm"] > 0
 

@@ -91,7 +91,7 @@ def test_stage_1_trains_on_ten(ten, tmp_path):
     for one, kept in zip(sorted(ten[:2], key=lambda one: hash_of(one.key)), read):
         assert [x.tobytes() for x in one.references] == [x.tobytes() for x in kept.references]
     mine = dict(data=str(tmp_path / "shards"), out=str(tmp_path / "run"), threads=1, steps=1)
-    mine |= dict(max_references=10, tokens_per_pack=4096, samples_per_step=2)
+    mine |= dict(max_references=10, tokens_per_pack=4096, samples_per_step=2, painter_errors=0.0)
     sft.train(sft.Config(config="smoke", **sft.PRESETS["smoke"] | mine))
     assert loop.read_log(tmp_path / "run")[0]["grad_norm"] > 0
 

@@ -32,12 +32,18 @@ would ask, and then what it asks:
 
     python curate.py --config full --pools pictures --count 1000 --dry_run
     python curate.py --config full --pools pictures --count 1000
+
+With samples that exist, such as MACRO's (studies/triples.py): their pictures are kept, only plans
+and scores are asked for:
+
+    python curate.py --config full --from Macro --count 1000 --max_references 10
 """
 
 import json
+import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +62,7 @@ from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
 from studies.judge import ask_score
 from studies.pools import draw_references, pools_of
 from studies.replies import Fault
+from studies.triples import folder_of, read_triples
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
 from toy.sheets import picture_sheet
@@ -70,9 +77,10 @@ TOY_CLIP_STEPS = 300  # of training, where the toy's CLIP is missing
 class Config:
     config: str = ""  # name of the preset
     pools: str = ""  # folder with characters/, objects/ and scenes/
+    from_path: str = ""  # or samples without IC-CoT, whose pictures are kept (--from PATH)
     out: str = "out/curated"
     count: int = 1000  # samples to begin with
-    max_references: int = 4
+    max_references: int = 4  # of a sample, up to 10
     seed: int = 0
     stage: str = "all"  # all, or one of references, instructions, plans, targets, scores, shards
     dry_run: bool = False  # count what would be asked, and stop
@@ -107,10 +115,10 @@ class Config:
     def __post_init__(self):
         if self.stage not in ("all", *STAGES):
             raise ValueError(f"stage={self.stage}: expected all or one of {', '.join(STAGES)}")
-        if self.count < 1 or self.workers < 1 or not 2 <= self.max_references <= 4:
+        if self.count < 1 or self.workers < 1 or not 2 <= self.max_references <= 10:
             raise ValueError(
                 f"count={self.count}, workers={self.workers}, "
-                f"max_references={self.max_references}: expected 1 or more, at least 1, and 2 to 4"
+                f"max_references={self.max_references}: expected 1 or more, at least 1, and 2 to 10"
             )
 
 
@@ -247,6 +255,8 @@ class Crew:
             "targets": self.paint,
             "scores": self.score,
         }
+        if config.from_path:  # they have instruction and target
+            self.stages = {name: self.stages[name] for name in ("plans", "scores")}
 
     def _endpoint(self, url, model):
         config = self.config
@@ -313,7 +323,7 @@ def floors(records, config):
 def why_dropped(records, config):
     """{key: reason} of the scored records that do not pass, "" for those that do."""
     reasons = {}
-    for task in TASKS:
+    for task in {record["task"]: None for record in records.values()}:
         of_task = [record for record in records.values() if record["task"] == task]
         floor = floors(of_task, config)
         for record in of_task:
@@ -341,7 +351,7 @@ def write_shards(records, config):
     reasons, out = why_dropped(scored, config), Path(config.out)
     makers = {
         "chat_model": config.chat_model,
-        "image_model": config.image_model,
+        "image_model": "" if config.from_path else config.image_model,
         "judge_model": config.judge_model or config.chat_model,
     }
     kept = ("key", "task", "instruction", "plan", "scores")
@@ -383,7 +393,8 @@ def report(all_records, reasons, config):
     lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
     lines += [f"| {stage} | {reason} | {count} |" for (stage, reason), count in gone.items()]
     lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
-    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in TASKS]
+    tasks = [*TASKS, *sorted(begun.keys() - TASKS)]
+    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in tasks if task in begun]
     lines += [f"| all | {total} | {left} ({100 * left / max(1, total):.0f} %) |"]
     text, out = "\n".join(lines), Path(config.out)
     files.write_text(out / "report.md", text + "\n")
@@ -404,27 +415,31 @@ def estimate(records, config):
 
     Requests, pictures sent and made, tokens (about).
     """
-    count, references = len(records), sum(len(record["references"]) for record in records.values())
+    records = [record for record in records.values() if "dropped" not in record]
+    count, references = len(records), sum(len(record["references"]) for record in records)
     words = (writer.PROMPT_LENGTH + 2 * 1200) // 4  # four characters a token
     picture = 1000  # tokens of a picture of about a megapixel, roughly; ask your provider
-    sent = 4 * references + 2 * count
+    asked = ("plan", "PF", "SC") if config.from_path else ("instruction", "plan", "PF", "SC")
+    sent = len(asked) * references + 2 * count
     tokens = count * (words + 250) + picture * sent
     print(f"{count} samples, {references} references; nothing was asked")
     print(
-        f"chat      {4 * count:8,d} requests (instruction, plan, PF, SC), "
+        f"chat      {len(asked) * count:8,d} requests ({', '.join(asked)}), "
         f"{sent:8,d} pictures sent, about {tokens:,d} tokens"
     )
-    print(
-        f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made "
-        f"({config.image_size})"
-    )
+    if not config.from_path:
+        print(
+            f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made "
+            f"({config.image_size})"
+        )
 
 
 def settings_of(config):
     """What the references depend on; UserError where `out` was begun with something else."""
-    settings = {key: getattr(config, key) for key in ("pools", "count", "max_references", "seed")}
+    names = ("pools", "from_path", "count", "max_references", "seed")
+    settings = {key: getattr(config, key) for key in names}
     path = Path(config.out) / "settings.json"
-    before = files.read_json(path) if path.is_file() else settings
+    before = settings | (files.read_json(path) if path.is_file() else {})
     for key in settings:
         if before.get(key) != settings[key]:
             raise UserError(
@@ -437,12 +452,15 @@ def settings_of(config):
 def begin(config):
     """{key: record} of the references: those of before, or drawn and, but for a dry run, kept."""
     settings, out = settings_of(config), Path(config.out)
-    if config.config == "toy" and not Path(config.pools).is_dir():
+    if config.config == "toy" and not config.from_path and not Path(config.pools).is_dir():
         draw_pools(config.pools)
     records = by_key(out / "references.jsonl")
     if len(records) < config.count:
-        pools = pools_of(config.pools)
-        records = draw_references(pools, config.count, config.max_references, seed=config.seed)
+        if config.from_path:
+            records = read_triples(config.from_path, config.count, config.max_references)
+        else:
+            pools = pools_of(config.pools)
+            records = draw_references(pools, config.count, config.max_references, seed=config.seed)
         if not config.dry_run:
             files.write_text(out / "settings.json", json.dumps(settings) + "\n")
             lines = [json.dumps(record) + "\n" for record in records.values()]
@@ -453,6 +471,8 @@ def begin(config):
 def curate(config):
     """All stages that are asked for; the others are read as they are."""
     files.check_writable(config.out)
+    if config.from_path:
+        config = replace(config, pools=str(folder_of(config.from_path)))
     records = {"references": begin(config)}
     if config.dry_run:
         return estimate(records["references"], config)
@@ -469,6 +489,11 @@ def curate(config):
         report(records, write_shards(records["scores"], config), config)
 
 
+def arguments(argv):
+    """`--from PATH` in the parser's words: "from" is one of Python's."""
+    return [re.sub(r"^--from(?==|$)", "--from_path", word) for word in argv]
+
+
 def main(config):
     """The toy endpoint, or the pipeline. Exits with status 2 after a mistake of the user."""
     with exit_on_user_error(ValueError):
@@ -480,4 +505,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:]))
+    main(parse(Config, PRESETS, arguments(sys.argv[1:])))

@@ -427,7 +427,7 @@ class Config:
     index: int = 0  # number of the first sample to look at
     count: int = 21  # samples to show, evenly of the seven tasks
     seed: int = 0  # of the samples
-    max_references: int = 4  # most reference images of a sample, 2 to 9
+    max_references: int = 4  # most reference images of a sample, 2 to 10
     out: str = "out/samples.png"  # where the sheet goes
 
     def __post_init__(self):

@@ -25,7 +25,8 @@ from runtime.config import UserError
 from sequence import Packed, Sequence
 from vision import transform
 
-WORDS = 400  # tokens of an instruction and a plan, generously
+WORDS = 400  # tokens of an instruction and a plan with four references, generously
+WORDS_OF_ONE = 60  # more, for each reference more
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ def check_budget(shape, config):
     """
     latents, patches = shape.latent_side**2 + 2, shape.vit_side**2 + 2
     pictures = config.max_references * (latents + patches) + config.noise_copies * latents
-    if pictures + WORDS > config.tokens_per_pack:
+    needed = pictures + WORDS + WORDS_OF_ONE * max(0, config.max_references - 4)
+    if needed > config.tokens_per_pack:
         raise UserError(
             f"tokens_per_pack={config.tokens_per_pack}: a sample with max_references="
-            f"{config.max_references} may take {pictures + WORDS} tokens; raise tokens_per_pack to "
+            f"{config.max_references} may take {needed} tokens; raise tokens_per_pack to "
             f"that, or lower max_references"
         )
 

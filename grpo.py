@@ -128,8 +128,9 @@ PRESETS = {
         out="out/toy-grpo", save_every=10,
     ),
     "smoke": TOY | SMOKE | dict(
-        init="out/smoke-sft", prompts_per_step=2, group_size=4, max_plan_tokens=40, steps=2,
-        eval_samples=16, out="out/smoke-grpo", save_every=1, sample_every=2,
+        init="out/smoke-sft", prompts_per_step=8, group_size=4, cot_temperature=0.1,
+        max_plan_tokens=72, steps=2, eval_samples=16, out="out/smoke-grpo", save_every=1,
+        sample_every=2,
     ),
     "small": TOY | dict(  # one data-centre GPU, after sft.py --config small
         init="out/small-sft", scale=2, picture_side=64, group_size=24, max_plan_tokens=72, lr=1e-4,

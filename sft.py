@@ -107,9 +107,9 @@ PRESETS = {
         average=0.99, beta2=0.98, out="out/toy-sft", save_every=200, sample_every=500,
     ),
     "smoke": MODELS["smoke"] | TOY | dict(
-        samples_per_step=16, tokens_per_pack=2048, steps=20, lr=2e-3, warmup=5, average=0.9,
-        out="out/smoke-sft", save_every=10, sample_every=20, metric="out/smoke-clip-metric",
-        clip_steps=20, eval_samples=16,
+        samples_per_step=8, tokens_per_pack=2048, plan_dropout=0.1, steps=60, lr=6e-3, warmup=5,
+        average=0.9, out="out/smoke-sft", save_every=20, sample_every=60,
+        metric="out/smoke-clip-metric", clip_steps=20, eval_samples=16,
     ),
     "small": MODELS["small"] | TOY | dict(  # one data-centre GPU; not run yet
         scale=2, sample_side=64, samples_per_step=96, noise_copies=2, plan_dropout=0.1,

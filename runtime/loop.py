@@ -110,6 +110,7 @@ MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a
 # of the log, for a person
 SHOWN = ("held_out_Overall", "reward", "reward_std", "kl", "ce", "mse", "grad_norm")
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
+SILENT = 20  # in a row without a signal: worth a warning
 
 
 class Run:
@@ -121,7 +122,7 @@ class Run:
 
     def __init__(self, folder, config, state, *, desc):
         self.folder, self.config, self.state, self.desc = Path(folder), config, state, desc
-        self.begun, self.bad = time.perf_counter(), 0
+        self.begun, self.bad, self.silent = time.perf_counter(), 0, 0
         self.first = newest_step(folder)
         if self.first:
             state.load(folder, self.first)
@@ -164,6 +165,10 @@ class Run:
         self.report(step, values)
         self.saver.poll()
         last, wanted = step + 1 == self.config.steps, self.stop.wanted()
+        why = no_signal(values)
+        self.silent = self.silent + 1 if why else 0
+        if why and (self.silent % SILENT == 0 or last and self.silent == step + 1 - self.first):
+            warn(f"{self.silent} steps in a row without a signal: {why}")
         if (step + 1) % self.config.save_every == 0 or last or self.save_is_due():
             self.save(step + 1)
         if wanted and not last:
@@ -387,6 +392,24 @@ def give_up(folder, step, what):
         f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it "
         f"was made of is in {path}. Lower --lr, or look at these samples"
     )
+
+
+def no_signal(values):
+    """Why a step taught the model nothing, by its line of the log; "" where it did."""
+    if values.get("dead_groups") == 1:
+        if values.get("parse_failures", 0) > 0.5:
+            return (
+                f"{100 * values['parse_failures']:.0f} % of the plans do not parse, and without "
+                "plans all pictures of a group have the same reward (dead_groups 1); train stage 1 "
+                "longer, raise --max_plan_tokens, or lower --cot_temperature"
+            )
+        return (
+            "all pictures of a group have the same reward (dead_groups 1): its members do not "
+            "differ; raise --cot_temperature or --noise_level"
+        )
+    if values.get("grad_norm") == 0:
+        return "the gradient is zero (grad_norm 0): nothing that is trained changes the loss"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------

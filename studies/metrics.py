@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 import data
+import iccot
 from engine import Engine, Sampler, Thinking
 from iccot import TASKS
 from reward import compare
@@ -68,10 +69,12 @@ class HeldOut:
         )
 
     def paint(self, engine: Engine, samples, numbers=None):
-        """An engine.Result for each sample (anything with references and an instruction).
+        """An engine.Result for each sample. Warns if its plan would be cut off.
 
         numbers: of the samples among all prompts, which their noise depends on; 0, 1, ... if None.
         """
+        if self.thinking is not None:
+            self.check_length([len(engine.tokenizer.encode(iccot.render(s.plan))) for s in samples])
         numbers = range(len(samples)) if numbers is None else numbers
         return engine.generate(
             [engine.request(one, self.side) for one in samples],
@@ -80,6 +83,15 @@ class HeldOut:
             batch=self.batch,
             seeds=[(self.seed, number) for number in numbers],
         )
+
+    def check_length(self, plans):
+        """Warn if plans of so many tokens would be cut off."""
+        if max(plans, default=0) >= self.thinking.max_tokens:
+            warn(
+                f"plans of these prompts take up to {max(plans)} tokens, and only "
+                f"{self.thinking.max_tokens} may be written: raise --sample_plan_tokens (sft.py), "
+                "--max_plan_tokens and --eval_plan_tokens (grpo.py), --max_plan_tokens (elsewhere)"
+            )
 
 
 def held_out(path, count, *, max_references=4, seed=0, scale=1):

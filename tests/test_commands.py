@@ -74,6 +74,13 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
     assert files.read_json(cwd / "out/smoke-sft/config.json")["threads"] == 1
 
 
+def test_the_smoke_preset_takes_real_updates(trained):
+    """Or it would not see what an update breaks."""
+    lines = loop.read_log(trained[0] / "out/smoke-grpo")
+    assert all(line["grad_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
+    assert any(line["ratio_last"] != 1 for line in lines)  # the second of its updates
+
+
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_seconds", lambda threads: -threads)  # two are faster today
     before = torch.get_num_threads()
@@ -240,7 +247,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         parse(module.Config, module.PRESETS, ["--config", "smoke", "--threads", "1"]),
         out=str(folder),
     )
-    half = {"sft": 10, "grpo": 1}[script]
+    half = {"sft": 20, "grpo": 1}[script]
     saved = state.Saver.save
 
     def stop(self, step, tensors):
@@ -454,7 +461,7 @@ def test_a_run_folder_keeps_its_options(trained, capsys, monkeypatch):
         "--lr",
         "0.5",
     )
-    assert "lr=0.002, now lr=0.5" in error
+    assert "lr=0.006, now lr=0.5" in error
 
 
 def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
@@ -462,12 +469,12 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     newest = state.states("out/smoke-sft")[-1]
     (newest / "__0_0.distcp").write_bytes(b"torn")
-    again = ["--config", "smoke", "--threads", "1", "--steps", "21"]
+    again = ["--config", "smoke", "--threads", "1", "--steps", "61"]
     error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *again)
     assert newest.name in error and "torn" in error
     # a state without its index is no state: the one before is taken
     (newest / ".metadata").unlink()
-    assert state.newest_step("out/smoke-sft") == 10
+    assert state.newest_step("out/smoke-sft") == 40
 
 
 # --------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_cuts_can_be_changed_without_asking(curated):
 
 def test_sft_trains_on_it(curated, tmp_path):
     _, folder = curated
-    mine = dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1)
+    mine = dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1, steps=20)
     sft.train(sft.Config(config="smoke", **sft.PRESETS["smoke"] | mine))
     lines = loop.read_log(tmp_path / "run")
     assert len(lines) == 20 and lines[-1]["ce"] < lines[0]["ce"]

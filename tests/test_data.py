@@ -19,7 +19,7 @@ def test_show_writes_a_sheet(tmp_path, capsys):
     [
         ("--split=test", "split 'test' does not exist"),
         ("--count=0", "count must be positive"),
-        ("--max_references=12", "outside 2 to 9"),
+        ("--max_references=12", "outside 2 to 10"),
         ("--out=a.doc", "ends in .png"),
         ("--cuont=3", "did you mean --count"),
     ],

@@ -30,6 +30,7 @@ from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
 SDE = dict(likelihood="sde", window=2, kl_beta=0.0, updates=2)
+SDE |= dict(prompts_per_step=2, max_plan_tokens=40, cot_temperature=1.0)
 CONFIG = grpo.Config(config="smoke", **grpo.PRESETS["smoke"] | SDE)
 
 

@@ -22,6 +22,8 @@ from toy.tokenizer import train_tokenizer
 CONFIG = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
     tokens_per_pack=2000,
+    prompts_per_step=2,
+    max_plan_tokens=40,
     kl_beta=0.1,
     average=0.9,
 )

@@ -113,7 +113,7 @@ def test_both_ways_to_name_an_image_occur(samples):
 def test_a_bad_split_or_number_is_refused():
     with pytest.raises(ValueError, match="'test' does not exist; choose from train, held_out"):
         draw_sample("test", 0)
-    with pytest.raises(ValueError, match="max_references=1 is outside 2 to 9"):
+    with pytest.raises(ValueError, match="max_references=1 is outside 2 to 10"):
         draw_sample("train", 0, max_references=1)
 
 

@@ -23,6 +23,7 @@ from toy.tasks import draw_sample  # noqa: E402
 SFT = dataclasses.replace(
     sft.Config(config="smoke", **sft.PRESETS["smoke"]),
     samples_per_step=6,
+    lr=2e-3,
     tokens_per_pack=400,
     plan_dropout=0.4,
     decay=0.0,
@@ -37,6 +38,8 @@ SFT = dataclasses.replace(
 GRPO = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
     prompts_per_step=4,
+    max_plan_tokens=40,
+    cot_temperature=1.0,
     updates=2,
     tokens_per_pack=560,  # two passes for a group of short plans, four for one of long plans
     likelihood="sde",

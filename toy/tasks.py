@@ -18,7 +18,9 @@ the references do not determine, so "caption exactly right" is a fair measure.
 The tasks come in the paper's proportions (iccot.TASKS). Each draws from `ask.rng` in a fixed order:
 the samples of a published run must never change.
 
-Left out: more than nine references, instructions that a language model wrote.
+Beyond four references, the most that the paper's tasks have, a composition may take looks from
+pictures of their own: the pattern of an object; of ten, an accent, hair or an accessory too.
+Left out: more than ten references, instructions that a language model wrote.
 
     sample = draw_sample("train", index)    a function of split, index and seed: no state, any order
 """
@@ -26,6 +28,7 @@ Left out: more than nine references, instructions that a language model wrote.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -48,6 +51,7 @@ from toy.world import (
     Truth,
     draw,
     known_thing,
+    looks_of,
     pick,
     portrait,
     scene_picture,
@@ -57,6 +61,11 @@ from toy.world import (
 )
 
 REST = "The rest is consistent with image_1."  # the first relation of an edit
+
+MOST_REFERENCES = 10  # of a sample, here and in the data that there is (MACRO)
+
+# what a reference of its own may show of a thing: first this, then that
+LENT = {OBJECTS: ("pattern", "accent"), CHARACTERS: ("hair", "accessory")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,15 +366,15 @@ def _compose(ask: Ask, fewest: int, most: int, *, scene_given: bool = False) -> 
     places = DEFAULT_PLACES if wording.style == "vague" else [PLACES[i] for i in rng.permutation(4)]
     references = [portrait(rng, subject) for subject in cast]
     relations = [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 1)]
-    patterns = ""
-    for i, subject in enumerate(cast):
+    looks = ""
+    for turn, i in product(range(1 + (ask.max_references == MOST_REFERENCES)), range(len(cast))):
         if ask.max_references > max(4, len(references) + scene_given):
-            cast[i], owner = _with_pattern(ask, subject)
+            cast[i], owner, name = _with_look(ask, cast[i], turn)
             if owner:
                 references.append(portrait(rng, owner))
-                number = len(references)
-                relations.append(f"The pattern of the {subject.kind} is from image_{number}.")
-                patterns += f" The {subject.kind} has the pattern of {wording.image(number)}."
+                kind, number = cast[i].kind, len(references)
+                relations.append(f"The {name} of the {kind} is from image_{number}.")
+                looks += f" The {kind} has the {name} of {wording.image(number)}."
     things = [known_thing(place, subject) for place, subject in zip(places, cast)]
     scene = pick(rng, pool_of(ask.split, Scene))
     where = f"{SCENES[scene.kind][0]} a {scene.kind}"
@@ -380,21 +389,27 @@ def _compose(ask: Ask, fewest: int, most: int, *, scene_given: bool = False) -> 
         "descriptive": f"{placed}, {where}.",
         "vague": f"{pick(rng, together)} {where}.",
     }[wording.style]
-    return Draft(references, words + patterns, relations, Truth(scene, tuple(things), scene_given))
+    return Draft(references, words + looks, relations, Truth(scene, tuple(things), scene_given))
 
 
-def _with_pattern(ask: Ask, subject: Subject) -> tuple[Subject, Subject | None]:
-    """An object with the pattern of another one, and that owner; else the subject and None.
+def _with_look(ask: Ask, subject: Subject, turn: int) -> tuple[Subject, Subject | None, str]:
+    """A subject with a look of another one, that owner, and the name of the look in LENT.
 
-    Only beyond four references, the most that the paper's tasks have.
+    The subject itself and None where it cannot be; a character's looks are its own below ten
+    references.
     """
-    if subject.kind not in OBJECTS:
-        return subject, None
-    owner = pick(ask.rng, [one for one in pool_of(ask.split, Subject) if one.kind in OBJECTS])
-    changed = replace(subject, looks=(owner.looks[0], subject.looks[1]))
+    sort = OBJECTS if subject.kind in OBJECTS else CHARACTERS
+    name = LENT[sort][turn]
+    if sort == CHARACTERS and ask.max_references < MOST_REFERENCES:
+        return subject, None, name
+    pool = pool_of(ask.split, Subject)
+    owner = pick(ask.rng, [one for one in pool if one.kind in sort and "none" not in one.looks])
+    place = list(looks_of(subject.kind)).index(name)
+    looks = (*subject.looks[:place], owner.looks[place], *subject.looks[place + 1 :])
+    changed = replace(subject, looks=looks)
     if changed == subject or split_of(changed) != ask.split:
-        return subject, None
-    return changed, owner
+        return subject, None, name
+    return changed, owner, name
 
 
 DRAFTS = {
@@ -416,16 +431,18 @@ def check_request(split: str, max_references: int) -> None:
     """ValueError for a split or a number of references that the toy world does not have."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
-    if not 2 <= max_references <= 9:
+    if not 2 <= max_references <= MOST_REFERENCES:
         raise ValueError(
-            f"max_references={max_references} is outside 2 to 9, what the toy world can ask for"
+            f"max_references={max_references} is outside 2 to {MOST_REFERENCES}, what the toy "
+            f"world can ask for"
         )
 
 
 def draw_sample(split: str, index: int, seed: int = 0, *, max_references: int = 4) -> Sample:
     """Sample `index` of a split, a pure function of its arguments: a run resumes at any position.
 
-    max_references: 2 to 9; up to 4 the tasks are the paper's. ValueError for a bad split or number.
+    max_references: 2 to MOST_REFERENCES; up to 4 the tasks are the paper's. ValueError for a bad
+    split or number.
     """
     check_request(split, max_references)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))

@@ -78,7 +78,6 @@ def test_the_smoke_preset_takes_real_updates(trained):
     """Or it would not see what an update breaks."""
     lines = loop.read_log(trained[0] / "out/smoke-grpo")
     assert all(line["grad_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
-    assert any(line["ratio_last"] != 1 for line in lines)  # the second of its updates
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):

@@ -28,14 +28,11 @@ Without a network, against an endpoint that answers both routes by drawing:
     python sft.py --config toy --data out/toy-curated/shards --out out/curated-sft
 
 With your pictures and any OpenAI-compatible endpoint (the key comes from OPENAI_API_KEY); what it
-would ask, and then what it asks:
+would ask, and then what it asks. With samples that exist, such as MACRO's (studies/triples.py),
+pictures are kept, and only plans and scores are asked for:
 
     python curate.py --config full --pools pictures --count 1000 --dry_run
     python curate.py --config full --pools pictures --count 1000
-
-With samples that exist, such as MACRO's (studies/triples.py): their pictures are kept, only plans
-and scores are asked for:
-
     python curate.py --config full --from Macro --count 1000 --max_references 10
 """
 
@@ -53,7 +50,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import Source, hash_of
-from iccot import TASKS
 from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.shards import ShardWriter
@@ -393,8 +389,7 @@ def report(all_records, reasons, config):
     lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
     lines += [f"| {stage} | {reason} | {count} |" for (stage, reason), count in gone.items()]
     lines += ["", "| task | begun | kept |", "| --- | --- | --- |"]
-    tasks = [*TASKS, *sorted(begun.keys() - TASKS)]
-    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in tasks if task in begun]
+    lines += [f"| {task} | {begun[task]} | {kept[task]} |" for task in sorted(begun)]
     lines += [f"| all | {total} | {left} ({100 * left / max(1, total):.0f} %) |"]
     text, out = "\n".join(lines), Path(config.out)
     files.write_text(out / "report.md", text + "\n")

@@ -97,6 +97,9 @@ SFT = TRAINING | dict(
     position_scale=change("weights", 0.1),
     position_theta=change("weights", 1e4),
     init=change("log", "model"),
+    train=change("weights", "gen", init="model"),
+    lora_rank=change("weights", 2, init="model", train="lora"),
+    lora_alpha=change("weights", 999.0, init="model", train="lora"),
     # what is seen of a sample
     tokens_per_pack=change("passes", 600, samples_per_step=6),
     sum_every_pass=change("summed", True, samples_per_step=6, tokens_per_pack=600),

@@ -44,6 +44,8 @@ def shard(model, precision="float32", replicas=1):
     sharded over size / replicas processes (hybrid sharding). UserError if they cannot be had.
     Weights that are frozen stay so, and have that precision already where nothing is split.
     """
+    if size() % replicas:
+        raise UserError(f"replicas={replicas} does not divide {size()} processes")
     if not dist.is_initialized():
         if precision != "float32":
             raise UserError(
@@ -51,8 +53,6 @@ def shard(model, precision="float32", replicas=1):
                 f"several processes"
             )
         return model
-    if size() % replicas:
-        raise UserError(f"replicas={replicas} does not divide {size()} processes")
     if replicas == 1:
         mesh = init_device_mesh(device().type, (size(),))
     else:

@@ -19,18 +19,19 @@ Left out: other sizes of model, statistics beyond mean and standard deviation ov
     python evaluate.py --config toy --ablation --seeds 3
 """
 
+import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from engine import Engine, Sampler
+from engine import Engine
 from runtime import files, loop
 from runtime.pretrained import load_model
-from studies.metrics import HeldOut, measure
+from studies.metrics import measure
 from toy.prepare import metric_clip
 
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out")
@@ -71,18 +72,12 @@ def ablation(config):
     Exits with the status of a training run that fails.
     """
     clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    held = HeldOut(
-        count=config.num_samples,
-        max_references=config.max_references,
-        sampler=Sampler(config.num_timesteps, config.timestep_shift),
-        seed=config.seed,
-        data_seed=config.data_seed,
-    )
     rows = {name: [] for name in ROWS}
     for seed in range(config.seeds):
         for name in ROWS:
             train_row(config, name, seed)
-            rows[name].append(measure_row(run_folder(config, name, seed), name, held, clip=clip))
+            folder = run_folder(config, name, seed)
+            rows[name].append(measure_row(folder, name, config.held_out, clip=clip))
     text, path = ablation_table(rows), f"{config.runs}/{config.config}"
     print(text)
     files.write_text(f"{path}.md", text + "\n")
@@ -116,14 +111,13 @@ def train_row(config, name, seed):
 def measure_row(folder, name, held, *, clip):
     """`metrics.measure` of the model in `folder`; read from evaluation.json if it is there.
 
-    It counts only if it was measured on the same prompts with the same sampler.
+    It counts only if it was measured on the same prompts in the same way.
     """
-    path, sampler = folder / "evaluation.json", held.sampler
-    how = [held.count, sampler.num_timesteps, sampler.timestep_shift, held.data_seed]
-    if path.is_file() and (found := files.read_json(path))["how"] == how:
-        return {key: math.nan if v is None else v for key, v in found["row"].items()}
     if not ROWS[name].plans:
         held = replace(held, thinking=None)
+    path, how = folder / "evaluation.json", json.loads(files.to_json(asdict(held)))
+    if path.is_file() and (found := files.read_json(path))["how"] == how:
+        return {key: math.nan if v is None else v for key, v in found["row"].items()}
     samples = held.samples()
     row = measure(samples, held.paint(Engine(*load_model(folder)), samples), clip)
     files.write_text(path, files.to_json({"how": how, "row": row}) + "\n")

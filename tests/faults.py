@@ -46,37 +46,23 @@ class Config:
 PRESETS = {"default": {}}
 
 
+def command(folder, config, timeout_minutes):
+    """The run that is disturbed, as words of a command."""
+    words = f"sft.py --config smoke --samples_per_step 4 --steps {STEPS} --save_every 1"
+    words += f" --sample_every 1000 --timeout_minutes {timeout_minutes}"
+    background = str(config.background).lower()
+    return [*words.split(), "--out", str(folder), "--async_save", background]
+
+
 def start(folder, config, timeout_minutes=1.0):
     """Two processes as torchrun starts them, in a process group of their own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / "sft.py"),
-        "--config",
-        "smoke",
-        "--samples_per_step",
-        "4",
-        "--steps",
-        str(STEPS),
-        "--save_every",
-        "1",
-        "--sample_every",
-        "1000",
-        "--timeout_minutes",
-        str(timeout_minutes),
-        "--out",
-        str(folder),
-        "--async_save",
-        str(config.background).lower(),
-    ]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    words = [sys.executable, *torchrun, *command(folder, config, timeout_minutes)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
     return subprocess.Popen(
-        command,
+        words,
         env=environment,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

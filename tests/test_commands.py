@@ -14,6 +14,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -32,25 +33,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text()]
 
 
-def command(*words, cwd, code=0):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """`python grpo.py --config smoke` in an empty folder: CLIPs, SFT, GRPO, table and grid."""
     cwd = tmp_path_factory.mktemp("fresh")
-    out = command("grpo.py", "--config", "smoke", "--threads", "1", cwd=cwd)
-    return cwd, out
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    command = [sys.executable, ROOT / "grpo.py", "--config", "smoke", "--threads", "1"]
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd, done.stdout
 
 
 def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
@@ -97,7 +88,7 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
 def test_the_same_command_again_does_not_train_again(trained):
     cwd, _ = trained
     before = (cwd / "out/smoke-sft/metrics.jsonl").read_text()
-    assert "finished" in command("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
+    assert "finished" in forked.run("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
     assert (cwd / "out/smoke-sft/metrics.jsonl").read_text() == before
 
 
@@ -140,7 +131,7 @@ def test_the_final_table_paints_few_at_once_after_training_is_freed(trained, tmp
 
 def test_evaluate_ends_with_json(trained):
     cwd, _ = trained
-    out = command(
+    out = forked.run(
         "evaluate.py", "--config", "smoke", "--checkpoint", "out/smoke-grpo", "--json", cwd=cwd
     )
     row = json.loads(out.splitlines()[-1])
@@ -169,7 +160,7 @@ def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
     cwd, _ = trained
     Image.effect_noise((300, 200), 80).convert("CMYK").save(tmp_path / "photo.jpg")
     Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "a.webp")
-    out = command(
+    out = forked.run(
         "sample.py",
         "--checkpoint",
         "out/smoke-grpo",

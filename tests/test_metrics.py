@@ -113,8 +113,11 @@ def test_a_row_of_the_ablation_is_measured_once(engine, tmp_path):
     kept["row"]["n"] = 99
     (folder / "evaluation.json").write_text(json.dumps(kept))
     assert measure_row(folder, "SFT without IC-CoT", held, clip=None)["n"] == 99
-    other = replace(held, count=1)
-    assert measure_row(folder, "SFT without IC-CoT", other, clip=WordCounts())["n"] == 1
+    for change in (dict(count=1), dict(seed=1), dict(side=16), dict(max_references=2)):
+        (folder / "evaluation.json").write_text(json.dumps(kept))
+        other = replace(held, **change)
+        row = measure_row(folder, "SFT without IC-CoT", other, clip=WordCounts())
+        assert row["n"] == other.count
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])

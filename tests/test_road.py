@@ -8,16 +8,12 @@ processes whose packs differ, with LoRA, from a folder of shards.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import run
 from PIL import Image
 from safetensors.torch import load_file
-from test_run import torchrun
 from test_shards import record_of
 
 from runtime import loop
@@ -26,26 +22,10 @@ from runtime.shards import ShardWriter
 from toy.tasks import Drawn
 from vision import to_png
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--config rehearsal --scale 2 --threads 1 --eval_every 1 --eval_samples 2 --clip_steps 1 "
     "--sample_every 2 --steps 2 --save_every 2"
 ).split()
-
-
-def run(*words):
-    """A command, on one process; its output."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +34,7 @@ def road(tmp_path_factory):
     folder = tmp_path_factory.mktemp("road")
     clips = ["--clip", folder / "clip-r", "--metric", folder / "clip-m"]
     small = [*TINY, "--metric", folder / "clip-m", "--image_shortest", 64, "--vit_shortest", 56]
+    small += ["--sample_plan_tokens", 24]  # the model is untrained: it writes to the end
     run("sft.py", *small, "--sample_side", 64, "--out", folder / "sft")
     grpo = [*TINY, *clips, "--picture_side", 64, "--max_plan_tokens", 24, "--eval_plan_tokens", 24]
     one = ["--tokens_per_pack", 120, "--init", folder / "sft"]
@@ -66,15 +47,17 @@ def road(tmp_path_factory):
             writer.write(record_of(sample), pictures, to_png(sample.target))
     data = ["--data", folder / "shards", "--timeout_minutes", 2]
     uneven = ["--vit_dropout", 0.6, "--vae_dropout", 0.6]
-    torchrun(
+    run(
         *["sft.py", *small, *data, *uneven, "--sample_side", 64],
         *["--init", folder / "sft", "--out", folder / "sft-2"],
+        processes=2,
     )
     # one group on both processes, split by step, adapters alone
     two = ["--train", "lora", "--lora_rank", 4, "--prompts_per_step", 1, "--updates", 1]
-    torchrun(
+    run(
         *["grpo.py", *grpo, *data, *two, "--eval_data", folder / "shards"],
         *["--init", folder / "sft-2", "--out", folder / "grpo-2"],
+        processes=2,
     )
     return folder
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
+import forked
 import pytest
 import torch
 import worker
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def torchrun(*words, processes=2, timeout=300, code=0):
-    """Start processes as torchrun does, on a port of its own; killed when the time is over."""
+    """Start processes by torchrun, on a port of its own; killed when the time is over."""
     command = [
         sys.executable,
         "-m",
@@ -110,7 +112,8 @@ def test_stage_2_has_the_same_gradients(worlds, what):
 def test_conditions_dropped_on_one_process_alone(tmp_path):
     """By the command line of a run: in step 3 one process has a pack without ViT tokens."""
     words = "--config smoke --vit_dropout 0.3 --samples_per_step 4 --tokens_per_pack 300"
-    torchrun("sft.py", *words.split(), "--steps", 4, "--threads", 1, "--out", tmp_path / "run")
+    words = [*words.split(), "--steps", 4, "--threads", 1, "--out", tmp_path / "run"]
+    forked.run("sft.py", *words, processes=2)
     assert [line["step"] for line in loop.read_log(tmp_path / "run")] == [0, 1, 2, 3]
 
 
@@ -219,10 +222,21 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
     assert processes.share(40, "prompts", "prompts_per_step", parts=2) == 8
 
 
-def test_killed_processes_change_nothing():
-    """The short form of tests/faults.py."""
-    import faults
+class Forked(forked.Command):
+    """Two processes with what tests/faults.py asks of torchrun, which ends the others too."""
 
+    def __init__(self, folder, config, timeout_minutes=1.0):
+        super().__init__(*faults.command(folder, config, timeout_minutes), processes=2)
+
+    def communicate(self, timeout):
+        self.returncode, out, err = self.wait(timeout)
+        return (out + err).encode(), b""
+
+
+def test_killed_processes_change_nothing(monkeypatch):
+    """The short form of tests/faults.py."""
+    monkeypatch.setattr(faults, "start", Forked)
+    monkeypatch.setattr(faults, "workers", lambda launcher: launcher.pids)
     counts = faults.main(faults.Config(rounds=1, hang=False))
     assert (
         counts["kills"] == 1 and counts["finished runs"] >= 1 and counts["torn states chosen"] == 0

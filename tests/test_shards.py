@@ -336,7 +336,9 @@ def test_a_broken_sample_is_skipped(folder, capfd, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_broken_samples_stop_the_run(folder, samples, workers):
+def test_too_many_broken_samples_stop_the_run(folder, samples, monkeypatch, workers):
+    # how long PyTorch waits for each worker of a stream that was given up
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     keys = [one.key for one in samples[:10]]
     bad = Source(damaged(folder, without_target(*keys[:4])))
     with pytest.raises(UserError, match="21 of the last .*, most often: it has no target") as error:

@@ -21,7 +21,9 @@ from runtime import loop, state
 ROOT = Path(__file__).resolve().parents[1]
 HERE = all(map(shutil.which, ("slurmctld", "slurmd", "srun", "munged"))) and os.geteuid() == 0
 pytestmark = pytest.mark.skipif(not HERE, reason="needs root and SLURM's daemons")
-OPTIONS = ["--config", "smoke", "--steps", "60", "--save_every", "1000", "--sample_every", "1000"]
+OPTIONS = (
+    "--config smoke --samples_per_step 4 --steps 60 --save_every 1000 --sample_every 1000".split()
+)
 SRUN = ["srun", "-N2", "-n2", "--ntasks-per-node=1"]
 SMALLER = {  # launch/slurm.sh for this cluster, on stage 1
     "--nodes=8": "--nodes=2",
@@ -136,7 +138,7 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 on each of 2 processes" in done.stdout and done.stdout.count("sft: model in") == 1
+    assert "2 on each of 2 processes" in done.stdout and done.stdout.count("sft: model in") == 1
 
     script = (ROOT / "launch/slurm.sh").read_text()
     for line, ours in SMALLER.items():

@@ -1,0 +1,274 @@
+"""Each option of the four commands, and how it shows that it acts: the rows of test_options.py.
+
+    option: change(what is seen, new value, **what it needs to act)
+
+The base is the preset smoke with BASE. A new option gets its row in the table of its command.
+"""
+
+# fmt: off
+BASE = {  # beside the preset smoke
+    "sft": dict(
+        samples_per_step=2, steps=2, warmup=0, painter_errors=0.0, save_every=100, sample_every=100,
+    ),
+    "grpo": dict(
+        prompts_per_step=1, updates=1, group_size=2, max_plan_tokens=4, picture_side=16,
+        num_timesteps=4, likelihood="sde", window=1, window_end=1.0, steps=1, save_every=100,
+        sample_every=100, init="model", kl_beta=0.0, std_floor=0.003,
+    ),
+    "sample": dict(
+        checkpoint="model", prompt="Put it in a meadow.", max_plan_tokens=4, num_timesteps=3,
+        height=16, width=16, device="cpu",
+    ),
+    "evaluate": dict(
+        checkpoint="model", num_samples=3, max_plan_tokens=4, num_timesteps=3, side=16,
+        device="cpu",
+    ),
+}
+# fmt: on
+
+
+def change(seen, value, also=None, **base):
+    """A row: what is seen, the option's new value, what changes with it; `base` is there before."""
+    return seen, value, also or {}, base
+
+
+# what both stages have
+TRAINING = dict(
+    checkpointing=change("blocks", True),
+    replicas=change("exit", 2),  # of one process there are no copies
+    timeout_minutes=change("launched", 7.0),
+    memory=change("log", True),
+    gpu_memory=change("exit", 1e-4, memory=True),
+    seed=change("log", 1),
+    threads=change("threads", 2),
+    keep=change("states", 1, steps=3, save_every=1),
+    save_minutes=change("states", 1e-9, steps=2, keep=5),
+    async_save=change("saves", True),
+    tracker=change("tracker", "wandb"),
+    eval_every=change("measured", 1),
+    eval_batch=change("strips", 3),
+    export=change("exit", True),  # there is no state yet
+    data=change("log", "shards"),
+    scale=change("log", 2),
+    steps=change("log", 3),
+    lr=change("weights", 0.1),
+    max_grad_norm=change("weights", 1e-9),
+    out=change("folder", "elsewhere"),
+    save_every=change("states", 1, steps=3, keep=5),
+    sample_every=change("strips", 1, steps=3),
+    metric_name=change("asked", "ViT-B-32", eval_every=1),
+    metric=change("asked", "elsewhere", eval_every=1),
+    clip_steps=change("asked", 7, eval_every=1),
+    eval_samples=change("measured", 3, eval_every=1),
+    max_references=change("log", 2),
+)
+FLUX = dict(codec="flux", vae_multipliers=(1, 1), vae_channels=32, vae_blocks=1)
+# fmt: off
+SFT = TRAINING | dict(
+    # the model
+    hidden_size=change("weights", 96),
+    intermediate_size=change("weights", 96),
+    num_hidden_layers=change("weights", 1),
+    num_attention_heads=change("weights", 2),
+    num_key_value_heads=change("weights", 2),
+    vocab_size=change("weights", 700),
+    rope_theta=change("weights", 100.0),
+    rms_norm_eps=change("weights", 0.1),
+    vit_hidden_size=change("weights", 96),
+    vit_intermediate_size=change("weights", 96),
+    vit_num_layers=change("weights", 2),
+    vit_num_heads=change("weights", 4),
+    vit_patch=change("weights", 8),
+    vit_side=change("weights", 4),
+    vit_shortest=change("log", 32),
+    vit_longest=change("log", 16),
+    codec=change("log", "flux", also=FLUX),
+    codec_factor=change("log", 4, also=dict(latent_channels=48)),
+    latent_channels=change("log", 4, **FLUX),
+    latent_patch=change("log", 1, latent_side=16),
+    latent_side=change("log", 16, scale=2),
+    image_shortest=change("log", 32),
+    image_longest=change("log", 16),
+    vae_channels=change("log", 64, **FLUX),
+    vae_multipliers=change("log", (1, 2), **FLUX),
+    vae_blocks=change("log", 2, **FLUX),
+    vae_scale=change("log", 3.0, **FLUX),
+    vae_shift=change("log", 3.0, **FLUX),
+    position_scale=change("weights", 0.1),
+    position_theta=change("weights", 1e4),
+    init=change("log", "model"),
+    train=change("weights", "gen", init="model"),
+    lora_rank=change("weights", 2, init="model", train="lora"),
+    lora_alpha=change("weights", 999.0, init="model", train="lora"),
+    # what is seen of a sample
+    tokens_per_pack=change("passes", 600, samples_per_step=6),
+    sum_every_pass=change("summed", True, samples_per_step=6, tokens_per_pack=600),
+    noise_copies=change("log", 2),
+    in_context=change("log", False),
+    plan_dropout=change("log", 1.0),
+    text_dropout=change("log", 1.0),
+    vae_dropout=change("log", 1.0),
+    vit_dropout=change("log", 1.0),
+    timestep_shift=change("log", 1.0),
+    painter_errors=change("log", 1.0),
+    filter_targets=change("log", 0.9),
+    # the rest
+    workers=change("read", 1),
+    samples_per_step=change("log", 3),
+    warmup=change("weights", 100),
+    decay=change("weights", 1.0),
+    weight_decay=change("weights", 10.0),
+    beta2=change("weights", 0.5),
+    average=change("weights", 0.0),
+    ce_weight=change("weights", 0.0),
+    mse_weight=change("weights", 0.0),
+    sample_side=change("strips", 16),
+    sample_timesteps=change("strips", 9),
+    sample_shift=change("strips", 1.0),
+    sample_plan_tokens=change("strips", 9),
+)
+TWO = dict(prompts_per_step=2)
+SECOND = dict(prompts_per_step=2, updates=2, lr=0.01)  # the second update is off policy
+KL, TEXT = SECOND | dict(kl_beta=1.0), dict(train_text=True, max_plan_tokens=8)
+GRPO = TRAINING | dict(
+    # what is sampled
+    prompts_per_step=change("log", 2),
+    updates=change("weights", 2, **TWO),
+    group_size=change("log", 4),
+    rid=change("log", False),
+    images_per_cot=change("log", 2, group_size=4),
+    cot_temperature=change("log", 0.1),
+    max_plan_tokens=change("log", 8),
+    picture_side=change("log", 32),
+    num_timesteps=change("log", 5),
+    timestep_shift=change("log", 1.0),
+    same_start=change("log", True),
+    likelihood=change("log", "forward"),
+    scored_times=change("log", 1, likelihood="forward"),
+    scored_shift=change("log", 1.0, likelihood="forward"),
+    sde=change("log", "cps"),
+    noise_level=change("log", 0.2),
+    window=change("log", 2),
+    window_end=change("log", 0.2, num_timesteps=9),
+    text_guidance=change("log", 4.0),
+    image_guidance=change("log", 4.0, text_guidance=4.0),
+    train_text=change("weights", True),
+    groups_at_once=change("passes", 1, **TWO),
+    pictures_at_once=change("passes", 1),
+    tokens_per_pack=change("passes", 40),
+    sum_every_pass=change("summed", True, **TWO),
+    # the objective
+    reward=change("log", "clip_cos"),
+    cross_score=change("log", True),
+    std=change("log", "global", **TWO),
+    std_floor=change("log", 10.0),
+    max_advantage=change("log", 0.1),
+    clip_kappa=change("weights", 1e-9, **SECOND),
+    guard=change("weights", True, **SECOND),
+    kl=change("log", "latent", **KL),
+    kl_beta=change("weights", 1.0, **SECOND),
+    text_clip_range=change("weights", 1e-9, **SECOND, **TEXT),
+    text_weight=change("log", 9.0, **TEXT),
+    # the rest
+    init=change("log", "other"),
+    max_references=change("log", 2, prompts_per_step=3),
+    train=change("weights", "gen"),
+    lora_rank=change("weights", 2, train="lora"),
+    lora_alpha=change("weights", 999.0, train="lora"),
+    average=change("weights", 0.99),
+    clip_name=change("asked", "ViT-L-14"),
+    clip=change("asked", "elsewhere"),
+    eval_data=change("strips", "shards"),
+    eval_samples=change("strips", 3),
+    eval_timesteps=change("strips", 9),
+    eval_plan_tokens=change("strips", 9),
+    target=change("exit", 9.0),
+)
+MANY = dict(out="many", prompt="")
+GUIDED = dict(text_guidance=4.0, image_guidance=3.0, ref=("a.png",), plan=False, guidance_low=0.0)
+SAMPLE = dict(
+    checkpoint=change("asked", "other"),
+    init=change("asked", "other"),
+    ref=change("files", ("a.png",)),
+    prompt=change("files", "They meet."),
+    prompts=change("files", "prompts.jsonl", also=MANY),
+    out=change("files", "other.png"),
+    seeds=change("files", 2, **MANY, prompts="prompts.jsonl"),
+    plan=change("files", False),
+    max_references=change("exit", 0, ref=("a.png",)),
+    max_plan_tokens=change("files", 8),
+    temperature=change("files", 1.0),
+    top_p=change("files", 1e-6, temperature=1.0),
+    system_prompt=change("files", True),
+    num_timesteps=change("files", 5),
+    timestep_shift=change("files", 1.0),
+    text_guidance=change("files", 4.0, guidance_low=0.0),
+    image_guidance=change("files", 1.0, **GUIDED),
+    guidance_low=change("files", 0.99, **GUIDED),
+    guidance_high=change("files", 0.5, **GUIDED),
+    renorm=change("files", "channel", **GUIDED),
+    renorm_min=change("files", 1.0, **GUIDED),
+    square=change("files", False, height=0, width=0, ref=("wide.png",)),
+    height=change("files", 32),
+    width=change("files", 32),
+    dtype=change("asked", "bfloat16"),
+    device=change("exit", "cuda:99"),
+    seed=change("files", 1),
+    threads=change("threads", 2),
+    memory=change("files", True),
+    gpu_memory=change("exit", 1e-4, memory=True),
+)
+BENCH = dict(bench="dreamomni2", bench_path="bench", result_dir="results", num_timesteps=2)
+STUDY = dict(ablation=True, seeds=1)
+GUIDED = dict(text_guidance=4.0, image_guidance=3.0)
+EVALUATE = dict(
+    checkpoint=change("asked", "other"),
+    side=change("pictures", 32),
+    data=change("pictures", "shards"),
+    scale=change("pictures", 2, side=32),
+    num_samples=change("pictures", 2),
+    max_references=change("pictures", 2, num_samples=6),
+    num_timesteps=change("pictures", 5),
+    timestep_shift=change("pictures", 1.0),
+    text_guidance=change("pictures", 4.0),
+    use_plan=change("pictures", False),
+    metric_name=change("asked", "ViT-B-32"),
+    metric=change("asked", "elsewhere"),
+    clip_steps=change("asked", 7),
+    seed=change("pictures", 1),
+    data_seed=change("pictures", 1),
+    threads=change("threads", 2),
+    grid=change("files", "grid.png"),
+    json=change("printed", True),
+    image_guidance=change("pictures", 1.0, **GUIDED),
+    guidance_low=change("pictures", 0.99, **GUIDED),
+    renorm=change("pictures", "channel", **GUIDED),
+    max_plan_tokens=change("pictures", 8),
+    device=change("exit", "cuda:99"),
+    dtype=change("asked", "bfloat16"),
+    batch=change("passes", 1),
+    memory=change("pictures", True),
+    gpu_memory=change("exit", 1e-4, memory=True),
+    bench=change("files", "dreamomni2", also=BENCH),
+    bench_path=change("files", "bench-2", **BENCH),
+    result_dir=change("files", "results-2", **BENCH),
+    model_name=change("files", "ours", **BENCH),
+    generate_only=change("asked", True, **BENCH),
+    clip_out=change("printed", True, **BENCH),
+    judge_url=change("asked", "http://localhost:1", **BENCH),
+    judge_model=change("asked", "other", **BENCH),
+    key_variable=change("asked", "OTHER_KEY", **BENCH),
+    judge_workers=change("judged", 2, **BENCH),
+    ablation=change("files", True, also=STUDY),
+    seeds=change("rows", 2, **STUDY),
+    runs=change("files", "elsewhere", **STUDY),
+)
+ROWS = {"sft": SFT, "grpo": GRPO, "sample": SAMPLE, "evaluate": EVALUATE}
+PRESET = {"config": "test_loop.py:test_full_trains_no_stage_1_whatever_its_clip"}
+STAGES = PRESET | {
+    "precision": "worker.py:work",
+    "export_float32": "test_loop.py:test_weights_are_exported_in_float32_on_request",
+    "gpus": "test_memory.py:test_sharding_divides_what_is_sharded",
+}
+ELSEWHERE = {"sft": STAGES, "grpo": STAGES, "sample": PRESET, "evaluate": PRESET}
+# fmt: on

@@ -127,6 +127,7 @@ class Options:
     tokens_per_pack: int = 36_864  # of plans and pictures in one pass: bounds memory alone
 
     def __post_init__(self):
+        _ = self.sampler, self.thinking  # they check their own values
         if self.prompts_per_step % self.updates:
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} must be a multiple of "
@@ -171,6 +172,10 @@ class Options:
     def sampler(self):
         guidance = self.text_guidance, self.image_guidance
         return Sampler(self.num_timesteps, self.timestep_shift, *guidance)
+
+    @property
+    def thinking(self):
+        return Thinking(self.max_plan_tokens, self.cot_temperature)
 
     @property
     def transition(self):
@@ -288,7 +293,7 @@ def roll_out_together(engine, samples, numbers, *, config, step, first):
     prefix = engine.prefill(prompts)
     plans, ended = engine.think(
         prompts,
-        Thinking(config.max_plan_tokens, config.cot_temperature),
+        config.thinking,
         count=each,
         generators=sum(generators(PLANS, each, not config.rid), []),
         prefix=prefix,

@@ -107,6 +107,7 @@ class Config:
     shard_size: int = 1000
     serve_toy: bool = False  # answer both routes by drawing the toy world, until stopped
     port: int = 8765  # of that endpoint
+    painter_errors: float = 0.0  # share of its targets with one wrong fact
 
     def __post_init__(self):
         if self.stage not in ("all", *STAGES):
@@ -493,7 +494,7 @@ def main(config):
     """The toy endpoint, or the pipeline. Exits with status 2 after a mistake of the user."""
     with exit_on_user_error(ValueError):
         if config.serve_toy:
-            serve(config.port)
+            serve(config.port, config.painter_errors)
             return
         with torch.no_grad():
             curate(config)

@@ -77,14 +77,20 @@ def draw(axis, curves, label):
     curves = [one for one in curves if one]
     if not curves:
         return
-    shortest = min(map(len, curves))
-    mean = [
-        tuple(sum(values) / len(curves) for values in zip(*at))
-        for at in zip(*(one[:shortest] for one in curves))
-    ]
+    mean = [tuple(sum(v) / len(at) for v in zip(*at)) for at in aligned(curves)]
     (line,) = axis.plot(*zip(*mean), label=label or None)
     for one in curves if len(curves) > 1 else ():
         axis.plot(*zip(*one), color=line.get_color(), linewidth=0.6, alpha=0.5)
+
+
+def aligned(curves):
+    """The points of several curves that belong together, a tuple each: of one x, where there are
+    such; otherwise (seconds) the first of each, the second of each and so on.
+    """
+    shared = set.intersection(*({x for x, _ in one} for one in curves))
+    if shared:
+        curves = [[(x, y) for x, y in one if x in shared] for one in curves]
+    return list(zip(*curves))
 
 
 def points(folder, over):
@@ -129,7 +135,7 @@ def print_held_out(named, over):
     """A line a measurement, with the means over the runs of a name."""
     for name, runs in named.items():
         measured = [[(x, one) for x, one in points(f, over) if "held_out_PF" in one] for f in runs]
-        for at in zip(*measured):
+        for at in aligned(measured):
             x = sum(x for x, _ in at) / len(at)
             values = [
                 sum(one.get(f"held_out_{column}", float("nan")) for _, one in at) / len(at)

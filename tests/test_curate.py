@@ -351,7 +351,10 @@ def test_the_toy_server_sees_what_was_drawn():
         instruction, plan, truth = server.compose(task, images)
         iccot.parse(iccot.render(plan), len(images))
         iccot.check_instruction(instruction, len(images))
-        painted = server.answer_image(f"Instruction: {instruction}\n", images)
-        picture = Image.open(io.BytesIO(painted))
+        prompt = f"Instruction: {instruction}\n"
+        picture = Image.open(io.BytesIO(server.answer_image(prompt, images)))
         assert exact_judge(picture, truth) == Verdict(10, 10, 10), task
+        wrong = server.answer_image(prompt, images, errors=1.0)  # one fact, always the same one
+        assert exact_judge(Image.open(io.BytesIO(wrong)), truth).overall < 9.9, task
+        assert wrong == server.answer_image(prompt, images, errors=1.0)
         assert server.compose(task, images)[0] == instruction

@@ -47,6 +47,13 @@ def test_runs_of_a_name_are_averaged(tmp_path, capsys):
     assert Image.open(tmp_path / "curves.png").width > 500
 
 
+def test_means_are_of_points_that_belong_together():
+    often, rarely = [(5, 1.0), (10, 2.0), (15, 3.0), (20, 4.0)], [(10, 6.0), (20, 8.0)]
+    assert curves.aligned([often, rarely]) == [((10, 2.0), (10, 6.0)), ((20, 4.0), (20, 8.0))]
+    seconds = [(11.0, 6.0), (21.0, 8.0)]
+    assert curves.aligned([often, seconds])[0] == ((5, 1.0), (11.0, 6.0))
+
+
 def test_a_folder_without_a_log_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} has no metrics.jsonl"):
         curves.points(str(tmp_path), "steps")

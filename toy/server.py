@@ -39,6 +39,7 @@ from iccot import TASKS
 from runtime.files import published
 from toy import tasks, world
 from toy.judge import Verdict, judge, nearest_subjects, pixels_of, templates
+from toy.painter import painted
 from toy.tasks import Wording
 from toy.world import DEFAULT_PLACES, OBJECTS, PLACES, SCENES, Scene, Truth, known_thing
 from vision import to_png
@@ -220,15 +221,20 @@ def _judge(prompt, images):
     return json.dumps({"score": round(score, 1), "reasoning": "compared with the true picture"})
 
 
-def answer_image(prompt, images):
-    """What an image model would paint: the target that belongs to the instruction, PNG bytes."""
+def answer_image(prompt, images, errors=0.0):
+    """What an image model would paint: the target that belongs to the instruction, PNG bytes.
+
+    errors: share of the targets that show one wrong fact (toy/painter.py), always the same ones.
+    """
     for task in TASKS:
         try:
             instruction, _, truth = compose(task, images)
         except (IndexError, StopIteration, ValueError):
             continue  # these references are none of this task
         if f"Instruction: {instruction}\n" in prompt:
-            return to_png(Image.fromarray(world.draw(truth)))
+            digest = hashlib.sha256(b"paint" + b"".join(image.tobytes() for image in images))
+            rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "little"))
+            return to_png(Image.fromarray(world.draw(painted(truth, rng, errors))))
     return to_png(Image.new("RGB", (world.SIZE, world.SIZE), "grey"))
 
 
@@ -257,7 +263,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.endswith("/images/edits"):
             prompt, images = image_question(self.body, self.headers["Content-Type"])
             self.count(prompt, images)
-            picture = base64.b64encode(answer_image(prompt, images)).decode()
+            answer = answer_image(prompt, images, self.server.errors)
+            picture = base64.b64encode(answer).decode()
             self.reply({"created": 0, "data": [{"b64_json": picture}]})
         else:
             self.reply({"error": {"message": f"no route {self.path}"}}, 404)
@@ -304,8 +311,9 @@ def _open(content):
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def make_server(port=0, fault=None):
-    """A server on this machine alone; port 0 takes a free one. fault: as `Handler.fault`.
+def make_server(port=0, fault=None, errors=0.0):
+    """A server on this machine alone; port 0 takes a free one. fault: as `Handler.fault`; errors:
+    as in `answer_image`.
 
     It counts its `requests` and what it has `answered`.
     """
@@ -314,12 +322,13 @@ def make_server(port=0, fault=None):
         handler = type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.requests, server.answered, server.lock = 0, Counter(), threading.Lock()
+    server.errors = errors
     return server
 
 
-def serve(port):
+def serve(port, errors):
     """Answer until stopped."""
-    with make_server(port) as server:
+    with make_server(port, errors=errors) as server:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         print(f"the toy world answers at {url} (stop with Ctrl-C)", flush=True)
         try:

@@ -13,7 +13,7 @@ BASE = {  # beside the preset smoke
     "grpo": dict(
         prompts_per_step=1, updates=1, group_size=2, max_plan_tokens=4, picture_side=16,
         num_timesteps=4, likelihood="sde", window=1, window_end=1.0, steps=1, save_every=100,
-        sample_every=100, init="model", kl_beta=0.0, std_floor=0.003,
+        sample_every=100, init="model", kl_beta=0.0, std_floor=0.003, cot_temperature=1.0,
     ),
     "sample": dict(
         checkpoint="model", prompt="Put it in a meadow.", max_plan_tokens=4, num_timesteps=3,

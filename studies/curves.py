@@ -2,8 +2,7 @@
 What training did: the lines of metrics.jsonl as curves, for one run or several side by side.
 
     python -m studies.curves --runs out/toy-grpo
-    python -m studies.curves --runs "forward=out/f0,out/f1,out/f2 sde=out/s0,out/s1,out/s2" \\
-        --over pictures
+    python -m studies.curves --runs "forward=out/f0,out/f1 sde=out/s0,out/s1" --over pictures
 
 A curve is the mean over the runs of its name (seeds), which stand behind it as thin lines; what a
 step says is smoothed over the last `SMOOTH` steps, held-out metrics (`--eval_every`) are not.
@@ -11,7 +10,7 @@ step says is smoothed over the last `SMOOTH` steps, held-out metrics (`--eval_ev
 seconds that they took without measuring and saving. Also printed: the held-out metrics of each
 name, at each measurement, as means over its runs.
 
-A run in progress can be looked at too. grpo.py and sft.py draw curves.png into their folder.
+A run in progress can be looked at too. grpo.py draws curves.png into its folder at the end.
 Left out: TensorBoard and W&B, which `--tracker` serves.
 """
 
@@ -41,6 +40,9 @@ class Config:
     runs: str  # run folders; NAME=FOLDER,FOLDER ... draws the means of runs that differ in the seed
     over: Literal["steps", "pictures", "seconds"] = "steps"
     out: str = ""  # the PNG; "": curves.png in the first folder
+
+
+PRESETS = {"default": {}}
 
 
 def save_curves(named, path, over="steps"):
@@ -156,4 +158,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, {"default": {}}, sys.argv[1:]))
+    main(parse(Config, PRESETS, sys.argv[1:]))

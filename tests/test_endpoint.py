@@ -556,9 +556,9 @@ def in_an_hour():
     return formatdate(time.time() + 3600, usegmt=True)
 
 
-@pytest.mark.parametrize("header", ["3600", in_an_hour()])
+@pytest.mark.parametrize("header", [lambda: "3600", in_an_hour], ids=["seconds", "date"])
 def test_a_long_retry_after_is_said_aloud_and_capped(tmp_path, header, capsys, no_pauses):
-    fault = then_well(error(429, "slow down", Retry_After=header))
+    fault = then_well(error(429, "slow down", Retry_After=header()))
     with asked(tmp_path, fault, longest_wait=0.3) as (endpoint, question, one):
         begun = time.monotonic()
         assert endpoint.ask(question, visible) and time.monotonic() - begun >= 0.3

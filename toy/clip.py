@@ -72,7 +72,8 @@ def train_toy_clip(folder, settings: ToyClipSettings, log=print) -> Path:
     with published(folder) as hidden:
         hidden.mkdir(parents=True)  # before the work: an unwritable place is found out now
         config = _model_config(settings.patch_size, settings.width)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        # the caller's random numbers stay as they were; it may have no use for gradients
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(settings.seed)
             model = open_clip.CLIP(**config)
             _train(model, settings, lambda line: log(f"{folder.name}: {line}"))

@@ -405,7 +405,7 @@ def no_signal(values):
             )
         return (
             "all pictures of a group have the same reward (dead_groups 1): its members do not "
-            "differ; raise --cot_temperature or --noise_level"
+            "differ; raise --cot_temperature, or with --likelihood sde --noise_level"
         )
     if values.get("grad_norm") == 0:
         return "the gradient is zero (grad_norm 0): nothing that is trained changes the loss"

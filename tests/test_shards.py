@@ -2,6 +2,7 @@
 kind of damage named."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -348,6 +349,8 @@ def test_too_many_broken_samples_stop_the_run(folder, samples, monkeypatch, work
     nothing = Source(damaged(folder, without_target(*keys)))
     with pytest.raises(UserError, match="21 of the last 21 samples cannot be read"):
         next(data.stream(nothing, range(1000), workers))
+    del error
+    gc.collect()  # the streams end here, while the wait is short
 
 
 def test_a_broken_sample_is_not_measured(folder, samples, capsys):

@@ -80,7 +80,7 @@ FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sam
 def lines_of(part: Path) -> list[tuple[str, bytes]]:
     """[("line NUMBER", line)] of a records.jsonl but for blank ones and a last one that is torn."""
     lines = [(f"line {number}", line) for number, line in files.lines_of(part)]
-    if lines and not part.read_bytes().endswith(b"\n"):
+    if lines and not files.is_ended(part):
         try:
             files.object_of(lines[-1][1])
         except ValueError:

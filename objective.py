@@ -6,11 +6,11 @@ The objective of GRPO, in the order of its equations: advantages, ratio, clipped
     L        = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps))
                + kl_beta KL(policy | stage 1 model)             (+ text_weight L_text, train_text)
 
-Pure functions of tensors. At ratio 1 the gradient is that of -mean A_i log p_new: the policy
-gradient. What a score is, rollouts.py says: the density of an SDE step, or minus the flow error of
-a finished picture; both are means over a picture's values, so that eps = clip_kappa / sqrt(T C) has
-the same meaning at any resolution. L_text is the same surrogate over the tokens of the plans, with
-the plans' own advantages.
+Pure functions of tensors, but for std=global, which asks all processes. At ratio 1 the gradient is
+that of -mean A_i log p_new: the policy gradient. What a score is, rollouts.py says: the density of
+an SDE step, or minus the flow error of a finished picture; both are means over a picture's values,
+so that eps = clip_kappa / sqrt(T C) has the same meaning at any resolution. L_text is the same
+surrogate over the tokens of the plans, with the plans' own advantages.
 
 `config` is grpo.Config. Letters: sequence.py. Left out: asymmetric clip ranges, entropy bonuses.
 Run: python -m pytest tests/test_grpo.py
@@ -63,11 +63,11 @@ class Actions:
 
     advantage: torch.Tensor  # (I,) A of the member of each noised picture
     image_of_token: torch.Tensor  # (Z,) which of the I pictures
-    step_size: torch.Tensor  # (I,) t - t' of the step that each takes
+    step_size: torch.Tensor  # (I,) sde: t - t' of the step that each takes
     text_advantage: torch.Tensor  # (labels,) A of the plan that each token belongs to
     text_counts: torch.Tensor  # (labels,) bool: the model wrote this token, and it counts here
     clip_range: float  # eps
-    scale: float  # 1 / (pictures * steps) of the optimiser step
+    scale: float  # 1 / (pictures * scores) of the optimiser step
     text_scale: float  # text_weight / plan tokens of the optimiser step
 
 

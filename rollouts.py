@@ -148,7 +148,6 @@ class Options:
                 f"images_per_cot={self.images_per_cot} must divide group_size={self.group_size}, "
                 f"with rid on"
             )
-
         if self.scored_times < 1 or self.scored_shift <= 0:
             raise ValueError(
                 f"scored_times={self.scored_times}, scored_shift={self.scored_shift}: at least one "
@@ -398,7 +397,7 @@ def paint_groups(engine, groups, noises, *, window, prefix, config):
 
 
 def paint_members(engine, groups, noises, *, window, prefix, config):
-    """Paint all branches of these groups together; the steps of the window are stochastic.
+    """Paint all branches of these groups together; the steps of the window, if any, are stochastic.
 
     Returns x (P, members, T, C), and of each stochastic step (x, x_next, log_prob) likewise.
     """
@@ -407,7 +406,7 @@ def paint_members(engine, groups, noises, *, window, prefix, config):
     image_of_token = torch.arange(members, device=engine.device).repeat_interleave(tokens)
 
     def sde_or_ode(k, x, v, *, t, t_next):
-        if window is None or not window.first <= k < window.first + config.window:
+        if not window.first <= k < window.first + config.window:
             return flow.euler_step(x, v, t, t_next=t_next)
         noise = draw_noise([tokens] * members, x.shape[1], noises)  # (members * T, C)
         step = flow.sde_step(x, v, t, t_next=t_next, sde=config.transition, noise=noise)
@@ -418,5 +417,6 @@ def paint_members(engine, groups, noises, *, window, prefix, config):
         kept.append((*pictures, log_prob.view(whose)))
         return x_next
 
-    x = engine.paint(groups, config.sampler, step=sde_or_ode, prefix=prefix)
+    step = sde_or_ode if window else None
+    x = engine.paint(groups, config.sampler, step=step, prefix=prefix)
     return x.view(len(groups), count, tokens, -1), kept

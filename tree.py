@@ -43,7 +43,7 @@ class Batch:
     t: torch.Tensor  # (Z,) their times
     t_next: torch.Tensor  # (Z,) sde: after the step
     image_of_token: torch.Tensor  # (Z,) which of the I pictures
-    step_size: torch.Tensor  # (I,) t - t' of that step
+    step_size: torch.Tensor  # (I,) sde: t - t' of that step
     token_plans: torch.Tensor  # (labels,) of the rollout: whose plan a token is of
     token_counts: torch.Tensor  # (labels,) bool: the model wrote it, and it counts in this batch
 

@@ -77,17 +77,15 @@ def one_way(learner, clip, config, *, line):
         gradient, seen = of_a_set(learner, clip, config, step=step)
         gradients.append(gradient)
         statistics.append(seen)
-    gen = [mine for mine, _ in gradients]
-    rest = [others for _, others in gradients]
+    gen, rest = map(cosines, zip(*gradients))
     spread = {k: sum(one[k] for one in statistics) / SETS for k in statistics[0]}
     print(
-        f"{line:26s} gen {cosines(gen)[0]:+.3f} ± {cosines(gen)[1]:.3f}  "
-        f"rest {cosines(rest)[0]:+.3f} ± {cosines(rest)[1]:.3f}  "
+        f"{line:26s} gen {gen[0]:+.3f} ± {gen[1]:.3f}  rest {rest[0]:+.3f} ± {rest[1]:.3f}  "
         f"std {spread['reward_std']:.3f}, between plans {spread['reward_std_between']:.3f}, "
         f"within {spread['reward_std_within']:.3f}",
         flush=True,
     )
-    return round(cosines(gen)[0], 4)
+    return round(gen[0], 4)
 
 
 def of_a_set(learner, clip, config, *, step):

@@ -100,6 +100,12 @@ def is_hidden(path):
     return path.name[:1] in ("", ".") or "__MACOSX" in path.parts
 
 
+def by_number(name):
+    """Sorts names as people count: ref_2 before ref_10, in small letters and capitals alike."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
 def check_name(name, what):
     """UserError unless `name`, which comes from somebody else's data, can be the name of a file.
 
@@ -183,6 +189,13 @@ def lines_of(path):
     """[(number, bytes)] of the lines of a text file that are not blank."""
     lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def is_ended(path):
+    """Whether the last line of a text file, which is not empty, has its end."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def read_lines(path, *names):

@@ -282,9 +282,8 @@ def dreamomni2_case(folder):
 
 def in_order(path):
     """Sorts the pictures of a case: what is to be edited, then references, 2 before 10."""
-    name = path.stem.lower()
-    numbers = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-    return not name.startswith(("src", "source")), numbers
+    is_source = path.stem.lower().startswith(("src", "source"))
+    return not is_source, files.by_number(path.stem)
 
 
 def download(name):

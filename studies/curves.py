@@ -102,6 +102,8 @@ def points(folder, over):
         raise UserError(f"{folder} has no metrics.jsonl with a step; give the folders of runs")
     config, x, found = files.read_json(Path(folder) / "config.json"), 0.0, []
     each = config.get("prompts_per_step", 0) * config.get("group_size", 0)
+    if over == "pictures" and not each:
+        raise UserError(f"{folder} painted no pictures to learn from; use --over steps or seconds")
     for line in lines:
         parts = [key for key in line if key.endswith("seconds")]
         x = {

@@ -48,7 +48,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from runtime.config import UserError
-from runtime.files import published
+from runtime.files import object_of, published
 from studies.replies import Fault, Refused, cut_off, picture_in, text_in
 from vision import open_image, to_png
 
@@ -334,10 +334,9 @@ class Endpoint:
 def _kept(path):
     """What is kept under this name, {} if that is nothing."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        return object_of(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) else {}
 
 
 def _retry_after(text):

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import iccot
 from data import LONGEST, hash_of
+from runtime import files
 from runtime.config import UserError
 from studies.pools import SUFFIXES
 
@@ -97,8 +98,9 @@ def _samples(path):
     index = next((one for one in (path / "data/filter", path / "filter") if one.is_dir()), path)
     wanted = (".json", ".jsonl", "instruction.txt", "prompt.txt")
     for file in tqdm(sorted(index.rglob("*")), disable=None, desc="read", leave=False):
-        of_a_benchmark = "eval" in file.relative_to(index).parts[:-1]
-        if of_a_benchmark or file.name.startswith(".") or not file.name.endswith(wanted):
+        inside = file.relative_to(index)
+        of_a_benchmark = "eval" in inside.parts[:-1]
+        if of_a_benchmark or files.is_hidden(inside) or not file.name.endswith(wanted):
             continue
         yield from _of_folder(file) if file.suffix == ".txt" else _of_file(file)
 
@@ -111,7 +113,7 @@ def _of_file(file):
             continue
         try:
             found = json.loads(text.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield file.parent, {"broken": f"{file.name}, {error}"}
             continue
         for one in found if isinstance(found, list) else [found]:
@@ -130,7 +132,8 @@ def _of_object(one, folder):
 def _of_folder(file):
     """The sample of a folder with a text and pictures; none where there are no pictures."""
     pictures = [one for one in file.parent.iterdir() if one.suffix.lower() in SUFFIXES]
-    pictures = sorted((one for one in pictures if one.name[0] != "."), key=_in_order)
+    pictures = [one for one in pictures if not files.is_hidden(one.name)]
+    pictures.sort(key=lambda one: files.by_number(one.stem))
     targets = [one.name for one in pictures if re.search("target|output", one.stem, re.IGNORECASE)]
     if pictures:
         yield (
@@ -141,12 +144,6 @@ def _of_folder(file):
                 "target": targets[0] if len(targets) == 1 else None,
             },
         )
-
-
-def _in_order(path):
-    """ref_2 before ref_10."""
-    parts = re.split(r"(\d+)", path.stem)
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,3 +57,7 @@ def test_means_are_of_points_that_belong_together():
 def test_a_folder_without_a_log_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} has no metrics.jsonl"):
         curves.points(str(tmp_path), "steps")
+    folder = run(tmp_path / "sft", [0.0])
+    (tmp_path / "sft" / "config.json").write_text("{}")  # stage 1
+    with pytest.raises(UserError, match="use --over steps or seconds"):
+        curves.points(folder, "pictures")

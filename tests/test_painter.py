@@ -9,7 +9,7 @@ import pytest
 import sft
 from data import open_source
 from runtime.config import UserError
-from toy import painter
+from toy import painter, prepare
 from toy.judge import judge
 from toy.painter import Painted, Painter
 from toy.prepare import painter_of
@@ -92,3 +92,23 @@ def test_the_toys_source_has_the_painter_it_is_asked_for():
     assert painter_of(on_disk) is None
     with pytest.raises(UserError, match="filter_targets=0.2.*data=shards"):
         painter_of(replace(on_disk, filter_targets=0.2))
+
+
+@pytest.mark.parametrize("shares", [dict(dropped=1.0), dict(dropped=-0.1), dict(errors=1.5)])
+def test_shares_that_are_none_are_refused(shares):
+    """A filter that drops everything would look for a sample for ever."""
+    with pytest.raises(ValueError, match="painter_errors=.*expected shares"):
+        Painter(**shares)
+
+
+def test_the_filter_reads_on_the_cpu(monkeypatch):
+    """Wherever the model is: a worker that reads samples ahead cannot use a GPU."""
+    made = []
+    monkeypatch.setattr(prepare, "metric_clip", lambda *_: None)
+    monkeypatch.setattr(prepare.processes, "device", lambda: "cuda")
+    monkeypatch.setattr(prepare, "Clip", lambda *words: made.append(words))
+    config = sft.Config(config="toy", **sft.PRESETS["toy"] | dict(filter_targets=0.2))
+    assert painter_of(config).dropped == 0.2
+    assert made == [(config.metric_name, config.metric, "cpu")]
+    prepare.metric_clip_of_all("toy", "folder", 1)
+    assert made[1] == ("toy", "folder", "cuda")

@@ -44,7 +44,14 @@ class Painter:
 
     errors: float = 0.0
     dropped: float = 0.0
-    clip: Clip | None = None  # of the filter
+    clip: Clip | None = None  # of the filter; on the CPU, where samples are read
+
+    def __post_init__(self):
+        if not 0 <= self.errors <= 1 or not 0 <= self.dropped < 1:
+            raise ValueError(
+                f"painter_errors={self.errors}, filter_targets={self.dropped}: expected shares, "
+                f"from 0 to 1, and less than 1"
+            )
 
 
 def painted(truth: Truth, rng: np.random.Generator, errors: float) -> Truth:

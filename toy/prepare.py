@@ -48,12 +48,12 @@ def metric_clip(name, weights, steps):
     return Clip(name, weights)
 
 
-def metric_clip_of_all(name, weights, steps):
-    """The same, for all processes together; each computes on its own device."""
+def metric_clip_of_all(name, weights, steps, *, where=None):
+    """The same, for all processes together; each computes on its own device, or on `where`."""
     if processes.is_main():
         metric_clip(name, weights, steps)
     processes.barrier()
-    return Clip(name, weights, processes.device())
+    return Clip(name, weights, where or processes.device())
 
 
 def painter_of(config):
@@ -69,7 +69,8 @@ def painter_of(config):
             )
         return None
     of_filter = config.metric_name, config.metric, config.clip_steps
-    clip = metric_clip_of_all(*of_filter) if config.filter_targets else None
+    # on the CPU: a worker that reads samples cannot use a GPU
+    clip = metric_clip_of_all(*of_filter, where="cpu") if config.filter_targets else None
     return Painter(config.painter_errors, config.filter_targets, clip)
 
 

@@ -98,13 +98,18 @@ class Given:
     rng: np.random.Generator
 
 
+def chance_of(word, images):
+    """The random numbers that belong to a word and some pictures: a hash of them."""
+    digest = hashlib.sha256(word.encode() + b"".join(image.tobytes() for image in images)).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
 def compose(task, images):
     """(instruction, plan, truth) for these references, always the same.
 
     IndexError, StopIteration or ValueError if they are references of another task.
     """
-    digest = hashlib.sha256(task.encode() + b"".join(image.tobytes() for image in images)).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    rng = chance_of(task, images)
     style = "instructive" if rng.random() < 0.5 else "descriptive"
     wording = Wording(style, bool(rng.random() < 0.4))
     given = Given(task, images, wording, [PLACES[i] for i in rng.permutation(4)], rng)
@@ -232,9 +237,8 @@ def answer_image(prompt, images, errors=0.0):
         except (IndexError, StopIteration, ValueError):
             continue  # these references are none of this task
         if f"Instruction: {instruction}\n" in prompt:
-            digest = hashlib.sha256(b"paint" + b"".join(image.tobytes() for image in images))
-            rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "little"))
-            return to_png(Image.fromarray(world.draw(painted(truth, rng, errors))))
+            shown = painted(truth, chance_of("paint", images), errors)
+            return to_png(Image.fromarray(world.draw(shown)))
     return to_png(Image.new("RGB", (world.SIZE, world.SIZE), "grey"))
 
 

@@ -72,22 +72,22 @@ class Share:
         return images, plans
 
 
-def share_of(config):
+def share_of(config, among=None):
     """The Share of this process: whole groups, or if there are too few, members of them.
 
     As few processes to a group as make all of them work alike; each needs two members at least, and
-    whole plans. UserError if nothing divides.
+    whole plans. UserError if nothing divides. among: so many processes, not those there are.
     """
-    prompts, parts, ranks = config.prompts_per_step, config.updates, 1
-    if prompts % (size() * parts):
-        for ranks in range(2, size() + 1):
+    prompts, parts, ranks, among = config.prompts_per_step, config.updates, 1, among or size()
+    if prompts % (among * parts):
+        for ranks in range(2, among + 1):
             members, rest = divmod(config.group_size, ranks)
-            if size() % ranks or prompts * ranks % (size() * parts) or rest:
+            if among % ranks or prompts * ranks % (among * parts) or rest:
                 continue
             if members >= 2 and members % config.images_per_cot == 0:
                 break
-        else:
-            share(prompts, "prompts a step", "prompts_per_step", parts=parts)  # cannot be shared
+        else:  # cannot be shared
+            share(prompts, "prompts a step", "prompts_per_step", parts=parts, among=among)
     members = config.group_size // ranks
     return Share(ranks, rank() % ranks, replace(config, group_size=members))
 

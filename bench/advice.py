@@ -69,11 +69,19 @@ def remedies(walk, config, shape):
             what = tuple(change)
             if what in found or len(found) == 4:
                 continue
-            if walk(replace(config, **change), shape).fits(config.gpu_memory):
+            if fits(walk, replace(config, **change), shape):
                 found[what] = words_of(change)
         if found:
             return list(found.values())
     return []
+
+
+def fits(walk, config, shape):
+    """Whether a command fits; not so if its samples or weights cannot be shared by the GPUs."""
+    try:
+        return walk(config, shape).fits(config.gpu_memory)
+    except UserError:
+        return False
 
 
 def words_of(change):

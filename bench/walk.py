@@ -6,7 +6,8 @@ A dry run: what each phase of a command holds on a GPU, computed at true shapes 
 walks one iteration: prompts are read, prefilled, plans decoded, pictures painted in all guidance
 contexts and decoded, rewarded; the old policy and the reference, the update; a strip, the exported
 weights, the final table. What stands always is counted, passes are measured on the meta device
-(memory.py, peaks.py); advice.py prints the phases, and refuses what cannot fit.
+(memory.py, peaks.py); advice.py prints the phases, and refuses what cannot fit. Samples and groups
+are shared by the GPUs as in the run itself.
 
 Every plan is as long as it may be, every prompt has `max_references` pictures of the largest side.
 Not a concept of the paper. Letters: sequence.py. Left out: fragmentation, communication buffers,
@@ -18,11 +19,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import rollouts
 from bench import memory
 from bench.peaks import clip_bytes, codec_bytes, forward_bytes
 from engine import Branch, Group, Noised, lay_out
 from example import check_budget
 from model import MAX_LOGITS
+from runtime.processes import share
 from sequence import Sequence
 
 SPARE = 0.9  # of a card; the rest is for what is left out
@@ -186,7 +189,8 @@ def ends(config, model):
     work = of_held_out(config.held_out, getattr(torch, config.precision))
     strip = largest("strip", painting(model.config, work, gathered(config, model)))
     largest_weight = max(p.numel() for p in model.parameters())  # adapters are merged one by one
-    return [strip, Phase("export", 0, {"one weight, whole, twice": 8 * largest_weight})]
+    export = Phase("export", 0, {"one weight, whole, twice": 8 * largest_weight})
+    return [Phase("save", 0, {}), strip, export]  # a state goes to the host tensor by tensor
 
 
 def host_bytes(config, model, standing):
@@ -234,7 +238,13 @@ def of_table(config, shape, dtype):
 
 
 def walk_grpo(config, shape):
-    """The Walk of grpo.py. config: a grpo.Config; shape: a ModelConfig."""
+    """The Walk of grpo.py. config: a grpo.Config; shape: a ModelConfig.
+
+    UserError if the groups cannot be shared by the GPUs.
+    """
+    part = rollouts.share_of(config, config.gpus)
+    groups = config.prompts_per_step * part.ranks // config.gpus  # of a step, on each GPU
+    config = replace(part.config, groups_at_once=min(config.groups_at_once, groups))
     shards, work = memory.shards_of(config), rollout_work(config)
     model = memory.model_of(shape, config.train, config.lora_rank)
     standing, whole = memory.always(config, model, shards), gathered(config, model)
@@ -288,7 +298,11 @@ def example_graph(shape, config):
 
 
 def walk_sft(config, shape):
-    """The Walk of sft.py. config: a sft.Config; shape: a ModelConfig."""
+    """The Walk of sft.py. config: a sft.Config; shape: a ModelConfig.
+
+    UserError if the samples cannot be shared by the GPUs.
+    """
+    share(config.samples_per_step, "samples a step", "samples_per_step", among=config.gpus)
     if config.data != "toy":
         check_budget(shape, config)
     model = memory.model_of(shape, config.train, config.lora_rank)

@@ -201,21 +201,23 @@ def warn(text):
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def share(count, what, option, *, parts=1):
+def share(count, what, option, *, parts=1, among=None):
     """`count` divided by the number of processes; each share can be cut into `parts` equal parts.
 
-    UserError with the next numbers that can be divided. what, option: the words of that sentence.
+    UserError with the next numbers that can be divided. what, option: the words of that sentence;
+    among: so many processes, not those there are (a dry run).
     """
-    unit = size() * parts
+    among = among or size()
+    unit = among * parts
     if count % unit:
         below, above = count // unit * unit, (count // unit + 1) * unit
         in_parts = f" in {parts} updates" if parts > 1 else ""
         better = " or ".join(str(n) for n in (below, above) if n)
         raise UserError(
-            f"{count} {what} cannot be shared evenly by {size()} processes{in_parts}; "
+            f"{count} {what} cannot be shared evenly by {among} processes{in_parts}; "
             f"use --{option}={better}"
         )
-    return count // size()
+    return count // among
 
 
 # --------------------------------------------------------------------------------------------------

@@ -168,7 +168,8 @@ def work(folder):
         ("forward", {"likelihood": "forward"}),
         (
             "forward-members",
-            {"likelihood": "forward", "prompts_per_step": 1, "updates": 1, "train": "gen"},
+            {"likelihood": "forward", "prompts_per_step": 1, "updates": 1}
+            | {"train": "lora", "lora_rank": 4},
         ),
         ("plans", {"prompts_per_step": 2, "images_per_cot": 2, "train_text": True}),
         ("bare-all", {"bare": True}),

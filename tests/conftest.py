@@ -18,6 +18,15 @@ from runtime import processes  # noqa: E402
 
 torch.set_num_threads(1)
 
+# files with the longest chains come first, so that two processes end at about the same time
+LONG = ["test_run", "test_commands", "test_road", "test_curate", "test_options", "test_walk"]
+
+
+def pytest_collection_modifyitems(items):
+    """In the order of LONG, then as they were."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def say_it_again():

@@ -171,7 +171,7 @@ def test_the_papers_ideas_go_by_their_names(document):
 
 def test_what_the_readme_installs_and_tests_is_what_ci_does():
     readme, ci = text_of("README.md"), text_of(".ci/run")
-    for words in ("pip install -r requirements.txt", "python -m pytest"):
+    for words in ("pip install -r requirements.txt", "python -m pytest -n 2 --dist loadfile"):
         assert words in readme and words in ci
     assert "ruff format --check ." in ci and "ruff check ." in ci
     assert re.search(r"^ruff>=", text_of("requirements.txt"), re.MULTILINE)

@@ -95,7 +95,9 @@ def test_bfloat16_computes_nearly_the_same(worlds, what):
     close(one, two, 0.1)
 
 
-STAGE_2 = ["all", "gen", "lora", "text", "members", "plans", "bare-all", "bare-gen", "bare-lora"]
+STAGE_2 = ["all", "gen", "lora", "text", "members", "forward", "forward-members", "plans"]
+SHARED = ("members", "forward-members", "plans")  # both processes have members of the same groups
+STAGE_2 += ["bare-all", "bare-gen", "bare-lora"]
 
 
 @pytest.mark.parametrize("what", STAGE_2)
@@ -103,7 +105,7 @@ def test_stage_2_has_the_same_gradients(worlds, what):
     """Of whatever is trained; bare: no prompt of one process has a picture."""
     one, two = (load_file(worlds / f"grpo-{what}-{world}.safetensors") for world in (1, 2))
     one.pop("passes")
-    passes, halves = two.pop("passes"), what in ("members", "plans")  # of the same groups
+    passes, halves = two.pop("passes"), what in SHARED
     assert halves or not torch.equal(*passes)  # the process with fewer repeats its last one
     assert max(gradient.norm() for gradient in one.values()) > 0
     close(one, two, 1e-3)

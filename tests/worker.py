@@ -165,7 +165,7 @@ def work(folder):
         ("lora", {"train": "lora", "lora_rank": 4}),
         ("text", {"train_text": True, "kl_beta": 0.0, "sum_every_pass": True}),
         ("members", {"prompts_per_step": 1, "updates": 1}),
-        ("forward", {"likelihood": "forward"}),
+        ("forward", {"likelihood": "forward", "tokens_per_pack": 820}),
         (
             "forward-members",
             {"likelihood": "forward", "prompts_per_step": 1, "updates": 1}

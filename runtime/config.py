@@ -22,6 +22,7 @@ of more than one line.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import math
@@ -45,18 +46,19 @@ def exit_on_user_error(*kinds: type[Exception]):
     """`with exit_on_user_error(): ...`, or as a decorator: a user's mistake ends the process with
     one line on stderr and exit status 2.
 
-    A mistake is a UserError, an OSError about a named file or with a text of our own, and whatever
-    `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only. Everything else
+    A mistake is a UserError, an OSError about a named file, a full disk or with a text of our own,
+    and whatever `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only. Everything else
     is a bug and keeps its traceback.
     """
     try:
         yield
     except (UserError, OSError, *kinds) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            # a broken pipe, a full disk without a name: not ours to judge
-            if error.filename is None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # the system may name no file
+            if error.filename is None and not full:  # a broken pipe: not ours to judge
                 raise
-            message = f"{error.filename}: {error.strerror}"
+            message = f"{error.filename or 'a file'}: {error.strerror}"
+            message += "; make room and repeat the command" * full
         else:
             message = " ".join(str(error).split())  # one line
         print(f"error: {message}", file=sys.stderr)

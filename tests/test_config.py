@@ -254,6 +254,10 @@ def test_a_real_script_and_no_torch(tmp_path):
         (config.UserError("give a\n picture"), "error: give a picture\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "error: a.png: No such file\n"),
         (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "error: a file: No space left on device; make room and repeat the command\n",
+        ),
+        (
             NotADirectoryError(errno.ENOTDIR, "Not a directory", "out/x"),
             "error: out/x: Not a directory\n",
         ),

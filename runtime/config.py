@@ -47,8 +47,8 @@ def exit_on_user_error(*kinds: type[Exception]):
     one line on stderr and exit status 2.
 
     A mistake is a UserError, an OSError about a named file, a full disk or with a text of our own,
-    and whatever `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only. Everything else
-    is a bug and keeps its traceback.
+    and whatever `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only.
+    Everything else is a bug and keeps its traceback.
     """
     try:
         yield

@@ -31,7 +31,8 @@ Letters: sequence.py. Left out: top-k and beam search; answers about pictures (s
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -367,8 +368,20 @@ class Engine:
             self.model(packed, cache)
         return cache
 
-    @torch.no_grad()
     def think(
+        self, prompts: list[Prompt], thinking: Thinking, **how
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Decode plans for each prompt, all together. how: as for `tokens`.
+
+        Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time.
+        """
+        (tokens,) = deque(self.tokens(prompts, thinking, **how), maxlen=1)  # the last
+        rows, eos = tokens.tolist(), self.layout.eos
+        plans = [row[: row.index(eos)] if eos in row else row for row in rows]
+        return plans, [eos in row for row in rows]
+
+    @torch.no_grad()
+    def tokens(
         self,
         prompts: list[Prompt],
         thinking: Thinking,
@@ -376,12 +389,13 @@ class Engine:
         count: int = 1,
         generators: list | None = None,
         prefix: Cache | None = None,
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Decode `count` plans for each prompt, all together.
+    ) -> Iterator[torch.Tensor]:
+        """Decode `count` plans for each prompt, all together: what is written, token by token.
 
-        Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time.
-        generators: one a plan, so that what a plan becomes does not depend on its company; not
-        needed where decoding is greedy. prefix: what `prefill` gave for these prompts.
+        Yields (B, max_tokens), B = prompts * count, -1 where nothing stands yet; behind the eos of
+        a plan anything may stand. generators: one a plan, so that what a plan becomes does not
+        depend on its company; not needed where decoding is greedy. prefix: what `prefill` gave for
+        these prompts.
         """
         prefix = self.prefill(prompts) if prefix is None else prefix
         sequence = Sequence(self.layout)
@@ -394,9 +408,8 @@ class Engine:
         packed = sequence.pack().to(self.device)
         cache = Cache(self.model, len(packed))
         cache.take_over(packed.rows_of("given"), prefix)
-        return self._decode(
-            packed, cache, sequence.reserved, thinking=thinking, generators=generators
-        )
+        how = dict(thinking=thinking, generators=generators)
+        yield from self._decode(packed, cache, sequence.reserved, **how)
 
     def _decode(self, packed, cache, reserved, *, thinking, generators):
         """Decode into the reserved slots; rows that have ended leave the batch.
@@ -419,26 +432,34 @@ class Engine:
             drawn = None if uniform is None else uniform[open_rows, step]
             fed = choose(logits, thinking, drawn)
             tokens[open_rows, step] = fed
+            yield tokens
             if (step + 1) % look == 0:
                 going = (tokens[open_rows, step + 1 - look : step + 1] != eos).all(1)
                 open_rows, fed = open_rows[going], fed[going]
                 if not len(open_rows):
                     break
-        rows = tokens.tolist()
-        plans = [row[: row.index(eos)] if eos in row else row for row in rows]
-        return plans, [eos in row for row in rows]
+
+    def paint(self, groups: list[Group], sampler: Sampler, **how) -> torch.Tensor:
+        """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
+
+        how: as for `steps`.
+        """
+        ((x, _),) = deque(self.steps(groups, sampler, **how), maxlen=1)  # the last
+        return x
 
     @torch.no_grad()
-    def paint(
+    def steps(
         self,
         groups: list[Group],
         sampler: Sampler,
         *,
         step: Callable | None = None,
         prefix: Cache | None = None,
-    ) -> torch.Tensor:
-        """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Paint a picture for each branch, step by step.
 
+        Yields after each step x (I * T, C) and what it was heading for before it, x - t v, which
+        is a picture too: the mean of all that x may still become.
         groups: each branch holds one `Noised`, the noise that its picture starts from.
         `step(k, x, v, t=, t_next=) -> x` replaces the Euler step (GRPO's window of SDE steps).
         prefix: what `prefill` gave for the prompts of these groups.
@@ -464,9 +485,9 @@ class Engine:
             v = guided(
                 v, rows, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
             )  # (I * T, C)
-            times = dict(t=t, t_next=t_next)
+            times, aim = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
             x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
-        return x
+            yield x, aim
 
     def _fill(self, packed: Packed, prefix: Cache | None) -> Cache:
         """A cache of all that is given: prompts from `prefix` if it is there, the rest computed."""

@@ -27,10 +27,10 @@ BETWEEN = (
     "objective",
     "data",
 )  # from concepts to commands
-COMMANDS = ("sft", "grpo", "sample", "evaluate", "curate")
+COMMANDS = ("sft", "grpo", "sample", "evaluate", "curate", "demo")
 FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
 PAPERS = ("README.md", "LOG.md", "RESULTS.md", "LICENSE", "CONTRIBUTING.md")
-SETTINGS = ("pyproject.toml", "requirements.txt")
+SETTINGS = ("pyproject.toml", "requirements.txt", "requirements-demo.txt")
 
 FILES = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in ROOT.glob(f"{folder}/**/*.py"))]
 PROJECT = [path.relative_to(ROOT).as_posix() for path in sorted(FILES)]

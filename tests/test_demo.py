@@ -1,0 +1,371 @@
+"""
+The page: what it does without a browser, and then in one (Chromium, driven by Selenium).
+
+In the browser the model is a fresh one that cannot write, so its plans are put into its mouth; what
+is painted is really painted, and noted. Where a trained toy stands (TOY_CHECKPOINT=out/toy-grpo),
+its own plan is edited, and the exact judge says whether the picture changed. Skipped without
+Gradio, Selenium or Chromium: pip install -r requirements-demo.txt, and the packages chromium and
+chromium-driver of the distribution.
+"""
+
+import dataclasses
+import gc
+import os
+import shutil
+import socket
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import demo
+import iccot
+from engine import Engine, Sampler
+from model import SMOKE, ModelConfig, UnifiedModel
+from reward import Clip
+from runtime.config import UserError, parse
+from runtime.pretrained import load_model, save_model
+from studies.studio import Ask, Studio, so_far
+from toy.clip import ToyClipSettings, train_toy_clip
+from toy.judge import judge
+from toy.prepare import toy_tokenizer
+from toy.tasks import caption, draw_sample, one_fact_changed
+from vision import to_png
+
+# of Gradio, Selenium and what they import
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TRAINED = os.environ.get("TOY_CHECKPOINT")
+CONFIG = demo.Config(**demo.PRESETS["smoke"] | dict(clip="", group_size=4, threads=1))
+SAMPLE = next(s for s in (draw_sample("held_out", i) for i in range(99)) if len(s.references) == 2)
+NAMES = list(map(str, range(2)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with fresh weights, a CLIP of one step, the sample's references as files."""
+    folder = tmp_path_factory.mktemp("page")
+    tokenizer = toy_tokenizer(folder, SMOKE["vocab_size"])
+    model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
+    with torch.no_grad():  # as it is, nothing it sees moves its velocity
+        model.latent_out.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_model(model, tokenizer, folder / "model")
+    train_toy_clip(folder / "clip", ToyClipSettings(steps=1), log=lambda *_: None)
+    for i, image in enumerate(SAMPLE.references, 1):
+        (folder / f"{i}.png").write_bytes(to_png(image))
+    (folder / "broken.png").write_bytes(to_png(SAMPLE.target)[:60])
+    (folder / "large.png").write_bytes(os.urandom(2**20 + 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studio(folder):
+    """Two checkpoints, and a first one that writes the sample's plan."""
+    engines = {name: Engine(*load_model(folder)) for name in NAMES}
+    members = dataclasses.replace(CONFIG.members, picture_side=32)
+    clip = Clip("toy", str(folder / "clip"))
+    made = Studio(engines, clip, members=members, max_references=4)
+    plan = made.engine.tokenizer.encode(iccot.render(SAMPLE.plan)) + [made.engine.layout.eos]
+
+    def tokens(prompts, thinking, *, count=1, **_):
+        """As Engine.tokens, of a model that has learned this one plan."""
+        written = torch.full((len(prompts) * count, thinking.max_tokens), -1)
+        for i, token in enumerate(plan):
+            written[:, i] = token
+            yield written
+
+    made.engine.tokens = tokens
+    return made
+
+
+def ask(**changes):
+    how = dict(references=SAMPLE.references, instruction=SAMPLE.instruction, seed=3)
+    return Ask(**how | dict(sampler=Sampler(5, 10.0)) | changes)
+
+
+# --------------------------------------------------------------------------------------------------
+# without a browser
+
+
+def test_a_plan_appears_as_it_is_written(studio):
+    texts = list(studio.thoughts(ask()))
+    assert len(texts) > 10 and texts[-1] == iccot.render(SAMPLE.plan)
+    fields = [so_far(text, 2, 4) for text in texts]
+    whole = [SAMPLE.plan.caption, *SAMPLE.plan.relations, "", ""]
+    assert fields[-1] == whole and all(one[3:] == ["", ""] for one in fields)
+    for before, after in zip(fields, fields[1:]):
+        assert all(b.startswith(a) for a, b in zip(before, after))
+    assert len({tuple(one) for one in fields}) > 10
+
+
+def test_the_edited_plan_is_what_is_painted(studio):
+    """By the same road as everybody's, Engine.generate: the same seed gives the same picture."""
+    text = studio.write("A red cat.", ["The first.", "The second.", "", ""], 2)
+    assert iccot.parse(text, 2) == iccot.ICCoT("A red cat.", ("The first.", "The second."))
+    stages = list(studio.stages(ask(), text))
+    assert [done for done, _ in stages] == [1, 2, 3, 4]
+    engine = Engine(studio.engine.model, studio.engine.tokenizer)
+    engine.think = lambda *_, **__: ([engine.tokenizer.encode(text)], [True])
+    request, _ = studio.request(ask())
+    how = dict(sampler=ask().sampler, thinking=CONFIG.members.thinking, batch=1)
+    (result,) = engine.generate([request], seeds=[(3,)], **how)
+    assert to_png(result.image) == to_png(stages[-1][1])
+    assert to_png(list(studio.stages(ask(), ""))[-1][1]) != to_png(result.image)
+
+
+def test_compare_and_group(studio):
+    text = iccot.render(SAMPLE.plan)
+    *_, rows = studio.compare(ask(), text, caption=SAMPLE.plan.caption, truth=SAMPLE.truth)
+    words = [row[1].partition(".")[0] for row in rows]
+    assert words == ["no plan", "this plan", "this plan, 1"]
+    assert all("CLIP agreement" in row[1] and "PF" in row[1] for row in rows)
+    members = studio.group(ask())
+    assert len(members) == 4 and all(SAMPLE.plan.caption in words for _, words in members)
+    rewards = [float(words.split(",")[0].removeprefix("reward ")) for _, words in members]
+    assert rewards == sorted(rewards, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"instruction": " "}, "the instruction is empty"),
+        ({"instruction": "Draw image 3."}, "names image 3"),
+        ({"instruction": "<image> and <image> and <image>"}, "3 times <image>"),
+    ],
+)
+def test_a_request_that_cannot_be(studio, changes, words):
+    with pytest.raises(UserError, match=words):
+        next(studio.thoughts(ask(**changes)))
+
+
+def test_plans_and_pictures_that_cannot_be(studio, folder):
+    with pytest.raises(UserError, match="the line of reference 2 is empty"):
+        studio.write("A cat.", ["The first.", "", "", ""], 2)
+    with pytest.raises(UserError, match="does not parse"):
+        studio.write("A </out_caption> cat.", ["The first."], 1)
+    with pytest.raises(UserError, match="does not parse"):
+        studio.write("A cat.", ["That of image_2."], 1)
+    with pytest.raises(UserError, match="5 references, this model takes at most 4"):
+        studio.read([folder / "1.png"] * 5)
+    with pytest.raises(UserError, match="reference 2 cannot be read") as refused:
+        studio.read([folder / "1.png", folder / "broken.png"])
+    assert str(folder) not in str(refused.value)
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        with pytest.raises(UserError, match="choose another one with --port"):
+            demo.check_port(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("words", [["--checkpoint", "nowhere"], ["--port", "0"]])
+@pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
+def test_mistakes_of_the_command(capsys, words):
+    with pytest.raises(SystemExit) as refused:
+        demo.main(parse(demo.Config, demo.PRESETS, ["--config", "smoke", *words]))
+    assert refused.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[1] in line
+
+
+def test_without_gradio(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "gr", None)
+    with pytest.raises(SystemExit) as refused:
+        demo.main(CONFIG)
+    assert refused.value.code == 2
+    assert "pip install -r requirements-demo.txt" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# in a browser
+
+try:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+except ImportError:
+    webdriver = None
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+HERE = demo.gr is not None and webdriver is not None and bool(CHROMIUM) and bool(DRIVER)
+in_a_browser = pytest.mark.skipif(not HERE, reason="needs Gradio, Selenium, Chromium, its driver")
+
+
+def forget():
+    """Selenium and Gradio leave sockets to be collected: here, where nobody is warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+class Person:
+    """Somebody in front of the page."""
+
+    def __init__(self, port, width=1280):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+            options.add_argument(f"--{word}")
+        self.browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+        size = dict(width=width, height=1200, deviceScaleFactor=1, mobile=width < 500)
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.browser.get(f"http://127.0.0.1:{port}/")
+        self.until(lambda: self.find("#think"))
+
+    def leave(self):
+        self.browser.quit()
+        forget()
+
+    def find(self, where):
+        return next(iter(self.browser.find_elements(By.CSS_SELECTOR, where)), None)
+
+    def until(self, what, seconds=30):
+        """What it gives, once it is true."""
+        return WebDriverWait(self.browser, seconds, 0.05).until(lambda _: what())
+
+    def write(self, field, text):
+        area = self.find(f"#{field} textarea")
+        area.clear()
+        area.send_keys(text)
+
+    def read(self, field):
+        return self.find(f"#{field} textarea").get_attribute("value")
+
+    def upload(self, number, path):
+        self.drop(number, path)
+        self.until(lambda: self.find(f"#reference-{number} img"))
+
+    def drop(self, number, path):
+        where = f"#reference-{number} input[type=file]"
+        self.until(lambda: self.find(where)).send_keys(str(path))
+
+    def click(self, name):
+        self.find(f"#{name}").click()
+
+    def button(self, words):
+        buttons = self.browser.find_elements(By.TAG_NAME, "button")
+        next(one for one in buttons if one.text.strip() == words).click()
+
+    def said(self, words):
+        """Wait for a message on the page."""
+        script = "return [...document.querySelectorAll('.toast-body')].map(x => x.textContent)"
+        self.until(lambda: words in " ".join(self.browser.execute_script(script)))
+
+    def picture(self):
+        """The address of the picture that is shown."""
+        shown = self.find("#picture img")
+        return shown.get_attribute("src") if shown else ""
+
+
+@pytest.fixture(scope="module")
+def page(studio):
+    """The page's port, and the list of the plans that were painted."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    painted, encode = [], studio.encode
+    studio.encode = lambda engine, text: painted.append(text) or encode(engine, text)
+    config = dataclasses.replace(CONFIG, port=port, max_upload_mb=1, num_timesteps=5)
+    blocks = demo.serve(config, studio, block=False)
+    yield port, painted
+    blocks.close()
+    studio.encode = encode
+    forget()
+
+
+@pytest.fixture
+def person(page):
+    one = Person(page[0])
+    yield one
+    one.leave()
+
+
+@in_a_browser
+def test_upload_think_edit_paint(page, person, folder):
+    _, painted = page
+    for i in (1, 2):
+        person.upload(i, folder / f"{i}.png")
+    person.write("instruction", SAMPLE.instruction)
+    person.click("think")
+    person.until(lambda: person.read("relation-2") == SAMPLE.plan.relations[1])
+    assert person.read("caption") == SAMPLE.plan.caption
+    person.until(lambda: "CLIP agreement" in person.find("#words").text)
+    assert painted[-1] == iccot.render(SAMPLE.plan)
+    first = person.picture()
+    person.write("caption", "A blue bird in a meadow.")
+    person.click("paint")
+    person.until(lambda: person.picture() not in ("", first))
+    assert iccot.parse(painted[-1], 2).caption == "A blue bird in a meadow."
+    person.click("group")
+    person.until(lambda: person.find("#cards").text.count("advantage") == CONFIG.group_size)
+    script = "return performance.getEntriesByType('resource').map(one => one.name)"
+    loaded = person.browser.execute_script(script)
+    assert loaded and all("127.0.0.1" in one or one.startswith("data:") for one in loaded)
+
+
+@in_a_browser
+def test_mistakes_are_said_and_what_was_typed_stays(person, folder):
+    person.click("think")
+    person.said("the instruction is empty")
+    person.write("instruction", "Draw image 2.")
+    person.upload(1, folder / "1.png")
+    person.click("think")
+    person.said("names image 2")
+    assert person.read("instruction") == "Draw image 2."
+    person.write("caption", "A cat.")
+    person.click("paint")
+    person.said("the line of reference 1 is empty")
+    assert person.read("caption") == "A cat."
+    person.drop(2, folder / "broken.png")
+    person.until(lambda: person.find("#reference-2 img"))
+    person.click("think")
+    person.said("reference 2 cannot be read as a picture")
+    person.drop(3, folder / "large.png")
+    person.said("exceed the maximum allowed size")
+    assert person.read("caption") == "A cat."
+
+
+@in_a_browser
+def test_two_people_at_once_on_a_screen_and_on_a_phone(page, person):
+    _, painted = page
+    other, begun = Person(page[0], width=390), len(painted)
+    try:
+        for one in (person, other):
+            one.button("Example, 2 references")
+        for one in (person, other):
+            one.until(lambda one=one: one.read("instruction") == SAMPLE.instruction)
+            one.click("think")
+        for one in (person, other):
+            one.until(lambda one=one: "PF" in one.find("#words").text)
+            assert one.read("caption") == SAMPLE.plan.caption
+        assert painted[begun:] == [iccot.render(SAMPLE.plan)] * 2
+        assert other.browser.execute_script("return document.body.scrollWidth") <= 390
+    finally:
+        other.leave()
+
+
+@pytest.mark.skipif(not TRAINED, reason="needs TOY_CHECKPOINT, a trained toy")
+def test_the_judge_sees_that_a_thing_moved_with_its_plan():
+    """Another place in the caption: the picture has more of that truth. Never without the edit.
+
+    Places are what plans decide in the toy world; colours stand in references and instructions.
+    """
+    members, moved = dataclasses.replace(CONFIG.members, picture_side=32), []
+    studio = Studio({"": Engine(*load_model(TRAINED))}, None, members=members, max_references=4)
+    for i in range(40):
+        one = draw_sample("held_out", i)
+        truth = one_fact_changed(one.truth, "place", np.random.default_rng(i))
+        if one.task == "attribute" or caption(truth) == one.plan.caption:
+            continue
+        asked = Ask(one.references, one.instruction, 0, Sampler(7, 10.0))
+        for words in (one.plan.caption, caption(truth)):
+            text = iccot.render(iccot.ICCoT(words, one.plan.relations))
+            *_, (_, picture) = studio.stages(asked, text)
+            moved.append(judge(picture, truth).pf > judge(picture, one.truth).pf)
+    as_planned, edited = moved[::2], moved[1::2]
+    assert sum(edited) > len(edited) / 4 and sum(as_planned) < len(as_planned) / 10

@@ -60,13 +60,15 @@ LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewh
 class Request:
     """One picture to make. references: PIL RGB; grid: (h, w) latent tokens of the picture.
 
-    system: a text in front of everything (iccot.GENERATION_SYSTEM_PROMPT).
+    system: a text in front of everything (iccot.GENERATION_SYSTEM_PROMPT); plan: the text to paint,
+    "": what the model thinks.
     """
 
     references: tuple[Image.Image, ...]
     instruction: str
     grid: tuple[int, int]
     system: str = ""
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -535,9 +537,13 @@ class Engine:
                 purpose: [generator(*seed, purpose) for seed in seeds[begin : begin + batch]]
                 for purpose in (THINKING, PAINTING)
             }
-            plans = [None] * len(part)
-            if thinking is not None:
-                plans, _ = self.think(prompts, thinking, generators=draw[THINKING])
+            plans = [self.tokenizer.encode(one.plan) if one.plan else None for one in part]
+            ask = [i for i, plan in enumerate(plans) if plan is None and thinking is not None]
+            if ask:
+                how = dict(generators=[draw[THINKING][i] for i in ask])
+                written, _ = self.think([prompts[i] for i in ask], thinking, **how)
+                for i, plan in zip(ask, written):
+                    plans[i] = plan
             groups = [
                 Group(prompt, one.grid, (Branch(plan, (self.start(one.grid, noise),)),))
                 for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])

@@ -1,12 +1,15 @@
 """
-Four open questions of the paper, asked of a trained model in the toy world, which knows the truth.
+Open questions of the paper, asked of a trained model in the toy world, which knows the truth.
 
     noise         references under pixel noise: how far do PF, SC and captions hold?
     mismatch      a reference of another prompt in place of the last; the first two exchanged
     references    one to four references as in training, and what `sft.py --max_references 5` adds:
                   four subjects without a reference for the scene, and five references
+    steering      does the picture follow a plan in which a person changed one fact: a place, the
+                  scene, a colour? References and instruction stay, and speak against it
     captions      can a wrong caption be told from a right one, also when it is drawn well?
 
+"Follows" means that the exact judge gives the picture more PF by the edited truth than by the old.
 For the last one, `draws` plans of each held-out prompt are sampled at temperature 1 and painted. A
 plan is right when its caption is the true one. Four scores that need no truth are asked to rank
 right plans above wrong ones:
@@ -35,21 +38,23 @@ import torch
 from PIL import Image
 
 from engine import Engine, Sampler, Thinking
+from iccot import ICCoT, render
 from reward import compare
 from runtime import processes
 from runtime.config import exit_on_user_error, parse
 from runtime.pretrained import load_model
 from sequence import Sequence
-from studies.metrics import COLUMNS, MAX_PLAN_TOKENS, HeldOut, measure
+from studies.metrics import COLUMNS, MAX_PLAN_TOKENS, HeldOut, mean, measure
+from toy.judge import judge
 from toy.prepare import metric_clip
-from toy.tasks import Drawn
+from toy.tasks import Drawn, caption, one_fact_changed
 
 LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4)  # standard deviations of the noise, of pixels in [0, 1]
 
 
 @dataclass(frozen=True)
 class Config:
-    question: Literal["noise", "mismatch", "references", "captions"] = "captions"
+    question: Literal["noise", "mismatch", "references", "steering", "captions"] = "captions"
     checkpoint: str = "out/toy-sft"  # folder of a run or of a model
     num_samples: int = 200  # prompts; for "references", of each number of references
     draws: int = 4  # plans sampled for each prompt of "captions"
@@ -182,6 +187,49 @@ def compare_prompts(engine, clip, config):
 
 
 # --------------------------------------------------------------------------------------------------
+# plans that a person has edited
+
+
+def edited(samples, fact, seed):
+    """[(sample, its truth with another place, scene or colour)], where the caption shows it."""
+    pairs = []
+    for i, one in enumerate(samples):
+        truth = one_fact_changed(one.truth, fact, np.random.default_rng([seed, i]))
+        if caption(truth) != one.plan.caption:
+            pairs.append((one, truth))
+    return pairs
+
+
+def steering(engine, clip, config):
+    """Print how often pictures follow an edited plan, and how often they would without the edit.
+
+    clip: not needed. Returns {fact: (number of plans, share that follows, share without the edit)}.
+    """
+    held, table = config.held_out(), {}
+    samples = held.samples()
+    print(f"{'':10s}{'n':>6s}{'follows':>10s}{'unedited':>10s}")
+    for fact in ("place", "scene", "colour"):
+        pairs = edited(samples, fact, config.seed)
+        words = [caption(truth) for _, truth in pairs], [one.plan.caption for one, _ in pairs]
+        shares = [follows(engine, held, pairs, captions=some) for some in words]
+        table[fact] = len(pairs), *shares
+        print(f"{fact:10s}{len(pairs):6d}{shares[0]:10.3f}{shares[1]:10.3f}", flush=True)
+    return table
+
+
+def follows(engine, held, pairs, *, captions):
+    """Share of `edited` pairs whose picture of the plan with this caption is nearer the edit."""
+    requests = [
+        replace(engine.request(one, held.side), plan=render(ICCoT(words, one.plan.relations)))
+        for (one, _), words in zip(pairs, captions)
+    ]
+    seeds = [(held.seed, i) for i in range(len(pairs))]
+    how = dict(sampler=held.sampler, thinking=None, batch=held.batch, seeds=seeds)
+    results = zip(engine.generate(requests, **how), pairs)
+    return mean([judge(x.image, t).pf > judge(x.image, one.truth).pf for x, (one, t) in results])
+
+
+# --------------------------------------------------------------------------------------------------
 # captions that are wrong
 
 
@@ -275,8 +323,8 @@ def main(config):
         engine = Engine(*load_model(config.checkpoint))
         clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
     processes.choose_threads(config.threads)
-    answer = captions if config.question == "captions" else compare_prompts
-    return answer(engine, clip, config)
+    answers = {"captions": captions, "steering": steering}
+    return answers.get(config.question, compare_prompts)(engine, clip, config)
 
 
 if __name__ == "__main__":

@@ -522,12 +522,13 @@ class Engine:
         thinking: Thinking | None,
         batch: int,
         seeds: list[tuple[int, ...]],
+        step: Callable | None = None,
     ) -> list[Result]:
         """Plans and pictures for all requests: the one road from prompts to pictures.
 
         thinking: None paints straight from the prompts. batch: requests at a time, bounds the
         memory. seeds: for each request the numbers that its plan and its noise depend on, whatever
-        its company and whoever asks.
+        its company and whoever asks. step: as in `paint`.
         """
         results = []
         for begin in tqdm(range(0, len(requests), batch), disable=None, desc="paint", leave=False):
@@ -548,7 +549,7 @@ class Engine:
                 Group(prompt, one.grid, (Branch(plan, (self.start(one.grid, noise),)),))
                 for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])
             ]
-            x = self.paint(groups, sampler)
+            x = self.paint(groups, sampler, step=step)
             latents = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
             images = self.pictures(latents, [one.grid for one in part])
             results += map(self._result, part, plans, images)

@@ -27,7 +27,8 @@ from runtime.config import exit_on_user_error, parse, with_path
 from runtime.pretrained import load_model, shape_of
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
-from studies.metrics import HeldOut, by_task, measure, print_table, save_grid
+from studies.metrics import HeldOut, by_task, measure, print_table
+from studies.pictures import save_grid
 from toy import world
 from toy.prepare import metric_clip
 
@@ -153,7 +154,7 @@ def evaluate(config, engine, clip, *, samples):
         scores = f"PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}"
         print(f"  {task:22s} {scores}  n {counts[task]}")
     if config.grid:
-        save_grid(config.grid, samples[:8], results[:8])
+        save_grid(config.grid, samples[:8], {Path(config.checkpoint).name: results[:8]})
         print(f"pictures in {config.grid}")
     if config.json:
         print(files.to_json({key: round(value, 4) for key, value in row.items()}))

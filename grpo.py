@@ -33,6 +33,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -51,8 +52,8 @@ from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of
 from runtime.state import TrainingState, new_average, newest_step
-from studies.curves import save_curves
-from studies.metrics import HeldOut, compare_checkpoints, measured_together, save_strip
+from studies.curves import save_story, save_strip
+from studies.metrics import HeldOut, compare_checkpoints, measured_together
 from toy import world
 from toy.prepare import find_stage_1, metric_clip, metric_clip_of_all, prepare
 
@@ -125,7 +126,7 @@ SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_
 PRESETS = {
     "toy": TOY | dict(
         init="out/toy-sft", group_size=8, max_plan_tokens=72, steps=20, groups_at_once=16,
-        out="out/toy-grpo", save_every=10,
+        out="out/toy-grpo", save_every=10, sample_every=5,
     ),
     "smoke": TOY | SMOKE | dict(
         init="out/smoke-sft", prompts_per_step=8, group_size=4, cot_temperature=0.1,
@@ -362,6 +363,7 @@ def train(config):
     run.finish()
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     run.export(learner.engine)
+    save_story(folder)
     del learner, run, clip, metric  # the table needs the memory
     if processes.is_main() and not config.export:
         finish(config, folder, begun)
@@ -370,9 +372,10 @@ def train(config):
 def finish(config, folder, begun):
     """The table of stage 1 and stage 2, and the grid; exit status 1 if the target is missed."""
     metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    both, how = {"SFT": config.init, "SFT + GRPO": folder}, dict(precision=config.precision)
-    rows = compare_checkpoints(both, config.held_out, metric, folder=folder, **how)
-    save_curves({"": [folder]}, folder / "curves.png")
+    score = partial(Clip(config.clip_name, config.clip).score, kind=config.reward)
+    both = {"SFT": config.init, "SFT + GRPO": folder}
+    how = dict(folder=folder, precision=config.precision, score=score)
+    rows = compare_checkpoints(both, config.held_out, metric, **how)
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
     found = f"model in {folder}/model, pictures in {folder}/grid.png, curves.png"
     print(f"grpo: {loop.seconds(begun)} with the table; {found}", flush=True)

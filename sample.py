@@ -7,6 +7,7 @@ large as the last reference after its resize, as in BAGEL's inferencer, or squar
 
     python sample.py --checkpoint out/toy-grpo --ref a.png --ref b.png --prompt "Put them together."
     python sample.py --checkpoint out/toy-grpo --prompts prompts.jsonl --seeds 4 --out pictures
+    python sample.py --checkpoint out/toy-grpo --prompt "A man in red." --steps_picture steps.png
 
 A line of prompts.jsonl: {"prompt": "Put them together.", "ref": ["a.png", "b.png"], "key": "here"}
 Left out: pages to click on, top-k, beam search.
@@ -22,6 +23,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
+import flow
 import iccot
 from bench.advice import dry_run
 from bench.walk import Work, type_of, walk_pictures
@@ -29,11 +31,13 @@ from engine import Engine, Request, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.pretrained import load_model, shape_of
+from studies.pictures import save_path, some
 from vision import open_image
 
 LINE = '{"prompt": "...", "ref": ["a.png"], "key": "..."}'  # of a file of prompts
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+STEPS = 9  # of --steps_picture, at most
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Config:
     prompt: str = ""  # the instruction; "image 1" names a reference, <image> places it
     prompts: str = ""  # in place of both: a file of JSON lines {"prompt", "ref", "key"}
     out: str = "picture.png"  # file to write; a folder for several prompts or seeds
+    steps_picture: str = ""  # a PNG of the way from noise to the picture; of one picture alone
     seeds: int = 1  # pictures of each prompt, with the seeds seed, seed + 1, ...
     plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
     max_references: int = 4
@@ -74,6 +79,10 @@ class Config:
         _ = self.sampler, self.thinking  # ValueError for what cannot be drawn
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: expected at least 1")
+        if self.steps_picture and (self.prompts or self.seeds > 1):
+            raise ValueError("--steps_picture shows one picture; leave --prompts and --seeds out")
+        if self.steps_picture and not self.steps_picture.lower().endswith(".png"):
+            raise ValueError(f"steps_picture={self.steps_picture}: expected a name with .png")
         if self.prompts and (self.prompt or self.ref):
             raise ValueError(
                 "--prompts brings prompts and references from a file; leave --prompt and --ref out"
@@ -220,7 +229,8 @@ def request_of(config, model, job):
             raise UserError(
                 f"--{name}={side}: expected a multiple of {unit} up to {largest} pixels"
             )
-    files.check_writable(job.out.parent)
+    for path in (job.out, *([config.steps_picture] if config.steps_picture else [])):
+        files.check_writable(Path(path).parent)
     system = iccot.GENERATION_SYSTEM_PROMPT if config.plan and config.system_prompt else ""
     return Request(tuple(references), job.prompt, (height // unit, width // unit), system)
 
@@ -229,7 +239,13 @@ def paint(engine, job, config):
     """Make one picture; its plan (if there shall be one) is printed and kept beside it."""
     request = request_of(config, engine.model, job)
     how = dict(sampler=config.sampler, thinking=config.thinking, batch=1, seeds=[(job.seed,)])
-    (result,) = engine.generate([request], **how)
+    seen = []
+
+    def kept(k, x, v, *, t, t_next):
+        seen.append((t, x, flow.estimates(x, v, t)[0]))
+        return flow.euler_step(x, v, t, t_next=t_next)
+
+    (result,) = engine.generate([request], **how, step=kept if config.steps_picture else None)
     about = print_plan(result) if config.plan else {}
     about |= {"prompt": job.prompt, "references": list(job.references), "seed": job.seed}
     text = json.dumps(about, ensure_ascii=False, indent=1)
@@ -237,6 +253,17 @@ def paint(engine, job, config):
     with files.published(job.out) as hidden:
         result.image.save(hidden, Image.registered_extensions()[job.out.suffix.lower()])
     print(f"picture    {job.out}")
+    if seen:
+        save_steps(engine, [seen[i] for i in some(len(seen), STEPS)], config, grid=request.grid)
+
+
+def save_steps(engine, seen, config, *, grid):
+    """The PNG of --steps_picture. seen: of some steps (t, x_t, the estimate of x_0)."""
+    times, noised, clean = zip(*seen)
+    rows = {"x_t": noised, "what the model takes it for: x_t - t v": clean}
+    rows = {name: engine.pictures(list(x), [grid] * len(x)) for name, x in rows.items()}
+    save_path(config.steps_picture, [float(t) for t in times], rows)
+    print(f"steps      {config.steps_picture}")
 
 
 def print_plan(result):

@@ -19,10 +19,9 @@ stage teaches to paint by a plan; to write one is learned with train=all.
 
 Letters: sequence.py. Left out: tricks of large batches (the number of processes changes no mean).
 
-    python sft.py --config toy             draws the toy world, trains on a CPU, writes out/toy-sft
-    python sft.py --config smoke           the same in seconds
+    python sft.py --config toy             draws the toy world, trains on a CPU; smoke: in seconds
     python sft.py --config full --init BAGEL-7B-MoT     fine-tunes it; on one GPU with --train lora
-Run the same command again to resume. Then look at out/toy-sft/samples, or at sample.py.
+Run the same command again to resume. Then look at out/toy-sft/curves.png, or at sample.py.
 """
 
 import sys
@@ -45,7 +44,8 @@ from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of, shape_with
 from runtime.processes import generator
 from runtime.state import TrainingState, new_average, newest_step
-from studies.metrics import HeldOut, measured_together, save_strip
+from studies.curves import save_story, save_strip
+from studies.metrics import HeldOut, measured_together
 from toy import world
 from toy.prepare import metric_clip_of_all, painter_of, toy_tokenizer
 
@@ -256,8 +256,7 @@ def train(config):
         f"each of {processes.size()} processes, {torch.get_num_threads()} CPU threads, "
         f"{describe_backend()}, step {step} of {config.steps}"
     )
-    left = range(step, config.steps)
-    ahead = [number for later in left for number in sample_numbers(config, later)]
+    ahead = [i for later in range(step, config.steps) for i in sample_numbers(config, later)]
     samples = stream(source, ahead, config.workers)
     for step in run.steps():
         values, finite = iteration(engine, optimizer, samples, config=config, step=step)
@@ -271,8 +270,9 @@ def train(config):
                 save_strip(folder, step + 1, engine, held_out=config.held_out)
     run.finish()
     run.export(engine)
+    save_story(folder)
     processes.say(f"sft: {loop.seconds(run.begun)}{run.pace(engine.model)}")
-    processes.say(f"sft: model in {folder}/model, pictures in {folder}/samples")
+    processes.say(f"sft: model in {folder}/model, pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ The bookkeeping of a training run: its folder, log, average, states, signals and
     out/<name>/config.json        the resolved options, argv, threads, processes
     out/<name>/metrics.jsonl      one line a step
     out/<name>/samples/           pictures of the same prompts and noise as training goes on
+    out/<name>/curves.png         and lapse.png, lapse.webp: at the end (studies/curves.py)
     out/<name>/state-000200/      training state (runtime/state.py)
     out/<name>/model/             the finished model in BAGEL's layout (runtime/pretrained.py)
 

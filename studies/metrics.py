@@ -18,11 +18,10 @@ Left out: confidence intervals (the ablation repeats training instead), FID.
 
 import gc
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import data
 import iccot
@@ -31,15 +30,14 @@ from iccot import TASKS
 from reward import compare
 from runtime.files import to_json, write_text
 from runtime.pretrained import load_model
-from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
+from runtime.processes import device, rank, reduced, size, warn
 from runtime.sharding import gathered
+from studies.pictures import save_grid
 from toy import world
 from toy.judge import judge
-from toy.sheets import fitted
 from toy.tasks import Drawn
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
-BETTER, WORSE = (46, 160, 67), (207, 34, 46)  # frames of pictures in a grid
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
 
 
@@ -167,25 +165,38 @@ def agreement(clip, pictures, captions):
     return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
 
 
-def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision):
+def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score=None):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
     precision: of the weights on a GPU; a CPU takes float32. Whatever nobody holds any more is freed
     first: cycles keep a model that was trained. Prints the table, writes table.json and grid.png
     (pictures of all, side by side) into `folder`, and returns the rows {name: measure(...)}.
+    score(pictures, captions): the reward that stage 2 trained with; it stands in the grid.
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
-    samples, rows, painted = held_out.samples(), {}, []
+    samples, rows, painted = held_out.samples(), {}, {}
     for name, path in checkpoints.items():
         results = held_out.paint(Engine(*load_model(path, device(), dtype)), samples)
         rows[name] = measure(samples, results, clip)
-        painted.append(results[:8])
-    save_grid(Path(folder) / "grid.png", samples[:8], *painted)
+        painted[name] = results[:8]
+    rewards = {name: rewards_of_plans(some, score) for name, some in painted.items()}
+    save_grid(Path(folder) / "grid.png", samples[:8], painted, rewards=rewards)
     write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
     print_table(rows)
     return rows
+
+
+def rewards_of_plans(results, score):
+    """The reward of each picture with the caption of its own plan; None where there is none."""
+    with_plan = [result for result in results if result.valid] if score else []
+    found = {}
+    if with_plan:
+        captions = [result.plan.caption for result in with_plan]
+        values = score([result.image for result in with_plan], captions).tolist()
+        found = {id(result): value for result, value in zip(with_plan, values)}
+    return [found.get(id(result)) for result in results]
 
 
 def by_task(samples, results):
@@ -208,50 +219,3 @@ def print_table(rows):
     print(f"{'':16s}" + "".join(f"{key:>12s}" for key in COLUMNS))
     for name, row in rows.items():
         print(f"{name:16s}" + "".join(f"{row[key]:12.3f}" for key in COLUMNS))
-
-
-def save_grid(path, samples, *results, side=128, pad=4):
-    """One row a sample: references, the true target, the picture of each of some lists of results.
-
-    Where the truth is known a picture is framed if it is better than the first list's (green) or
-    worse (red), by a point of Overall. Sizes in pixels.
-    """
-    columns = max(len(one.references) for one in samples) + 1 + len(results)
-    cell = side + pad
-    size = (columns * cell + pad, len(samples) * cell + pad)
-    sheet = Image.new("RGB", size, (255, 255, 255))
-    for row, (one, *painted) in enumerate(zip(samples, *results)):
-        blank = [None] * (columns - len(one.references) - 1 - len(results))
-        pictures = [*one.references, *blank, one.target, *(result.image for result in painted)]
-        frames = [None] * (columns - len(results)) + changes(one, painted)
-        for column, (image, frame) in enumerate(zip(pictures, frames)):
-            left, top = pad + column * cell, pad + row * cell
-            if frame is not None:
-                sheet.paste(frame, (left - pad, top - pad, left + cell, top + cell))
-            if image is not None:
-                sheet.paste(fitted(image, side), (left, top))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def changes(sample, results):
-    """A colour for each result: BETTER or WORSE than the first one, else None."""
-    if not sample.truth:
-        return [None] * len(results)
-    first, *others = [judge(result.image, sample.truth).overall for result in results]
-    marks = [None if abs(x - first) < 1 else BETTER if x > first else WORSE for x in others]
-    return [None, *marks]
-
-
-def save_strip(folder, step, engine, *, held_out):
-    """The grid of the same eight prompts from the same noise after `step` steps of training.
-
-    All processes take part, the first one paints.
-    """
-    with gathered(engine.model):
-        if is_main():
-            eight = replace(held_out, count=8)
-            samples = eight.samples()
-            path = Path(folder) / "samples" / f"{step:06d}.png"
-            save_grid(path, samples, eight.paint(engine, samples))
-    barrier()

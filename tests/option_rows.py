@@ -193,6 +193,7 @@ SAMPLE = dict(
     prompt=change("files", "They meet."),
     prompts=change("files", "prompts.jsonl", also=MANY),
     out=change("files", "other.png"),
+    steps_picture=change("files", "steps.png"),
     seeds=change("files", 2, **MANY, prompts="prompts.jsonl"),
     plan=change("files", False),
     max_references=change("exit", 0, ref=("a.png",)),

@@ -17,7 +17,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 import evaluate
@@ -27,6 +27,7 @@ import sft
 from engine import Engine
 from runtime import files, loop, processes, state
 from runtime.config import UserError, parse
+from studies import pictures as drawn
 from studies import questions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,9 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
         "smoke-grpo/model/llm_config.json",
         "smoke-grpo/grid.png",
         "smoke-grpo/config.json",
+        "smoke-sft/curves.png",
+        "smoke-grpo/curves.png",
+        "smoke-grpo/lapse.webp",
         "smoke-clip-reward/clip.safetensors",
     ):
         assert (cwd / "out" / path).is_file(), path
@@ -114,9 +118,9 @@ def test_the_final_table_paints_few_at_once_after_training_is_freed(trained, tmp
         held.extend(map(weakref.ref, (learner, learner.engine.model, learner.state)))
         return learner
 
-    def recorded(self, groups, *rest):
+    def recorded(self, groups, *rest, **how):
         seen.append((len(groups), [one() for one in held]))
-        return paint(self, groups, *rest)
+        return paint(self, groups, *rest, **how)
 
     monkeypatch.setattr(grpo, "build", watched)
     monkeypatch.setattr(Engine, "paint", recorded)
@@ -173,11 +177,18 @@ def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
         "Put them together.",
         "--out",
         str(tmp_path / "picture.png"),
+        "--steps_picture",
+        str(tmp_path / "steps.png"),
         cwd=cwd,
     )
     assert "plan" in out or "caption" in out
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (32, 32)
+        large = picture.resize((128, 128), Image.Resampling.NEAREST)
+    with Image.open(tmp_path / "steps.png") as steps:  # the last estimate is the picture
+        end = steps.width - drawn.PAD, steps.height - drawn.PAD
+        last = steps.crop((end[0] - 128, end[1] - 128, *end))
+    assert max(high for _, high in ImageChops.difference(last, large).getextrema()) <= 1
 
 
 def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_path, capsys):
@@ -340,6 +351,8 @@ def test_bad_reference(trained, pictures, capsys, name, words):
         (["--prompts", "text.png", "--out", "many"], "line 1"),
         (["--prompts", "text.png", "--prompt", "A"], "leave --prompt"),
         (["--prompt", "A", "--seeds", "2"], "several pictures go into a folder"),
+        (["--prompt", "A", "--seeds", "2", "--steps_picture", "a.png"], "shows one picture"),
+        (["--prompt", "A", "--steps_picture", "a.jpg"], "steps_picture=a.jpg: expected a name"),
         (["--prompt", "A", "--seed", "one"], "--seed"),
         (["--prompt", "A", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
         (["--prompt", "A", "--device", "cuda:99"], "--device=cuda:99"),

@@ -1,4 +1,4 @@
-"""Curves of training: what is averaged, smoothed and counted, and what a missing log says."""
+"""Curves of training and its strips: what is averaged, counted, and laid side by side."""
 
 import json
 
@@ -33,6 +33,41 @@ def test_steps_are_smoothed_and_measurements_are_not(tmp_path):
     lines = curves.points(folder, "steps")
     assert curves.curve(lines, "reward")[-2:] == [(5, 0.0), (6, pytest.approx(0.2))]
     assert curves.curve(lines, "held_out_PF") == [(6, 7.0)]
+
+
+def test_a_long_run_is_smoothed_over_a_twentieth(tmp_path):
+    lines = curves.points(run(tmp_path / "run", [0.0] * 199 + [1.0]), "steps")
+    assert curves.curve(lines, "reward")[-1] == (200, pytest.approx(0.1))
+
+
+def test_the_strips_of_a_run_become_a_sheet_and_an_animation(tmp_path, monkeypatch):
+    """Beside what all strips show their last columns stand; one of other prompts is left out."""
+    folder = run(tmp_path / "run", [0.0, 1.0])
+    (tmp_path / "run/samples").mkdir()
+    cell, colours = curves.SIDE + curves.PAD, {5: (255, 0, 0), 10: (0, 255, 0), 20: (0, 0, 255)}
+    for step, colour in colours.items():
+        strip = Image.new("RGB", (3 * cell + curves.PAD, cell + curves.PAD), (9, 9, 9))
+        strip.paste(colour, (2 * cell + curves.PAD, 0, 3 * cell, cell))
+        strip.save(tmp_path / f"run/samples/{step:06d}.png")
+    Image.new("RGB", (99, 99)).save(tmp_path / "run/samples/000007.png")
+    monkeypatch.setattr(curves, "save_curves", lambda named, path: path.touch())
+    curves.save_story(folder)
+    assert (tmp_path / "run/curves.png").is_file()
+    sheet = Image.open(tmp_path / "run/lapse.png")
+    assert sheet.width == 5 * cell + curves.PAD
+    middles = [sheet.getpixel((i * cell + cell // 2, sheet.height // 2)) for i in range(5)]
+    assert middles == [(9, 9, 9), (9, 9, 9), *colours.values()]
+    assert Image.open(tmp_path / "run/lapse.webp").n_frames == 3
+
+
+def test_of_many_strips_some_are_shown():
+    assert curves.some(3, 8) == [0, 1, 2]
+    assert curves.some(100, 4) == [0, 33, 66, 99]
+
+
+def test_a_run_without_a_step_has_no_story(tmp_path):
+    curves.save_story(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_of_a_name_are_averaged(tmp_path, capsys):

@@ -323,7 +323,7 @@ def tables(monkeypatch):
 
     monkeypatch.setattr(metrics, "load_model", load)
     monkeypatch.setattr(metrics, "Engine", lambda *parts: parts)
-    monkeypatch.setattr(metrics, "save_grid", lambda *_: None)
+    monkeypatch.setattr(metrics, "save_grid", lambda *_, **__: None)
     row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {"n": 1}
     monkeypatch.setattr(metrics, "measure", lambda *_: row)
     held = metrics.HeldOut(count=1)

@@ -13,7 +13,7 @@ from engine import Engine, Result, Sampler, Thinking
 from iccot import ICCoT
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime.pretrained import save_model
-from studies import metrics
+from studies import metrics, pictures
 from studies.ablation import ROWS, ablation_table, measure_row
 from studies.metrics import HeldOut, by_task, held_out, measure, measured_together
 from toy.tokenizer import train_tokenizer
@@ -102,16 +102,34 @@ def test_cosines_tell_signal_from_chance():
     assert cosines(list(chance)) == (0, 0)
 
 
-def test_the_grid_frames_what_became_better_or_worse(tmp_path):
-    samples = held_out("toy", 3)
+def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):
+    """Frames and verdicts mark what changed; words of a plan are red where they are not true."""
+    samples, score = (
+        held_out("toy", 3),
+        lambda images, captions: torch.tensor([-0.25] * len(images)),
+    )
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
     before = [painted(one, image=image) for one, image in zip(samples, (grey, None, None))]
     after = [painted(one, image=image) for one, image in zip(samples, (None, grey, None))]
-    metrics.save_grid(tmp_path / "grid.png", samples, before, after, side=32)
+    wrong = ICCoT("A moon.", samples[0].plan.relations)
+    after[0] = replace(after[0], plan=wrong)
+    after[2] = replace(after[2], valid=False, plan=None)
+    both = {"SFT": before, "SFT + GRPO": after}
+    rewards = {name: metrics.rewards_of_plans(some, score) for name, some in both.items()}
+    assert rewards["SFT + GRPO"] == [-0.25, -0.25, None]
+    *_, second = pictures.row_of(samples[0], both, rewards, number=0)
+    assert second[2][:3] == [
+        ("reward -0.250", pictures.BETTER),
+        ("PF 10.0  SC 10.0  Overall 10.0", pictures.BETTER),
+        ("A moon.", pictures.WORSE),
+    ]
+    assert [words for words, _ in second[2][3:]] == list(samples[0].plan.relations)
+    *_, third = pictures.row_of(samples[2], both, rewards, number=2)
+    assert ("a plan that cannot be read", pictures.WORSE) in third[2]
+    pictures.save_grid(tmp_path / "grid.png", samples, both, rewards=rewards, side=64)
     sheet = Image.open(tmp_path / "grid.png")
-    left = sheet.width - 36 - 2  # inside the frame of the last column
-    frames = [sheet.getpixel((left, 4 + 36 * row + 16)) for row in range(3)]
-    assert frames == [metrics.BETTER, metrics.WORSE, (255, 255, 255)]
+    edge = [sheet.getpixel((sheet.width - 10, y)) for y in range(sheet.height)]
+    assert edge.count(pictures.BETTER) == edge.count(pictures.WORSE) == 64 + 2 * pictures.PAD
 
 
 def test_a_row_of_the_ablation_is_measured_once(engine, tmp_path):

@@ -65,6 +65,9 @@ class Colours:
         found = torch.stack([torch.randn(3, generator=one) for one in seeds])
         return torch.nn.functional.normalize(found, dim=-1)
 
+    def score(self, images, captions, kind="clip_l2"):
+        return self.clip_out(images, captions)
+
     def clip_out(self, images, captions):
         return 100 * (self.embed_images(images) * self.embed_captions(captions)).sum(-1)
 
@@ -176,6 +179,7 @@ OWN = {
     "sft": [
         (sft, "stream", "read", None),
         (sft, "save_strip", "strips", nothing),
+        (sft, "save_story", "curves", nothing),
         (sft, "measured_together", "measured", unmeasured),
         (sft, "metric_clip_of_all", "asked", colours),
         (toy.prepare, "metric_clip_of_all", "filter", colours),
@@ -188,7 +192,7 @@ OWN = {
         (grpo, "metric_clip", "asked", colours),
         (grpo, "Clip", "asked", colours),
         (grpo, "compare_checkpoints", "strips", two_rows),
-        (grpo, "save_curves", "curves", nothing),
+        (grpo, "save_story", "curves", nothing),
         (iccot, "is_valid", "plans", lambda *_: True),
         (iccot, "parse", "plans", a_plan),
     ],

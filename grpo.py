@@ -120,7 +120,7 @@ TOY = dict(
     clip_steps=300, scored_shift=5.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=2e-4,
     std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
     groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
-    precision="float32", sum_every_pass=False, eval_batch=50,
+    precision="float32", sum_every_pass=False, eval_batch=50, gpus=1,
 )
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
@@ -141,7 +141,7 @@ PRESETS = {
         init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4, group_size=4,
         num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
         eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,
-        sample_every=2, out="out/rehearsal-grpo",
+        sample_every=2, gpus=1, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's

@@ -99,7 +99,7 @@ TOY = dict(
     text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
     sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50,
-    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45,
+    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45, gpus=1,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
@@ -119,7 +119,7 @@ PRESETS = {
     "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
         scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
         precision="float32", out="out/rehearsal-sft", save_every=10, sample_every=10,
-        sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy",
+        sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy", gpus=1,
         metric="out/smoke-clip-metric", clip_steps=20,
     ),
     "full": dict(),

@@ -2,136 +2,215 @@
 Attention under the two-vector mask with PyTorch's scaled_dot_product_attention, block by block of
 the tree.
 
-The back end of CPUs. A tree of N tokens is mostly invisible to itself, so the N x N matrix is never
-built. Rows are cut where the branch changes (where k_hi of the row's own position changes); each
-piece needs only the keys on its path to the root:
+The back end of CPUs. A sequence of N tokens is mostly invisible to itself, so the N x N matrix is
+never built. Rows are cut where the branch changes (where k_hi of the row's own position changes)
+and where a picture begins or ends; text is cut into pieces of TEXT rows. Each piece needs only the
+keys that some of its rows may see:
 
-    rows   | prompt ........ | leaf 1          | leaf 2          | ...
-    keys   | prompt          | prompt + leaf 1 | prompt + leaf 2 | ...
+    rows   | picture | text           | leaf 1                   | leaf 2                   | ...
+    keys   | picture | picture + text | picture + text + leaf 1  | picture + text + leaf 2  | ...
+    bias   | none    | of the text    | none, if it is a picture | ...
 
-A piece of r rows and c keys costs r c for the scores and GATHER c to fetch its keys. Neighbours are
-merged while that is cheaper (decoding: one row a member), pieces of similar size are padded to one
-batch, and each batch is one call with a dense mask. This schedule depends on the mask alone: it is
-made once per pack and shared by all layers.
+All rows of a picture see the same keys: such a piece is *whole* and has no bias, neither built nor
+added. Bias has as many numbers as text rows times the keys before them. A piece of r rows and c
+keys costs CALL + (r + FETCH) c, and BIASED times as much where it has a bias. Neighbours are merged
+while that is cheaper (decoding: one row a member), pieces of similar size are padded to one batch
+while that is, and each batch is one call. This schedule depends on the mask alone: it is made once
+per pack and shared by all layers.
 
 Letters: sequence.py; B pieces in one call, Nq queries and Nk keys.
 Left out: anything about tiles; a GPU has the Triton kernel for that.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# fetching one key costs about as much as this many scores (measured on a CPU at head_dim 32)
-GATHER = 64
-PADDING = 1.35  # a batch may compute this many times the scores its pieces need
+# measured on a CPU at head_dim 32 to 64, all in scores
+CALL = 4096  # what a call costs whatever its size
+FETCH = 16  # what a key costs whatever the rows
+BIASED = 1.2  # how much more a score costs that has a bias
+TEXT = 128  # rows of text in a piece, before merging
+VIEW = 8  # a view of n keys is taken of up to VIEW n: its gradient is as long as all of them
+MAX_BIAS = 2**22  # numbers in the bias of several pieces together
+
+
+class Piece(NamedTuple):
+    """Rows [begin, end), the keys (n,) that some of them see, and whether all of them see all."""
+
+    begin: int
+    end: int
+    keys: np.ndarray
+    whole: bool
+
+
+class Schedule(NamedTuple):
+    """The calls of one attention, see `make_schedule`.
+
+    calls    of (B, rows, slice of the keys or None: they are fetched, bias (B, 1, rows, keys) or
+             None: all is seen)
+    order    the rows of all calls, one after another, padding included
+    fetch    the keys of all calls that fetch them, one after another
+    lengths  keys that each call fetches, of all its pieces together
+    restore  (Nq,) where each row lies among the results of all calls
+    empty    (Nq,) bool, the rows that see nothing, or None
+    """
+
+    calls: list
+    order: torch.Tensor
+    fetch: torch.Tensor
+    lengths: list
+    restore: torch.Tensor
+    empty: torch.Tensor | None
 
 
 def sdpa_attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v. q (Nq, H, D), k and v (Nk, K, D), K divides H -> (Nq, H, D)."""
     if "sdpa" not in mask.cache:
         mask.cache["sdpa"] = make_schedule(mask)
-    batches, restore, empty = mask.cache["sdpa"]
+    schedule = mask.cache["sdpa"]
+    queries = _rows(q, schedule.order).split([rows * count for count, rows, *_ in schedule.calls])
+    # those of a call that takes a slice are empty
+    fetched = [_rows(x, schedule.fetch).split(schedule.lengths) for x in (k, v)]
     outputs = []
-    for rows, keys, bias in batches:
-        query = _rows(q, rows).transpose(1, 2)  # (B, H, rows, D)
-        key, value = (_rows(x, keys).transpose(1, 2) for x in (k, v))  # (B, K, keys, D)
+    for query, key, value, (count, _, direct, bias) in zip(queries, *fetched, schedule.calls):
+        if direct is not None:
+            key, value = k[direct], v[direct]
+        # (B, H, rows, D), (B, K, keys, D), (B, K, keys, D)
+        query, key, value = (
+            x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value)
+        )
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * rows, H, D)
-    out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], restore)  # (Nq, H, D)
-    return out if empty is None else out.masked_fill(empty[:, None, None], 0)
+    out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], schedule.restore)
+    # (Nq, H, D)
+    return out if schedule.empty is None else out.masked_fill(schedule.empty[:, None, None], 0)
 
 
 def _rows(x, index):
     """x[index] of x (N, heads, D), as an embedding: on a CPU its gradient is far faster."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])  # (*index, heads, D)
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])  # (n, heads, D)
 
 
 def make_schedule(mask):
-    """What to compute together: (batches, restore, empty), on the device of the mask.
-
-    batches: of (rows (B, rows), keys (B, keys), bias (B, 1, rows, keys) or None where all is seen).
-    restore (Nq,): where each row lies among the concatenated results of the batches.
-    empty (Nq,) bool, the rows that see nothing, or None.
-    """
+    """What to compute together, on the device of the mask."""
     q_hi, k_hi = mask.q_hi.cpu().numpy(), mask.k_hi.cpu().numpy()
     q_pos = mask.positions().cpu().numpy()
-    pieces = _merge([_piece(rows, q_hi, k_hi, q_pos) for rows in _cut(k_hi, q_pos)])
-    batches, restore, offset = [], np.zeros(len(q_hi), dtype=np.int64), 0
-    empty = np.zeros(len(q_hi), dtype=bool)
-    for batch in _batch(pieces):
-        height, width = max(len(r) for r, _ in batch), max(1, *(len(c) for _, c in batch))
+    pieces = [_piece(*ends, q_hi, k_hi, q_pos) for ends in _cut(q_hi, k_hi, q_pos)]
+    calls, order, fetch, offset = [], [], [], 0
+    restore, empty = np.zeros(len(q_hi), np.int64), np.zeros(len(q_hi), dtype=bool)
+    for batch in _batch(_merge(pieces)):
+        height, width = _shape(batch)
         rows = np.zeros((len(batch), height), np.int64)
         keys = np.zeros((len(batch), width), np.int64)
-        visible = np.zeros((len(batch), height, width), dtype=bool)
-        for b, (r, c) in enumerate(batch):
-            rows[b, : len(r)], keys[b, : len(c)] = r, c
-            seen = (c[None] < q_hi[r, None]) & (q_pos[r, None] < k_hi[None, c])  # (rows, keys)
-            visible[b, : len(r), : len(c)] = seen
-            restore[r] = offset + b * height + np.arange(len(r))
-            empty[r] = ~seen.any(1)
-        batches.append((torch.from_numpy(rows), torch.from_numpy(keys), _bias(visible)))
+        visible = None if _is_whole(batch) else np.zeros((len(batch), height, width), dtype=bool)
+        for b, (begin, end, seen, _) in enumerate(batch):
+            inside = np.arange(begin, end)
+            rows[b, : len(inside)], keys[b, : len(seen)] = inside, seen
+            restore[begin:end] = offset + b * height + inside - begin
+            if visible is not None:
+                pairs = (seen < q_hi[begin:end, None]) & (q_pos[begin:end, None] < k_hi[seen])
+                visible[b, : len(inside), : len(seen)] = pairs
+                empty[begin:end] = ~pairs.any(1)
+        direct = _slice(keys.ravel()) if len(k_hi) <= VIEW * keys.size else None
+        bias = None if visible is None else _bias(visible).to(mask.device)
+        calls.append((len(batch), height, direct, bias))
+        order.append(rows.ravel())
+        fetch.append(keys.ravel() if direct is None else keys[:0].ravel())
         offset += rows.size
-    device = mask.device
-    batches = [tuple(x if x is None else x.to(device) for x in batch) for batch in batches]
-    empty = torch.from_numpy(empty).to(device) if empty.any() else None
-    return batches, torch.from_numpy(restore).to(device), empty
+    lengths = [len(x) for x in fetch]
+    vectors = np.concatenate(order), np.concatenate(fetch), restore, empty
+    order, fetch, restore, empty = (torch.from_numpy(x).to(mask.device) for x in vectors)
+    return Schedule(calls, order, fetch, lengths, restore, empty if empty.any() else None)
+
+
+def _slice(keys):
+    """Keys (n,) as a slice, where each is the one before plus one; else None."""
+    neighbours = (keys[1:] == keys[:-1] + 1).all()
+    return slice(int(keys[0]), int(keys[-1]) + 1) if neighbours else None
 
 
 def _bias(visible):
-    """0 where visible (B, rows, keys) and -inf elsewhere, (B, 1, rows, keys); None: all is seen."""
+    """0 where visible (B, rows, keys) and -inf elsewhere, (B, 1, rows, keys)."""
     # softmax needs one key in every row; rows without are padding, dropped, or empty, zeroed
     visible[..., 0] |= ~visible.any(2)
-    if visible.all():
-        return None
     hidden = torch.from_numpy(~visible)
     return torch.zeros(visible.shape).masked_fill(hidden, float("-inf"))[:, None]
 
 
-def _cut(k_hi, q_pos):
-    """Runs of rows whose own position lies in the same branch."""
+def _cut(q_hi, k_hi, q_pos):
+    """[(begin, end)] of runs of rows in one branch: a picture, or up to TEXT rows of text."""
     own = k_hi[np.minimum(q_pos, len(k_hi) - 1)]
-    return np.split(np.arange(len(q_pos)), np.flatnonzero(own[1:] != own[:-1]) + 1)
+    together = q_hi[1:] == q_hi[:-1]  # both rows are of one picture
+    picture = np.concatenate([[False], together]) | np.concatenate([together, [False]])
+    edge = (own[1:] != own[:-1]) | (~together & (picture[1:] | picture[:-1]))
+    cuts = [0, *(np.flatnonzero(edge) + 1).tolist(), len(q_hi)]
+    return [
+        (first, min(first + size, end))
+        for begin, end in zip(cuts, cuts[1:])
+        for size in [end - begin if picture[begin] else TEXT]
+        for first in range(begin, end, size)
+    ]
 
 
-def _piece(rows, q_hi, k_hi, q_pos):
-    """(rows, keys that some of them may see)."""
-    return rows, np.flatnonzero(k_hi[: q_hi[rows].max()] > q_pos[rows].min())
+def _piece(begin, end, q_hi, k_hi, q_pos):
+    q_hi, q_pos = q_hi[begin:end], q_pos[begin:end]
+    keys = np.flatnonzero(k_hi[: q_hi.max()] > q_pos.min())
+    whole = len(keys) > 0 and keys[-1] < q_hi.min() and q_pos.max() < k_hi[keys].min()
+    return Piece(begin, end, keys, bool(whole))
 
 
-def _cost(rows, keys):
-    """Of one call, in scores."""
-    return (rows + GATHER) * keys
+def _cost(rows, keys, *, whole, count=1):
+    """Of one call on `count` pieces, in scores."""
+    return CALL + count * (rows + FETCH) * keys * (1 if whole else BIASED)
+
+
+def _shape(batch):
+    """(rows, keys) that each piece of a batch is padded to."""
+    return max(p.end - p.begin for p in batch), max(1, *(len(p.keys) for p in batch))
+
+
+def _is_whole(batch):
+    """Whether nothing in a batch is hidden or padding."""
+    return all(p.whole for p in batch) and len({(p.end - p.begin, len(p.keys)) for p in batch}) == 1
+
+
+def _cost_of(batch):
+    return _cost(*_shape(batch), whole=_is_whole(batch), count=len(batch))
 
 
 def _merge(pieces):
     """Join neighbours while one call on both is cheaper than two."""
     merged = pieces[:1]
-    for rows, keys in pieces[1:]:
-        above, above_keys = merged[-1]
-        both = len(np.union1d(above_keys, keys))
-        apart = _cost(len(above), len(above_keys)) + _cost(len(rows), len(keys))
-        if _cost(len(above) + len(rows), both) < apart:
-            merged[-1] = np.concatenate([above, rows]), np.union1d(above_keys, keys)
+    for piece in pieces[1:]:
+        above = merged[-1]
+        seen = np.zeros(max(p.keys[-1] + 1 if len(p.keys) else 0 for p in (above, piece)), bool)
+        seen[above.keys], seen[piece.keys] = True, True
+        keys = np.flatnonzero(seen)
+        rows = piece.end - above.begin
+        same = len(keys) == len(above.keys) == len(piece.keys)
+        joined = Piece(above.begin, piece.end, keys, same and above.whole and piece.whole)
+        fits = joined.whole or rows * len(keys) <= MAX_BIAS
+        if fits and _cost_of([joined]) < _cost_of([above]) + _cost_of([piece]):
+            merged[-1] = joined
         else:
-            merged.append((rows, keys))
+            merged.append(piece)
     return merged
 
 
 def _batch(pieces):
     """Group pieces of similar size, so that padding them to one shape wastes little."""
     batches = []
-    for piece in sorted(pieces, key=lambda piece: (len(piece[0]), len(piece[1])), reverse=True):
-        needed = _cost(len(piece[0]), len(piece[1]))
-        if batches:
-            batch = batches[-1]
-            height, width = len(batch[0][0]), max(len(piece[1]), *(len(keys) for _, keys in batch))
-            total = sum(_cost(len(rows), len(keys)) for rows, keys in batch) + needed
-            if _cost(height, width) * (len(batch) + 1) <= PADDING * total:
-                batch.append(piece)
+    for piece in sorted(pieces, key=lambda p: (p.end - p.begin, len(p.keys)), reverse=True):
+        joined = [*batches[-1], piece] if batches else []
+        if joined and (_is_whole(joined) or np.prod(_shape(joined)) * len(joined) <= MAX_BIAS):
+            if _cost_of(joined) <= _cost_of(batches[-1]) + _cost_of([piece]):
+                batches[-1] = joined
                 continue
         batches.append([piece])
     return batches

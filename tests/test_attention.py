@@ -26,7 +26,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from kernels import attention as A  # noqa: E402
-from kernels import tiles  # noqa: E402
+from kernels import sdpa, tiles  # noqa: E402
 from kernels import triton_attention as T  # noqa: E402
 from kernels.mask import Mask  # noqa: E402
 from kernels.triton_kernels import triton  # noqa: E402
@@ -582,10 +582,29 @@ def test_compiled_and_checkpointed_equal_eager():
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_sdpa_equals_the_reference(name):
+@pytest.mark.parametrize("call", [sdpa.CALL, 0])
+def test_sdpa_equals_the_reference(name, call, monkeypatch):
+    monkeypatch.setattr(sdpa, "CALL", call)  # 0: so short a sequence is cut as long ones are
+    monkeypatch.setattr(sdpa, "TEXT", 16 if call else 5)
     mask = MASKS[name]()
     data = tensors(mask)
     assert_close(results(data, mask, "sdpa"), exact(data, mask), 1e-6)
+
+
+def test_sdpa_computes_little_that_nobody_sees(monkeypatch):
+    """Pairs that are computed, and the bias: none for pictures, and never all rows by all keys."""
+    monkeypatch.setattr(sdpa, "CALL", 0)  # so short a sequence is cut as long ones are
+    monkeypatch.setattr(sdpa, "TEXT", 16)
+    after = [image(80), text(60)]
+    mask = mask_of([image(60, image(40, text(12, *after))) for _ in range(2)])
+    calls, _, _, lengths, *_ = sdpa.make_schedule(mask)
+    computed = sum(
+        rows * (count * (direct.stop - direct.start) if direct else length)
+        for (count, rows, direct, _), length in zip(calls, lengths)
+    )
+    assert computed <= 1.2 * mask.dense().sum()
+    biased = sum(bias.numel() for *_, bias in calls if bias is not None)
+    assert 0 < biased < len(mask.q_hi) ** 2 / 6
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

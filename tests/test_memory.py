@@ -22,7 +22,7 @@ from toy.tokenizer import train_tokenizer
 CONFIG = dataclasses.replace(
     grpo.Config(config="smoke", **grpo.PRESETS["smoke"]),
     tokens_per_pack=2000,
-    prompts_per_step=2,
+    prompts_per_step=8,
     max_plan_tokens=40,
     kl_beta=0.1,
     average=0.9,

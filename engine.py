@@ -37,6 +37,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -49,6 +50,7 @@ from vision import Reference, to_pil, unpatchify
 
 MAX_DECODED = 1024 * 1024  # pixels that the codec decodes at a time: bounds the memory
 THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
+BLOCK = 512  # tokens whose probabilities are cumulated together
 LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewhere every token
 
 
@@ -274,8 +276,9 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
     """The next token of each row, (B, vocabulary) -> (B,), where the logits are.
 
     uniform: (B,) of [0, 1); the token is where the cumulated probabilities exceed its number. Not
-    needed where decoding is greedy. Cumulated in its type, float64 where there is one: at 152,064
-    tokens, rounding in float32 is as large as the probability of most of them.
+    needed where decoding is greedy. Found in two steps, the block of tokens and the token in it.
+    Cumulated in the type of `uniform`, float64 where there is one: at 152,064 tokens, rounding in
+    float32 is as large as the probability of most of them.
     """
     if thinking.temperature == 0:
         return logits.argmax(-1)
@@ -284,10 +287,19 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
         ordered, index = probabilities.sort(-1, descending=True)
         behind = ordered.cumsum(-1) - ordered >= thinking.top_p  # likelier ones make up top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    cumulated = probabilities.to(uniform).cumsum(-1)  # (B, vocabulary)
-    drawn = uniform[:, None] * cumulated[:, -1:]  # (B, 1), below the last
-    found = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)  # (B,)
-    return found.clamp_max(logits.shape[-1] - 1)
+    padding = -logits.shape[-1] % BLOCK
+    blocks = F.pad(probabilities, (0, padding)).unflatten(-1, (-1, BLOCK))  # (B, blocks, BLOCK)
+    ends = blocks.sum(-1).to(uniform).cumsum(-1)  # (B, blocks)
+    drawn = uniform[:, None] * ends[:, -1:]  # (B, 1), below the last
+    block = torch.searchsorted(ends, drawn, right=True).clamp_max(ends.shape[1] - 1)  # (B, 1)
+    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (B, BLOCK)
+    inside = inside.to(uniform).cumsum(-1)
+    end = ends.gather(1, block)  # (B, 1)
+    begin = F.pad(ends, (1, 0)).gather(1, block)  # (B, 1)
+    # the place in the block, below 1: rounding must not lead to a token that cannot come
+    place = ((drawn - begin) / (end - begin)).clamp_max(1 - 4 * torch.finfo(ends.dtype).eps)
+    found = torch.searchsorted(inside, place * inside[:, -1:], right=True)  # (B, 1)
+    return (block * BLOCK + found).squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
 # --------------------------------------------------------------------------------------------------

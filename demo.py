@@ -23,6 +23,8 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 import iccot
 from engine import Engine, Sampler, Thinking
 from reward import Clip
@@ -77,6 +79,8 @@ class Config:
 
     def __post_init__(self):
         _ = self.sampler, self.members, Thinking(self.max_plan_tokens)  # check their own values
+        if self.max_references < 1:
+            raise ValueError(f"max_references={self.max_references}: expected at least 1")
         if not 0 < self.port < 65536:
             raise ValueError(f"port={self.port}: expected a number from 1 to 65535")
 
@@ -123,7 +127,17 @@ def said_on_the_page():
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), duration=12, print_exception=False) from None
+        words = as_words(error)
+    except torch.OutOfMemoryError:
+        words = "the GPU's memory is too small for this: take fewer or smaller references"
+    else:
+        return
+    raise gr.Error(words, duration=12, print_exception=False)
+
+
+def as_words(message):
+    """For a message on the page, which would take tags of a plan for HTML."""
+    return html.escape(str(message), quote=False)
 
 
 @dataclass(frozen=True)
@@ -193,10 +207,10 @@ class Page:
         with gr.Accordion("Seed, steps, guidance", open=False):
             config = self.config
             self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            self.steps = gr.Slider(1, 100, config.num_timesteps - 1, step=1, label="Steps")
-            self.text = gr.Slider(1, 10, config.text_guidance, label="Text guidance; 1: off")
-            self.image = gr.Slider(1, 4, config.image_guidance, label="Image guidance; 1: off")
-            self.heat = gr.Slider(0, 2, 0, label="Temperature of the plan; 0: the likeliest")
+            self.steps = slider("Steps", 1, 100, value=config.num_timesteps - 1, step=1)
+            self.text = slider("Text guidance; 1: off", 1, 10, value=config.text_guidance)
+            self.image = slider("Image guidance; 1: off", 1, 4, value=config.image_guidance)
+            self.heat = slider("Temperature of the plan; 0: the likeliest", 0, 2, value=0)
 
     def _reference(self, i):
         """A reference, and what the plan says of it."""
@@ -271,7 +285,7 @@ class Page:
         """The Asked of the values of `everything`."""
         instruction, seed, steps, text, image, heat, *rest = values
         paths, (example, caption, *relations) = rest[: self.most], rest[self.most :]
-        references = self.studio.read([path for path in paths if path])
+        references = self.studio.read(paths)
         sampler = replace(
             self.config.sampler,
             num_timesteps=int(steps) + 1,
@@ -294,13 +308,16 @@ class Page:
             ask = self._asked(values).ask
             _, doubts = self.studio.request(ask)
             for doubt in doubts:
-                gr.Warning(doubt)
+                gr.Warning(as_words(doubt))
             text, count = "", len(ask.references)
             for text in self.studio.thoughts(ask):
                 yield so_far(text, count, self.most)
-            _, problems = iccot.salvage(text, count)
+            plan, problems = iccot.salvage(text, count)
             if problems:
-                gr.Warning(f"The plan does not parse: {problems[0]}. What could be read is shown.")
+                words = f"The plan does not parse: {problems[0]}. What could be read is shown."
+                gr.Warning(as_words(words))
+            if plan is not None:
+                yield [plan.caption, *plan.relations, *[""] * (self.most - count)]
 
     def on_paint(self, *values):
         """The picture of the plan in the fields, every few steps, and a verdict."""
@@ -311,7 +328,10 @@ class Page:
             for done, image in self.studio.stages(asked.ask, text):
                 yield fitted(image, SIDE), f"step {done} of {steps}"
             verdict = self.studio.verdict(image, asked.caption, asked.truth)
-            yield fitted(image, SIDE), verdict or f"{steps} steps"
+            yield (
+                image if max(image.size) > SIDE else fitted(image, SIDE),
+                verdict or f"{steps} steps",
+            )
 
     def on_compare(self, *values):
         """Cards of the same prompt and noise without a plan, and by the other checkpoint."""
@@ -344,6 +364,11 @@ class Page:
             return values
 
         return fill
+
+
+def slider(label, low, high, *, value, step=0.1):
+    """One that reaches as far as the value of the command."""
+    return gr.Slider(min(low, value), max(high, value), value, step=step, label=label)
 
 
 def path_of(payload):

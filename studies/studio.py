@@ -81,7 +81,13 @@ class Studio:
         return next(iter(self.engines.values()))
 
     def read(self, paths) -> tuple:
-        """The pictures of some files, PIL RGB; UserError for too many, or one that is none."""
+        """The pictures of some files, PIL RGB; UserError for too many, or one that is none.
+
+        None is an empty place: nothing behind the last picture, a gap before it.
+        """
+        paths = list(paths)
+        while paths and paths[-1] is None:
+            paths.pop()
         if len(paths) > self.max_references:
             raise UserError(
                 f"{len(paths)} references, this model takes at most {self.max_references}; "
@@ -89,6 +95,8 @@ class Studio:
             )
         pictures = []
         for i, path in enumerate(paths, 1):
+            if path is None:
+                raise UserError(f"reference {i} is missing; drop one there, or move the next up")
             try:
                 pictures.append(open_image(path))
             except ValueError:  # its words name a file that nobody knows

@@ -13,11 +13,13 @@ import gc
 import os
 import shutil
 import socket
+import types
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import demo
 import iccot
@@ -151,6 +153,46 @@ def test_plans_and_pictures_that_cannot_be(studio, folder):
     with pytest.raises(UserError, match="reference 2 cannot be read") as refused:
         studio.read([folder / "1.png", folder / "broken.png"])
     assert str(folder) not in str(refused.value)
+    with pytest.raises(UserError, match="reference 1 is missing"):  # its line is not the second's
+        studio.read([None, folder / "1.png", None])
+    assert len(studio.read([folder / "1.png", None, None, None, None])) == 1
+
+
+def pressed(folder, references=2, caption="", relations=("",) * 4):
+    """What a button of the page gets."""
+    paths = [folder / f"{i}.png" if i <= references else None for i in range(1, 5)]
+    return [SAMPLE.instruction, 3, 4, 1.0, 1.0, 0.0, *paths, SAMPLE, caption, *relations]
+
+
+def test_a_plan_that_does_not_parse_is_shown_as_far_as_it_can_be_read(studio, folder, monkeypatch):
+    monkeypatch.setattr(demo, "gr", types.SimpleNamespace(Warning=(warned := []).append))
+    monkeypatch.setattr(studio, "thoughts", lambda _: [iccot.to_json(SAMPLE.plan)])
+    *_, fields = demo.Page(studio, CONFIG).on_think(*pressed(folder))
+    assert fields == [SAMPLE.plan.caption, *SAMPLE.plan.relations, "", ""]
+    assert len(warned) == 1 and "does not parse" in warned[0] and "<" not in warned[0]
+
+
+def test_a_large_picture_is_given_as_it_is_a_small_one_enlarged(studio, folder, monkeypatch):
+    page, plan = demo.Page(studio, CONFIG), ("A cat.", ["One.", "Two.", "", ""])
+    for side, shown in ((1024, 1024), (32, demo.SIDE)):
+        painted = Image.new("RGB", (side, side))
+        monkeypatch.setattr(studio, "stages", lambda *_, image=painted: [(1, image)])
+        *_, (image, _) = page.on_paint(*pressed(folder, 2, *plan))
+        assert image.size == (shown, shown)
+
+
+@pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
+def test_messages_keep_their_tags_and_say_when_memory_ends(studio, folder, monkeypatch):
+    page = demo.Page(studio, CONFIG)
+    with pytest.raises(demo.gr.Error, match="3 times &lt;image&gt;"):
+        next(page.on_think("<image> <image> <image>", *pressed(folder)[1:]))
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(studio, "group", full)
+    with pytest.raises(demo.gr.Error, match="fewer or smaller references"):
+        page.on_group(*pressed(folder))
 
 
 def test_a_port_that_is_taken():
@@ -161,7 +203,9 @@ def test_a_port_that_is_taken():
             demo.check_port(one.getsockname()[1])
 
 
-@pytest.mark.parametrize("words", [["--checkpoint", "nowhere"], ["--port", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--checkpoint", "nowhere"], ["--port", "0"], ["--max_references", "0"]]
+)
 @pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
 def test_mistakes_of_the_command(capsys, words):
     with pytest.raises(SystemExit) as refused:

@@ -228,6 +228,19 @@ def lay_out(
     return sequence.pack(), {name: torch.cat(parts) for name, parts in rows.items()}
 
 
+def canvas_of(
+    packed: Packed, rows: dict[str, torch.Tensor]
+) -> tuple[Packed, dict[str, torch.Tensor]]:
+    """Of what `lay_out` gives, the noised pictures of some contexts alone, and their rows."""
+    image = packed.image_of_token()  # (M,)
+    kept = torch.cat([image[index] for index in rows.values()])
+    with_markers = torch.tensor(packed.noised_lengths, device=image.device) + 2  # (images,)
+    chosen = torch.isin(torch.repeat_interleave(with_markers), kept)
+    place = torch.isin(image, kept).cumsum(0) - 1  # (M,) among the tokens that are kept
+    canvas = packed.select(packed.rows_of("noised")[chosen])
+    return canvas, {name: place[index] for name, index in rows.items()}
+
+
 def guided(
     v: torch.Tensor,
     rows: dict[str, torch.Tensor],
@@ -379,7 +392,7 @@ class Engine:
         packed = sequence.pack().to(self.device)
         cache = Cache(self.model, len(packed))
         if len(packed):
-            self.model(packed, cache)
+            self.model.fill(packed, cache)
         return cache
 
     def think(
@@ -485,19 +498,22 @@ class Engine:
         lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
         image_of_token = torch.repeat_interleave(lengths)  # (I * T,)
         cache = self._fill(packed, prefix)
-        canvas = packed.select(packed.rows_of("noised"))
-        token = torch.empty_like(canvas.noised)  # (M,) of x, behind each noised token
-        for index in rows.values():
-            token[index] = torch.arange(len(index), device=self.device)
         x = torch.cat(noise).to(self.device)  # (I * T, C)
         grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
+        canvases = {}
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
             self._go_on()
+            active = bool(flow.guidance_active(t, sampler.guidance_interval))
+            if active not in canvases:
+                contexts = sampler.contexts if active else ("full",)
+                canvases[active] = canvas_of(packed, {name: rows[name] for name in contexts})
+            canvas, asked = canvases[active]
+            token = torch.cat([*asked.values()]).argsort() % len(x)  # (M,) of x
             canvas.latents = x[token]  # (M, C)
             canvas.timesteps = torch.full_like(canvas.timesteps, t)
             v = self.model.velocity(canvas, self.model(canvas, cache)[1])  # (M, C)
             v = guided(
-                v, rows, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
+                v, asked, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
             )  # (I * T, C)
             times, aim = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
             x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
@@ -510,7 +526,7 @@ class Engine:
             cache.take_over(packed.rows_of("given", packed.shared & ~packed.extra), prefix)
             given = packed.rows_of("given", ~packed.shared | packed.extra)
         if len(given):
-            self.model(packed.select(given), cache)
+            self.model.fill(packed.select(given), cache)
         return cache
 
     def pictures(self, tokens: list[torch.Tensor], grids: list[tuple[int, int]]) -> list:

@@ -31,7 +31,7 @@ inference paths.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -256,13 +256,17 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def heads(self, x, cos, sin):
-        """Queries, keys and values of x (n, W): (n, H, D), (n, K, D), (n, K, D)."""
+    def heads(self, x, cos, sin, *, read=None):
+        """Queries, keys and values of x (n, W): (n, H, D), (n, K, D), (n, K, D).
+
+        read: the rows whose queries are wanted, None: all.
+        """
         x = self.input_layernorm(x)
-        projections = self.q_proj, self.k_proj, self.v_proj
+        asked, places = (x, (cos, sin)) if read is None else (take(x, read), (cos[read], sin[read]))
+        pairs = (self.q_proj, asked), (self.k_proj, x), (self.v_proj, x)
         # (n, H, D), (n, K, D), (n, K, D)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim)) for proj, rows in pairs)
+        return rotate(self.q_norm(q), *places), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x, attended):
         """Residual update from the attention output (n, H * D), then the MLP."""
@@ -286,14 +290,19 @@ class Block(nn.Module):
         The keys and values that are returned are those of these rows, (N, K, D), in sequence order.
         A row of gen that the pack does not have is a ghost (`UnifiedModel.embed`): it goes through
         the expert, counts nothing, and gives every weight that rows of gen reach a gradient of 0.
+        Of a pack with `read` those rows alone go beyond keys and values, and come back.
         """
-        cos, sin = turn
+        (cos, sin), read = turn, packed.read
         ghost = gen if len(gen) > len(packed.latent_index) else None  # (1, W)
         both = (self.und, und, slice(len(und))), (self.gen, gen, slice(len(und), None))
         parts = [part for part in both if len(part[1]) and part[1] is not ghost]
-        heads = [expert.heads(x, cos[rows], sin[rows]) for expert, x, rows in parts]
-        # (N, H, D), (N, K, D), (N, K, D), in sequence order
-        q, k, v = (take(torch.cat(x), packed.inverse) for x in zip(*heads))
+        asked = {} if read is None else {self.und: read.und, self.gen: read.gen}
+        heads = [
+            expert.heads(x, cos[rows], sin[rows], read=asked.get(expert))
+            for expert, x, rows in parts
+        ]
+        q, k, v = (torch.cat(x) for x in zip(*heads))
+        k, v = take(k, packed.inverse), take(v, packed.inverse)  # (N, K, D), in sequence order
         if ghost is not None:
             none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
             k, v = k + none_k, v + none_v  # (N, K, D)
@@ -306,13 +315,19 @@ class Block(nn.Module):
         elif prefix is not None:
             # (Nk, K, D)
             k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
+        if read is not None and not len(read.order):
+            return und, gen, own
+        rows = packed if read is None else read
+        q = take(q, rows.inverse)  # (N, H, D), in sequence order
         # (N, H * D), sorted by expert
-        attended = take(attention(q, k, v, packed.mask), packed.order).flatten(1)
-        for expert, x, rows in parts:
-            if expert is self.und:
-                und = expert.finish(x, attended[rows])
-            else:
-                gen = expert.finish(x, attended[rows])
+        attended = take(attention(q, k, v, rows.mask), rows.order).flatten(1)
+        if read is not None:
+            und, gen = take(und, read.und), gen if ghost is not None else take(gen, read.gen)
+        from_und, from_gen = attended.split([len(und), len(attended) - len(und)])
+        if len(und):
+            und = self.und.finish(und, from_und)
+        if ghost is None and len(gen):
+            gen = self.gen.finish(gen, from_gen)
         if ghost is not None:
             gen = self.gen.finish(ghost, none_q.flatten(1))  # (1, W)
             und = und + 0 * gen
@@ -449,21 +464,34 @@ class UnifiedModel(nn.Module):
         return und, self.latent_in(packed.latents.to(und.dtype)) + time + place
 
     def forward(
-        self, packed: Packed, cache: Cache | None = None, prefix: list | None = None
+        self,
+        packed: Packed,
+        cache: Cache | None = None,
+        prefix: list | None = None,
+        *,
+        losses: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states: understanding tokens (U, W), text first, and latent tokens (L, W).
+
+        losses: only those of labels and noised latents; the others hold anything, and the last
+        layer leaves them out.
 
         Rows of a larger sequence (packed.slots) need the keys and values of the others: from a
         `cache`, which they also write, or, where gradients shall flow, from a `prefix`, what
         `keys_and_values` gave for the rows before.
         """
-        return self._run(packed, cache, prefix)[:2]
+        read = packed.reading() if losses else None
+        return self._run(packed, cache, prefix, read=read)[:2]
+
+    def fill(self, packed: Packed, cache: Cache) -> None:
+        """Write the keys and values of a pack into their slots of a cache."""
+        self._run(packed, cache, read=packed.reading(losses=False))
 
     def keys_and_values(self, packed: Packed) -> list[tuple[Tensor, Tensor]]:
         """For each layer the keys and values (N, K, D) of a pack, as a `prefix` of other rows."""
-        return self._run(packed, keep=True)[2]
+        return self._run(packed, read=packed.reading(losses=False), keep=True)[2]
 
-    def _run(self, packed, cache=None, prefix=None, *, keep=False):
+    def _run(self, packed, cache=None, prefix=None, *, read=None, keep=False):
         self.tokens += len(packed)
         self.trained_tokens += len(packed) * torch.is_grad_enabled()
         und, gen = self.embed(packed)
@@ -471,6 +499,8 @@ class UnifiedModel(nn.Module):
         turn = rope(places, c.head_dim, c.rope_theta, dtype=und.dtype)
         kept = []
         for layer, block in enumerate(self.blocks):
+            if read is not None and layer == len(self.blocks) - 1:
+                packed = replace(packed, read=read)
             before = None if prefix is None else prefix[layer]
             if self.checkpointing and torch.is_grad_enabled():
                 inputs = und, gen, packed, turn, None, before
@@ -481,7 +511,8 @@ class UnifiedModel(nn.Module):
             if keep:
                 kept.append(own)
             del own
-        return self.norm_und(und), self.norm_gen(gen), kept
+        und, gen = self.norm_und(und), self.norm_gen(gen)
+        return (und, gen, kept) if read is None else (*read.spread(und, gen), kept)
 
     def velocity(self, packed: Packed, gen: Tensor) -> Tensor:
         """Velocity (M, C) of the noised tokens from the hidden states of all latents (L, W)."""

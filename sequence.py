@@ -49,6 +49,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mask import Mask
@@ -67,6 +68,26 @@ class Layout:
     image_end: int
     latent_side: int
     vit_side: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows of a pack whose hidden states somebody reads; the last layer computes no others."""
+
+    und: Tensor  # (u,) which of the U understanding tokens
+    gen: Tensor  # (l,) which of the L latent tokens
+    order: Tensor  # (u + l,) and its inverse: as those of Packed, among these rows alone
+    inverse: Tensor
+    mask: Mask
+    places: tuple[Tensor, Tensor]  # (U,), (L,): which of `und` and `gen` each token is; others: 0
+
+    def spread(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (u, W), (l, W) in their places, (U, W), (L, W); what stands elsewhere says nothing.
+
+        A part of which nothing is read stays as it is.
+        """
+        parts = zip((und, gen), (self.und, self.gen), self.places)
+        return tuple(F.embedding(place, x) if len(read) else x for x, read, place in parts)
 
 
 @dataclass
@@ -101,6 +122,7 @@ class Packed:
     # (N,) bool: outside all branches and noised images of its document
     shared: Tensor | None = None
     extra: Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
+    read: Read | None = None  # the rows that the last layer is asked for, None: all
     # (N,) row of this pack for each row of the model's residual stream, and the other way round
     order: Tensor = field(init=False)
     inverse: Tensor = field(init=False)
@@ -112,6 +134,28 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def reading(self, losses: bool = True) -> Read:
+        """The rows that carry a loss, labels and noised latents, or none at all.
+
+        With losses, at least one row of each expert that has any: processes that share a model give
+        the same weights gradients.
+        """
+        und, gen = self.order.split([len(self) - len(self.latent_index), len(self.latent_index)])
+        read = self.noised[:0], self.noised[:0]
+        if losses:
+            labelled = self.noised[:0] if self.label_rows is None else self.label_rows
+            wanted = (labelled, und), (self.noised, gen)
+            one = torch.zeros(1, dtype=torch.long, device=und.device)
+            read = tuple(rows if len(rows) else one[: len(all_)] for rows, all_ in wanted)
+        rows = torch.cat([und[read[0]], gen[read[1]]])  # (u + l,) of this pack
+        inverse = torch.argsort(rows)
+        places = tuple(torch.zeros_like(x) for x in (und, gen))
+        for place, which in zip(places, read):
+            place[which] = torch.arange(len(which), device=place.device)
+        rows = rows[inverse]
+        mask = Mask(self.mask.q_hi[rows], self.mask.k_hi, self.mask.positions()[rows])
+        return Read(*read, torch.argsort(inverse), inverse, mask, places)
 
     def image_of_token(self) -> Tensor:
         """(M,) number of the noised image that each noised token belongs to."""

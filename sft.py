@@ -136,7 +136,7 @@ def losses(model, packed, target):
 
     The error of a token is a mean over its channels. target (M, C).
     """
-    und, gen = model(packed)
+    und, gen = model(packed, losses=True)
     if len(packed.labels):
         ce = model.cross_entropy(und, packed).sum()
     else:

@@ -159,7 +159,7 @@ class Policy:
 def policy(model, prefix, batch, *, config):
     """The Policy of a batch, given the prompt's keys and values of each layer."""
     batch = batch.to(device())
-    und, gen = model(batch.packed, prefix=prefix)
+    und, gen = model(batch.packed, prefix=prefix, losses=True)
     images = len(batch.members)
     v = guided(
         model.velocity(batch.packed, gen),

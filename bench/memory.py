@@ -86,10 +86,11 @@ def by_layers(measure, shape):
     return one + (shape.num_hidden_layers - 1) * (two - one)
 
 
-def activations(shape, packed, checkpointing, *, prefix_rows=0, dtype=torch.bfloat16):
+def activations(shape, packed, checkpointing, *, keys=False, prefix_rows=0, dtype=torch.bfloat16):
     """(bytes kept for the backward pass of a pack, bytes of one block while it is computed again).
 
-    shape: of the model; prefix_rows: keys of a prompt that the pack attends to.
+    shape: of the model; keys: the pack is a prompt, whose keys and values alone are wanted;
+    prefix_rows: keys of a prompt that the pack attends to.
     """
     packed = on_meta(packed)
     if prefix_rows:
@@ -109,7 +110,10 @@ def activations(shape, packed, checkpointing, *, prefix_rows=0, dtype=torch.bflo
     def of_pass(shape):
         model, prefix = built(shape)
         with kept_bytes(model.parameters()) as whole:
-            model(packed, prefix=prefix)
+            if keys:
+                model.keys_and_values(packed)
+            else:
+                model(packed, prefix=prefix, losses=True)
         return whole.total
 
     whole = by_layers(of_pass, shape)
@@ -199,7 +203,7 @@ def graphs(shape, case, config):
     """The Graphs of a config that is `plain`."""
     shared, members = packs(shape, case, config)
     how = dict(dtype=getattr(torch, config.precision))
-    prompt = activations(shape, shared, config.checkpointing, **how)
+    prompt = activations(shape, shared, config.checkpointing, keys=True, **how)
     rest = activations(shape, members, config.checkpointing, prefix_rows=len(shared), **how)
     return Graphs(len(shared), len(members), prompt[0], rest[0], max(prompt[1], rest[1]))
 

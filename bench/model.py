@@ -119,7 +119,7 @@ def training(model, packed, generator):
 
     def loss():
         packed.mask.cache.clear()  # a training step has a new pack and schedules its attention anew
-        und, gen = model(packed)
+        und, gen = model(packed, losses=True)
         text = model.cross_entropy(und, packed).mean()
         return text + F.mse_loss(model.velocity(packed, gen), target)
 

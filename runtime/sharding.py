@@ -69,7 +69,8 @@ def shard(model, precision="float32", replicas=1):
     held = set(frozen) if size() == replicas else None
     for unit in (*model.eye.layers, *model.blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=held)
-    register_fsdp_forward_method(model, "keys_and_values")
+    for method in ("keys_and_values", "fill"):
+        register_fsdp_forward_method(model, method)
     model.every_unit = size() > 1
     return model
 

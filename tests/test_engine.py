@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from engine import Branch, Engine, Group, Interrupted, Sampler, Thinking, choose, draw_uniform
+import flow
+from engine import (
+    Branch,
+    Engine,
+    Group,
+    Interrupted,
+    Noised,
+    Sampler,
+    Thinking,
+    choose,
+    draw_uniform,
+    lay_out,
+)
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime.processes import generator
 from toy.prepare import toy_tokenizer
@@ -107,3 +119,29 @@ def test_work_ends_soon_after_it_is_asked_to(engine):
         engine.paint([group], Sampler(5, 1.0), step=lambda k, x, v, **times: steps.append(k) or x)
     assert steps == [0]
     assert len(engine.paint([group], Sampler(5, 1.0))) == 4
+
+
+def test_guidance_contexts_are_computed_inside_the_interval_alone(engine):
+    """As if all of them were, at every step, and guidance then switched off outside."""
+    torch.nn.init.normal_(engine.model.latent_out.weight, generator=generator(3))
+    prompt, grid = engine.prompt((), "Draw a cat."), (2, 3)
+    noise = [engine.start(grid, generator(2, member)) for member in range(2)]
+    group = Group(prompt, grid, tuple(Branch([7, 8, 9], (one,)) for one in noise))
+
+    def paint(interval):
+        before = engine.model.tokens
+        sampler = Sampler(5, 3.0, 4.0, 2.0, interval, "text_channel")
+        steps = [x for x, _ in engine.steps([group], sampler)]
+        return steps, engine.model.tokens - before
+
+    (always, most), (partly, fewer) = paint((0.0, 1.0)), paint((0.8, 1.0))
+    inside = int((flow.time_grid(5, 3.0)[:-1] > 0.8).sum())
+    assert inside == 2 and most - fewer == (4 - inside) * 2 * 2 * (2 * 3 + 2)
+    torch.testing.assert_close(partly[:inside], always[:inside])
+    x, t = partly[-2], flow.time_grid(5, 3.0)[-2]
+    last = tuple(Branch([7, 8, 9], (Noised(one, float(t)),)) for one in x.chunk(2))
+    contexts = ("full", "no_text", "no_image")
+    packed, rows = lay_out(engine.layout, [Group(prompt, grid, last)], contexts)
+    with torch.no_grad():
+        v = engine.model.velocity(packed, engine.model(packed)[1])[rows["full"]]
+    torch.testing.assert_close(partly[-1], x - t * v, rtol=1e-4, atol=1e-4)

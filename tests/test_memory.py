@@ -67,10 +67,10 @@ def test_activations(shape, checkpointing):
         prefix = model.keys_and_values(shared)
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in prefix]
     with memory.kept_bytes(model.parameters()) as rest:
-        model(members, prefix=leaves)
+        model(members, prefix=leaves, losses=True)
     computed = [
-        memory.activations(shape, pack, checkpointing, prefix_rows=rows, dtype=torch.float32)[0]
-        for pack, rows in ((shared, 0), (members, len(shared)))
+        memory.activations(shape, pack, checkpointing, dtype=torch.float32, **how)[0]
+        for pack, how in ((shared, dict(keys=True)), (members, dict(prefix_rows=len(shared))))
     ]
     measured = [prompt.total, rest.total]
     if checkpointing:

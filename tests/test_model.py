@@ -178,6 +178,35 @@ def test_checkpointing_changes_nothing(model):
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
+def test_the_last_layer_computes_what_is_read(model):
+    """Losses and their gradients from labels and noised latents alone; keys without queries."""
+    packed, last, worked = build(1, 2), model.blocks[-1], []
+    hooks = [
+        expert.down_proj.register_forward_hook(lambda _, x, y: worked.append(len(y)))
+        for expert in (last.und, last.gen)
+    ]
+
+    def gradient(losses):
+        model.zero_grad()
+        und, gen = model(packed, losses=losses)
+        ce, velocity = model.cross_entropy(und, packed), model.velocity(packed, gen)
+        (ce.sum() + velocity.square().sum()).backward()
+        return [ce.detach(), velocity.detach()] + [p.grad for p in model.parameters()]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-9, atol=1e-9)
+    assert worked[:2] == [len(packed.labels), len(packed.noised)] and min(worked[2:]) > worked[0]
+    model.zero_grad()
+    whole, filled = Cache(model, len(packed)), Cache(model, len(packed))
+    with torch.no_grad():
+        model(packed, whole)
+        worked.clear()
+        model.fill(packed, filled)
+    assert not worked and whole.keys.any()
+    assert torch.equal(whole.keys, filled.keys) and torch.equal(whole.values, filled.values)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_codec_and_patches_are_lossless():
     image = torch.rand(3, 16, 24) * 2 - 1
     codec = SpaceToDepth(2)

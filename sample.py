@@ -262,7 +262,7 @@ def save_steps(engine, seen, config, *, grid):
     times, noised, clean = zip(*seen)
     rows = {"x_t": noised, "what the model takes it for: x_t - t v": clean}
     rows = {name: engine.pictures(list(x), [grid] * len(x)) for name, x in rows.items()}
-    save_path(config.steps_picture, [float(t) for t in times], rows)
+    save_path(config.steps_picture, [f"t = {t:.3f}" for t in times], rows)
     print(f"steps      {config.steps_picture}")
 
 

@@ -138,12 +138,12 @@ def mosaic(images, side):
 # the denoising path
 
 
-def save_path(path, times, rows, *, side=SIDE):
-    """Columns of pictures, a time above each. rows: {what it shows: a picture for each time}."""
-    margin, cell = 7 * LINE, side + PAD
-    sheet, write = sheet_of(margin + len(times) * cell, LINE + 2 * PAD + len(rows) * cell)
-    for column, t in enumerate(times):
-        write((margin + column * cell, PAD), f"t = {t:.3f}", GREY)
+def save_path(path, titles, rows, *, side=SIDE):
+    """Columns of pictures, a title above each. rows: {what it shows: a picture for each title}."""
+    margin, cell = 7 * LINE * any(rows) + PAD, side + PAD
+    sheet, write = sheet_of(margin + len(titles) * cell, LINE + 2 * PAD + len(rows) * cell)
+    for column, title in enumerate(titles):
+        write((margin + column * cell, PAD), title, GREY)
     for row, (name, images) in enumerate(rows.items()):
         top = LINE + 2 * PAD + row * cell
         for i, line in enumerate(textwrap.wrap(name, 15)):

@@ -34,7 +34,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,16 @@ class Prompt:
         for item in self.items:
             sequence.text(item) if is_text(item) else sequence.image(item, vae=self.vae)
 
+    def hollow(self) -> "Prompt":
+        """The same places without the patches: for packs that leave the prompt out (`cut`)."""
+        return Prompt(
+            tuple(
+                item if is_text(item) else replace(item, patches=item.patches[:, :0])
+                for item in self.items
+            ),
+            self.vae,
+        )
+
     def __len__(self) -> int:
         """Tokens in a packed sequence."""
         return sum(len(item) + 2 * is_text(item) for item in self.items)
@@ -205,7 +215,7 @@ def lay_out(
 
     def leaves(name, group, branches):
         for noised in (one for branch in branches for one in branch.noised) if name in rows else ():
-            begin = len(sequence.noised)
+            begin = sequence.noised_tokens
             rows[name].append(torch.arange(begin, begin + len(noised.x)))
             sequence.noise(noised.x, group.grid, noised.timestep)
 
@@ -428,7 +438,7 @@ class Engine:
         sequence = Sequence(self.layout)
         for prompt in prompts:
             with sequence.document():
-                prompt.write(sequence)
+                prompt.hollow().write(sequence)
                 for _ in range(count):
                     with sequence.branch():
                         sequence.reserve(thinking.max_tokens)
@@ -491,6 +501,8 @@ class Engine:
         `step(k, x, v, t=, t_next=) -> x` replaces the Euler step (GRPO's window of SDE steps).
         prefix: what `prefill` gave for the prompts of these groups.
         """
+        if prefix is not None:
+            groups = [replace(group, prompt=group.prompt.hollow()) for group in groups]
         packed, rows = lay_out(self.layout, groups, sampler.contexts)
         packed = packed.to(self.device)
         rows = {name: index.to(self.device) for name, index in rows.items()}

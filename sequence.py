@@ -262,15 +262,19 @@ class Sequence:
         self.layout = layout
         self.length = 0
         self.position = 0
-        self.frames = []  # open document and branches: [rows that close with it]
+        self.frames = []  # open document and branches: [runs that close with it]
         self.names = []  # clean images on the path from the root, for the order check
         self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
         self.vit, self.latents = [], []  # of each image: first row, tokens, position ids
-        self.image_of_latent, self.timesteps = [], []
-        self.noised, self.noised_lengths = [], []
-        self.q_hi, self.k_hi, self.positions = [], [], []
-        self.kinds, self.shared, self.extra = [], [], []
+        self.timesteps, self.is_noised = [], []  # of each image in `latents`
+        # of each run: rows, index into KINDS, causal, first position, shared, extra
+        self.runs, self.closes = [], []  # and the row at which its frame closed
         self.reserved = []  # first slot of each reserved run, in order
+
+    @property
+    def noised_tokens(self) -> int:
+        """M so far."""
+        return sum(len(x) for (_, x, _), noised in zip(self.latents, self.is_noised) if noised)
 
     @contextmanager
     def document(self, extra: bool = False):
@@ -299,25 +303,19 @@ class Sequence:
         self.frames.append([])
         names = list(self.names)
         yield
-        for start, end in self.frames.pop():
-            self.k_hi[start:end] = [self.length] * (end - start)
+        for run in self.frames.pop():
+            self.closes[run] = self.length
         self.names = names
 
     def _run(self, length, kind, causal):
         """Append `length` rows at the current position and return the first one."""
         if not self.frames:
             raise ValueError("tokens must stand inside a document: use `with sequence.document():`")
-        start, end = self.length, self.length + length
-        self.q_hi += range(start + 1, end + 1) if causal else [end] * length
-        self.k_hi += [0] * length  # set when the frame closes
-        self.kinds += [KINDS.index(kind)] * length
-        self.shared += [len(self.frames) == 1] * length
-        self.extra += [self.is_extra] * length
-        self.positions += (
-            range(self.position, self.position + length) if causal else [self.position] * length
-        )
-        self.frames[-1].append((start, end))
-        self.length = end
+        start, shared = self.length, len(self.frames) == 1
+        self.frames[-1].append(len(self.runs))
+        self.runs.append((length, KINDS.index(kind), causal, self.position, shared, self.is_extra))
+        self.closes.append(0)  # set when the frame closes
+        self.length += length
         return start
 
     def text(self, ids, loss: bool = False) -> None:
@@ -376,13 +374,9 @@ class Sequence:
     def _latents(self, tokens, grid, timestep, *, kind):
         self._check(grid, self.layout.latent_side, tokens, kind="latent")
         start = self._image_run(len(tokens), kind)
-        first = len(self.image_of_latent)
-        if kind == "noised":
-            self.noised += range(first, first + len(tokens))
-            self.noised_lengths.append(len(tokens))
         self.latents.append((start + 1, tokens, position_ids(*grid, self.layout.latent_side)))
-        self.image_of_latent += [len(self.timesteps)] * len(tokens)
         self.timesteps.append(float(timestep))
+        self.is_noised.append(kind == "noised")
 
     def _patches(self, patches, grid):
         self._check(grid, self.layout.vit_side, patches, kind="ViT")
@@ -414,6 +408,9 @@ class Sequence:
         """Close the builder into tensors."""
         if self.frames:
             raise ValueError("pack() was called inside a document or branch")
+        latent_lengths = _long([len(x) for _, x, _ in self.latents])
+        image_of_latent = torch.repeat_interleave(latent_lengths)  # (L,)
+        is_noised = torch.tensor(self.is_noised, dtype=torch.bool)  # (latent images,)
         return Packed(
             text_ids=_long(self.text_ids),
             text_index=_long(self.text_index),
@@ -424,17 +421,28 @@ class Sequence:
             latents=_cat([x for _, x, _ in self.latents], torch.float32),
             latent_index=_spans(self.latents),
             latent_position_ids=_cat([ids for *_, ids in self.latents], torch.long),
-            image_of_latent=_long(self.image_of_latent),
+            image_of_latent=image_of_latent,
             timesteps=torch.tensor(self.timesteps, dtype=torch.float32),
-            noised=_long(self.noised),
-            noised_lengths=tuple(self.noised_lengths),
-            positions=_long(self.positions),
-            mask=Mask(_long(self.q_hi), _long(self.k_hi)),
+            noised=torch.nonzero(is_noised[image_of_latent]).squeeze(1),
+            noised_lengths=tuple(latent_lengths[is_noised].tolist()),
             label_rows=_long(self.label_rows),
             labels=_long(self.labels),
-            kinds=_long(self.kinds),
-            shared=torch.tensor(self.shared, dtype=torch.bool),
-            extra=torch.tensor(self.extra, dtype=torch.bool),
+            **self._rows(),
+        )
+
+    def _rows(self):
+        """What Packed holds of each row, from its run."""
+        table = _long(self.runs).view(-1, 6)
+        run = torch.repeat_interleave(table[:, 0])  # (N,)
+        length, kind, causal, position, shared, extra = table[run].unbind(1)  # (N,) each
+        row, end = torch.arange(self.length), table[:, 0].cumsum(0)[run]  # (N,)
+        causal = causal.bool()
+        return dict(
+            positions=position + torch.where(causal, row - end + length, 0),
+            mask=Mask(torch.where(causal, row + 1, end), _long(self.closes)[run]),
+            kinds=kind,
+            shared=shared.bool(),
+            extra=extra.bool(),
         )
 
 

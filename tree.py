@@ -68,7 +68,11 @@ def plant(layout, rollout, group, *, config):
     each = config.plans_per_group
     plans = rollout.plans[group * each : (group + 1) * each]
     batches = split_members([len(plan) + 2 for plan in plans], rollout, config)
-    cuts = [cut_batch(layout, rollout, group, pictures=some, config=config) for some in batches]
+    prompt = rollout.prompts[group]
+    cuts = [  # the prompt's content is laid out once
+        cut_batch(layout, rollout, group, pictures=some, prompt=one, config=config)
+        for some, one in zip(batches, [prompt, *[prompt.hollow()] * len(batches)])
+    ]
     return Tree(cuts[0][0], [batch for _, batch in cuts])
 
 
@@ -97,7 +101,7 @@ def split_members(plan_tokens, rollout, config):
     return found
 
 
-def cut_batch(layout, rollout, group, *, pictures, config):
+def cut_batch(layout, rollout, group, *, pictures, prompt, config):
     """(pack of the prompt, Batch) of these noised pictures of a group, (member, step) in order."""
     each = config.pictures_per_plan
     members, steps = torch.tensor(pictures).unbind(1)  # (I,) each
@@ -109,7 +113,7 @@ def cut_batch(layout, rollout, group, *, pictures, config):
         noised[member // each].append(Noised(x, t))
     texts = rollout.plans[group * config.plans_per_group :]
     branches = [Branch(texts[plan], tuple(noised[plan])) for plan in plans]
-    whole = Group(rollout.prompts[group], rollout.grid, tuple(branches))
+    whole = Group(prompt, rollout.grid, tuple(branches))
     packed, context_rows = lay_out(layout, [whole], config.sampler.contexts, loss=config.train_text)
     prompt, rest = packed.cut()
     image_of_token = torch.arange(len(rows)).repeat_interleave(scored.x.shape[1])  # (Z,)

@@ -2,6 +2,7 @@
 Every speed and memory figure that this project quotes, beside its rival: python -m bench NAME
     model          one thread of a CPU: training, prefill, denoising, decoding of a mid-size model
     attention      on a GPU: TFLOP/s of our kernel and its rivals; on a CPU: what the masks cost
+    packing        what the host does for a group of the preset `full`
     grpo           whole groups against one member and one step at a time; 7B computed
     data           samples a second read from shards at 1024 px, against decoding alone
     scale          one process against two; what 8 and 64 GPUs would have to send, computed
@@ -25,6 +26,7 @@ from bench.attention import bench_attention
 from bench.data import bench_data
 from bench.grpo import bench_grpo
 from bench.model import bench_model
+from bench.packing import bench_packing
 from bench.scale import bench_scale
 from bench.signal import bench_signal
 from bench.walk import walk_grpo
@@ -64,6 +66,7 @@ def bench_memory(config):
 REGIMES = {
     "model": bench_model,
     "attention": bench_attention,
+    "packing": bench_packing,
     "grpo": bench_grpo,
     "data": bench_data,
     "scale": bench_scale,

@@ -44,6 +44,7 @@ class Options:
     timestep_shift: float = 1.0  # above 1: more noise in training (flow.shift_time)
     painter_errors: float = 0.0  # share of the toy's targets with one wrong fact (toy/painter.py)
     filter_targets: float = 0.0  # share of them that are dropped, those CLIP finds worst
+    pretraining_steps: int = 0  # first steps, whose toy targets are right, as a base model's are
 
 
 def check_budget(shape, config):

@@ -301,8 +301,9 @@ class Block(nn.Module):
             expert.heads(x, cos[rows], sin[rows], read=asked.get(expert))
             for expert, x, rows in parts
         ]
-        q, k, v = (torch.cat(x) for x in zip(*heads))
-        k, v = take(k, packed.inverse), take(v, packed.inverse)  # (N, K, D), in sequence order
+        q, k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*heads))
+        if not packed.all_text:
+            k, v = take(k, packed.inverse), take(v, packed.inverse)  # (N, K, D), in sequence order
         if ghost is not None:
             none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
             k, v = k + none_k, v + none_v  # (N, K, D)
@@ -317,10 +318,10 @@ class Block(nn.Module):
             k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
         if read is not None and not len(read.order):
             return und, gen, own
-        rows = packed if read is None else read
-        q = take(q, rows.inverse)  # (N, H, D), in sequence order
-        # (N, H * D), sorted by expert
-        attended = take(attention(q, k, v, rows.mask), rows.order).flatten(1)
+        rows, mixed = packed if read is None else read, read is not None or not packed.all_text
+        q = take(q, rows.inverse) if mixed else q  # (N, H, D), in sequence order
+        attended = attention(q, k, v, rows.mask)  # (N, H, D)
+        attended = (take(attended, rows.order) if mixed else attended).flatten(1)  # (N, H * D)
         if read is not None:
             und, gen = take(und, read.und), gen if ghost is not None else take(gen, read.gen)
         from_und, from_gen = attended.split([len(und), len(attended) - len(und)])

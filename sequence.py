@@ -129,8 +129,15 @@ class Packed:
 
     def __post_init__(self):
         # (N,)
-        self.order = torch.cat([self.text_index, self.vit_index, self.latent_index])
-        self.inverse = torch.argsort(self.order)
+        self.order = self.inverse = self.text_index
+        if not self.all_text:
+            self.order = torch.cat([self.text_index, self.vit_index, self.latent_index])
+            self.inverse = torch.argsort(self.order)
+
+    @property
+    def all_text(self) -> bool:
+        """Whether all rows are text; then the residual stream has them in the pack's order."""
+        return not len(self.vit_index) and not len(self.latent_index)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -112,6 +112,7 @@ SFT = TRAINING | dict(
     timestep_shift=change("log", 1.0),
     painter_errors=change("log", 1.0),
     filter_targets=change("log", 0.9),
+    pretraining_steps=change("log", 1, painter_errors=1.0),
     # the rest
     workers=change("read", 1),
     samples_per_step=change("log", 3),

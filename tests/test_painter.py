@@ -94,6 +94,15 @@ def test_the_toys_source_has_the_painter_it_is_asked_for():
         painter_of(replace(on_disk, filter_targets=0.2))
 
 
+def test_the_first_samples_are_right():
+    """Those of the steps that stand for the base model's training, whatever the filter."""
+    config = sft.Config(config="toy", **sft.PRESETS["toy"])
+    config = replace(config, pretraining_steps=3, samples_per_step=2, painter_errors=1.0)
+    source = open_source("toy", 0, 4, painter=painter_of(config))
+    right = [judge(source[i].target, source[i].truth).overall > 9.99 for i in range(12)]
+    assert right == [True] * 6 + [False] * 6
+
+
 @pytest.mark.parametrize("shares", [dict(dropped=1.0), dict(dropped=-0.1), dict(errors=1.5)])
 def test_shares_that_are_none_are_refused(shares):
     """A filter that drops everything would look for a sample for ever."""

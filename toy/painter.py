@@ -11,6 +11,9 @@ which one the noise decides. So do the toy's targets in stage 1, here:
     dropped   share of the targets of a task that are dropped, those whose CLIP cosine with their
               caption is lowest. Where the limit lies is measured on the first samples; a position
               whose sample is below it shows another one, drawn anew
+    first     position of the first sample that is painted so. Those before it are right, as if the
+              base model had learned from real pictures (wrong ones from the beginning on delay what
+              is learned first, copying)
 
 Prompt, plan and truth of a sample stay what they were. The judge, the CLIPs' training, stage 2's
 prompts and the held-out split have no painter: they are always right.
@@ -45,6 +48,7 @@ class Painter:
     errors: float = 0.0
     dropped: float = 0.0
     clip: Clip | None = None  # of the filter; on the CPU, where samples are read
+    first: int = 0  # position of the first sample that it paints
 
     def __post_init__(self):
         if not 0 <= self.errors <= 1 or not 0 <= self.dropped < 1:
@@ -77,6 +81,8 @@ class Painted(torch.utils.data.Dataset):
             self.lowest = self._limits()
 
     def __getitem__(self, position: int) -> Sample:
+        if position < self.painter.first:
+            return self.source[position]
         for number in itertools.count(int(position), APART):
             sample = self._painted(number)
             if not self.lowest or self._cosine(sample) >= self.lowest[sample.task]:
@@ -99,6 +105,6 @@ class Painted(torch.utils.data.Dataset):
 
     def _limits(self):
         """{task: the cosine below which a target is dropped}."""
-        first = [self._painted(number) for number in range(FIRST)]
-        found = {task: [self._cosine(one) for one in first if one.task == task] for task in TASKS}
+        some = [self._painted(number) for number in range(FIRST)]
+        found = {task: [self._cosine(one) for one in some if one.task == task] for task in TASKS}
         return {task: float(np.quantile(found[task], self.painter.dropped)) for task in TASKS}

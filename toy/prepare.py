@@ -71,7 +71,8 @@ def painter_of(config):
     of_filter = config.metric_name, config.metric, config.clip_steps
     # on the CPU: a worker that reads samples cannot use a GPU
     clip = metric_clip_of_all(*of_filter, where="cpu") if config.filter_targets else None
-    return Painter(config.painter_errors, config.filter_targets, clip)
+    first = config.pretraining_steps * config.samples_per_step
+    return Painter(config.painter_errors, config.filter_targets, clip, first)
 
 
 def find_stage_1(config):

@@ -22,6 +22,7 @@ import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -30,7 +31,7 @@ from engine import Engine, Sampler, Thinking
 from reward import Clip
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.pretrained import load_model
+from runtime.quantised import load_quantised
 from studies.studio import Ask, Members, Studio, so_far
 from toy.sheets import fitted
 from toy.tasks import Drawn
@@ -73,6 +74,7 @@ class Config:
     port: int = 7860
     max_upload_mb: int = 20  # of a picture
     dtype: str = "auto"  # of the weights: float32, bfloat16; auto: bfloat16 on a GPU
+    weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     threads: int = 0  # CPU threads; 0 measures
     config: str = ""  # name of the preset
@@ -401,7 +403,8 @@ def open_studio(config):
     names = {"this checkpoint": config.checkpoint}
     if config.before:
         names["before"] = config.before
-    engines = {name: Engine(*load_model(path, *place)) for name, path in names.items()}
+    how = dict(kind=config.weights)
+    engines = {name: Engine(*load_quantised(path, *place, **how)) for name, path in names.items()}
     shape, side = next(iter(engines.values())).model.config, 0
     if config.square:
         side = shape.latent_side * shape.token_pixels

@@ -51,6 +51,7 @@ from vision import Reference, to_pil, unpatchify
 MAX_DECODED = 1024 * 1024  # pixels that the codec decodes at a time: bounds the memory
 THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
 BLOCK = 512  # tokens whose probabilities are cumulated together
+CACHED = 3  # velocities that one is extrapolated from: a parabola
 LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewhere every token
 
 
@@ -112,6 +113,7 @@ class Sampler:
     guidance_interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
     renorm_min: float = 0.0
+    cache_interval: int = 1  # steps to a pass of the model; in the others v is extrapolated
 
     def __post_init__(self):
         if self.num_timesteps < 2:
@@ -503,19 +505,40 @@ class Engine:
         """
         if prefix is not None:
             groups = [replace(group, prompt=group.prompt.hollow()) for group in groups]
+        noise = [one.x for group in groups for branch in group.branches for one in branch.noised]
+        x = torch.cat(noise).to(self.device)  # (I * T, C)
+        lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
+        velocity = self._velocity(groups, sampler, lengths, prefix=prefix)
+        grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
+        active = flow.guidance_active(grid, sampler.guidance_interval).tolist()
+        past = []  # (t, v) of the last passes of the model
+        for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+            self._go_on()
+            if k and active[k] != active[k - 1]:
+                past = []
+            if len(past) < CACHED or k % sampler.cache_interval == 0:
+                v = velocity(x, t, active[k])  # (I * T, C)
+                past = [*past, (t, v)][-CACHED:]
+            else:
+                v = flow.extrapolate(*zip(*past), t)
+            times, aim = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
+            x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
+            yield x, aim
+
+    def _velocity(self, groups, sampler, lengths, *, prefix):
+        """A function (x, t, whether guidance is active) -> the velocity that the sampler follows.
+
+        x and it (I * T, C), lengths (I,). What is given is computed here and cached; guidance
+        contexts only where they are asked for.
+        """
         packed, rows = lay_out(self.layout, groups, sampler.contexts)
         packed = packed.to(self.device)
         rows = {name: index.to(self.device) for name, index in rows.items()}
-        noise = [one.x for group in groups for branch in group.branches for one in branch.noised]
-        lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
         image_of_token = torch.repeat_interleave(lengths)  # (I * T,)
-        cache = self._fill(packed, prefix)
-        x = torch.cat(noise).to(self.device)  # (I * T, C)
-        grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
-        canvases = {}
-        for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-            self._go_on()
-            active = bool(flow.guidance_active(t, sampler.guidance_interval))
+        how = dict(sampler=sampler, image_of_token=image_of_token, images=len(lengths))
+        cache, canvases = self._fill(packed, prefix), {}
+
+        def velocity(x, t, active):
             if active not in canvases:
                 contexts = sampler.contexts if active else ("full",)
                 canvases[active] = canvas_of(packed, {name: rows[name] for name in contexts})
@@ -524,12 +547,9 @@ class Engine:
             canvas.latents = x[token]  # (M, C)
             canvas.timesteps = torch.full_like(canvas.timesteps, t)
             v = self.model.velocity(canvas, self.model(canvas, cache)[1])  # (M, C)
-            v = guided(
-                v, asked, t, sampler=sampler, image_of_token=image_of_token, images=len(noise)
-            )  # (I * T, C)
-            times, aim = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
-            x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
-            yield x, aim
+            return guided(v, asked, t, **how)
+
+        return velocity
 
     def _fill(self, packed: Packed, prefix: Cache | None) -> Cache:
         """A cache of all that is given: prompts from `prefix` if it is there, the rest computed."""

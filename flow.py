@@ -194,6 +194,20 @@ def euler_step(x: Tensor, v: Tensor, t: Time, *, t_next: Time) -> Tensor:
     return x - v * (_time(t, x) - _time(t_next, x))
 
 
+def extrapolate(times: list, velocities: list, t: Time) -> Tensor:
+    """The velocity (N, C) at t by the polynomial through those at some earlier times.
+
+    One of them is kept as it is, two give a line, three a parabola: the Taylor series of TaylorSeer
+    (arXiv 2503.06923), with differences for derivatives. There of the features in every layer.
+    """
+    times, t = torch.as_tensor([*times, t], dtype=torch.float64).split([len(times), 1])
+    total = 0
+    for i, velocity in enumerate(velocities):
+        others = torch.cat([times[:i], times[i + 1 :]])
+        total = total + float(((t - others) / (times[i] - others)).prod()) * velocity
+    return total
+
+
 def sigma(t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
     """Flow-GRPO's diffusion coefficient a sqrt(t / (1 - t)), for t and t_next of one shape.
 

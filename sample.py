@@ -30,7 +30,8 @@ from bench.walk import Work, type_of, walk_pictures
 from engine import Engine, Request, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.pretrained import load_model, shape_of
+from runtime.pretrained import shape_of
+from runtime.quantised import load_quantised
 from studies.pictures import save_path, some
 from vision import open_image
 
@@ -68,6 +69,7 @@ class Config:
     height: int = 0  # pixels; 0: see square
     width: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
+    weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures
@@ -295,7 +297,8 @@ def main(config):
         return
     with exit_on_user_error(ValueError):
         wanted, place = jobs(config), processes.placed(config.device, config.dtype)
-        engine = Engine(*load_model(config.init or config.checkpoint, *place))
+        path = config.init or config.checkpoint
+        engine = Engine(*load_quantised(path, *place, kind=config.weights))
         for job in wanted:
             request_of(config, engine.model, job)
     processes.choose_threads(config.threads)

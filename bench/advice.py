@@ -117,8 +117,8 @@ def less(config):
 
 
 def strong(config):
-    """Changes of what is trained, and of the number of GPUs."""
-    found = less(config)
+    """Changes of what is trained, of how exact weights are, and of the number of GPUs."""
+    found = less(config) + changes(config, [("weights", "int8"), ("weights", "nf4")])
     more = (2, 4, 8, 16, 32, 64, 128)
     return found + [{"gpus": n} for n in more if n > getattr(config, "gpus", 128)]
 

@@ -26,6 +26,7 @@ from engine import Branch, Group, Noised, lay_out
 from example import check_budget
 from model import MAX_LOGITS
 from runtime.processes import share
+from runtime.quantised import BYTES, quantised_layers
 from sequence import Sequence
 
 SPARE = 0.9  # of a card; the rest is for what is left out
@@ -326,13 +327,22 @@ def walk_sft(config, shape):
     return Walk(standing, phases, host_bytes(config, model, standing))
 
 
+def weight_bytes(model, width, kind):
+    """Bytes of weights, `width` a value; kind: "full", or as runtime/quantised.py rounds them."""
+    values = memory.values_of(model)
+    if kind == "full":
+        return width * values
+    narrow = sum(layer.weight.numel() for *_, layer in quantised_layers(model))
+    return width * (values - narrow) + BYTES[kind] * narrow
+
+
 def walk_pictures(config, shape):
     """The Walk of sample.py and evaluate.py, whose configs say their `work`."""
     model, name = memory.model_of(shape, "all", 0), getattr(config, "metric_name", "")
     work = config.work(shape)
     weights, embedding = clip_bytes(name)
     standing = {
-        "weights": work.dtype.itemsize * memory.values_of(model),
+        "weights": weight_bytes(model, work.dtype.itemsize, getattr(config, "weights", "full")),
         "codec, CLIP": codec_weights(model) + weights,
     }
     measure = [Phase("measure", 0, {"CLIP's pass": embedding})] if name else []

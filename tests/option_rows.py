@@ -214,6 +214,7 @@ SAMPLE = dict(
     height=change("files", 32),
     width=change("files", 32),
     dtype=change("asked", "bfloat16"),
+    weights=change("exit", "nf4", memory=True, gpu_memory=7e-4),
     device=change("exit", "cuda:99"),
     seed=change("files", 1),
     threads=change("threads", 2),

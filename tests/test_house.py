@@ -65,6 +65,7 @@ MAY_IMPORT = {
 
 # heavy or optional: these alone may be imported where they are needed
 LATE_IMPORTS = (
+    "bitsandbytes",
     "huggingface_hub",
     "matplotlib",
     "pyarrow",

@@ -264,7 +264,8 @@ class Results:
         patch.setattr(advice, "remedies", lambda *_: [])
         if name in ("sample", "evaluate"):
             module, measure = MODULES[name], metrics.measure
-            noted(patch, seen, module, "load_model", key="asked", instead=lambda *_: self.loaded)
+            opened = "load_quantised" if name == "sample" else "load_model"
+            noted(patch, seen, module, opened, key="asked", instead=lambda *_, **__: self.loaded)
 
             def measured(samples, results, clip):
                 seen["pictures"] += [(one.text, pixels(one.image)) for one in results]

@@ -1,0 +1,67 @@
+"""
+Frozen weights in 8 or 4 bits, for a model that is too large for a card otherwise.
+
+    model, tokenizer = load_quantised(path, device, dtype, kind="nf4")
+
+The linear layers of both experts, nine tenths of BAGEL's weights, become those of bitsandbytes:
+
+    int8    LLM.int8 (arXiv 2208.07339): a scale a row; activations too are rounded to 8 bits, but
+            for features above 6
+    nf4     4 bits by the quantiles of a normal distribution (QLoRA, arXiv 2305.14314), a scale for
+            each 64 values
+
+Embeddings, the head, the eye and the codec stay as they are. The whole model passes through the
+host's memory in `dtype` (7B: 29 GB), the device never holds it. Not a concept of the paper.
+Left out: training (an adapter on such weights could not be merged into them without loss), 8-bit
+states of the optimiser. It needs bitsandbytes: pip install bitsandbytes
+"""
+
+import torch
+import torch.nn as nn
+
+from runtime.config import UserError
+from runtime.pretrained import load_model
+
+BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # of one value, with its part of a scale
+
+
+def load_quantised(path, device, dtype, *, kind):
+    """(model, tokenizer) as `load_model`, for sampling; kind: "int8", "nf4", or "full", as it is.
+
+    UserError without bitsandbytes.
+    """
+    if kind == "full":
+        return load_model(path, device, dtype)
+    model, tokenizer = load_model(path, "cpu", dtype)
+    quantise(model, kind)
+    return model.to(device), tokenizer
+
+
+def quantised_layers(model):
+    """(module, name of a layer of it, the layer) of all that `quantise` replaces."""
+    experts = [expert for block in model.blocks for expert in (block.und, block.gen)]
+    for expert in experts:
+        for name, layer in list(expert.named_children()):
+            if isinstance(layer, nn.Linear):
+                yield expert, name, layer
+
+
+@torch.no_grad()
+def quantise(model, kind):
+    """Replace the experts' linear layers; they are rounded when the model goes to a device."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UserError(f"--weights {kind} needs bitsandbytes: pip install bitsandbytes") from None
+    for expert, name, layer in quantised_layers(model):
+        sizes, weight = (layer.in_features, layer.out_features), layer.weight.detach()
+        if kind == "int8":
+            made = bnb.nn.Linear8bitLt(*sizes, layer.bias is not None, False, threshold=6.0)
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            made = bnb.nn.Linear4bit(
+                *sizes, layer.bias is not None, weight.dtype, quant_type="nf4", device="meta"
+            )
+            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        made.bias = layer.bias
+        setattr(expert, name, made)

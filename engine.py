@@ -125,6 +125,8 @@ class Sampler:
             raise ValueError(
                 f"timestep_shift={self.timestep_shift}: expected a number above 0; 1 shifts nothing"
             )
+        if self.cache_interval < 1:
+            raise ValueError(f"cache_interval={self.cache_interval}: expected 1 (off) or more")
         for name in ("text_guidance", "image_guidance"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number; 1 is off")
@@ -510,7 +512,8 @@ class Engine:
         lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
         velocity = self._velocity(groups, sampler, lengths, prefix=prefix)
         grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
-        active = flow.guidance_active(grid, sampler.guidance_interval).tolist()
+        guides = flow.guidance_active(grid, sampler.guidance_interval).tolist()
+        active = [one and len(sampler.contexts) > 1 for one in guides]
         past = []  # (t, v) of the last passes of the model
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
             self._go_on()

@@ -68,6 +68,7 @@ class Config:
     image_guidance: float = 1.0
     guidance_low: float = 0.0  # guidance acts at times above this
     renorm: Literal["global", "channel", "text_channel"] = "text_channel"
+    cache_interval: int = 1  # denoising steps to a pass of the model, as in sample.py
     max_plan_tokens: int = 72  # of a plan, at most
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
@@ -96,8 +97,15 @@ class Config:
 
     @property
     def sampler(self):
-        guidance, interval = (self.text_guidance, self.image_guidance), (self.guidance_low, 1.0)
-        return Sampler(self.num_timesteps, self.timestep_shift, *guidance, interval, self.renorm)
+        return Sampler(
+            self.num_timesteps,
+            self.timestep_shift,
+            self.text_guidance,
+            self.image_guidance,
+            (self.guidance_low, 1.0),
+            self.renorm,
+            cache_interval=self.cache_interval,
+        )
 
     @property
     def thinking(self):

@@ -65,6 +65,7 @@ class Config:
     guidance_high: float = 1.0  # and up to this
     renorm: Literal["global", "channel", "text_channel"] = "global"  # see flow.guide
     renorm_min: float = 0.0  # the least factor of the renormalisation; 1: off
+    cache_interval: int = 1  # denoising steps to a pass of the model; the others extrapolate
     square: bool = False  # without height and width: the largest square, not the last reference
     height: int = 0  # pixels; 0: see square
     width: int = 0
@@ -100,6 +101,7 @@ class Config:
             (self.guidance_low, self.guidance_high),
             self.renorm,
             self.renorm_min,
+            self.cache_interval,
         )
 
     @property

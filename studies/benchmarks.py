@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import iccot
-from engine import Request, Sampler, Thinking
+from engine import Request
 from runtime import files
 from runtime.config import UserError
 from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
@@ -145,6 +145,7 @@ SETTINGS = (
     "image_guidance",
     "guidance_low",
     "renorm",
+    "cache_interval",
 )
 
 
@@ -336,21 +337,12 @@ def paint_missing(engine, cases, config):
     model = engine.model.config
     side = min(SIDE, model.latent_side * model.token_pixels)  # the largest that the model can paint
     grid = (side // model.token_pixels,) * 2
-    sampler = Sampler(
-        config.num_timesteps,
-        config.timestep_shift,
-        text_guidance=config.text_guidance,
-        image_guidance=config.image_guidance,
-        guidance_interval=(config.guidance_low, 1.0),
-        renorm=config.renorm,
-    )
-    thinking = Thinking(config.max_plan_tokens) if config.use_plan else None
     left = [case for case in cases if not is_whole(picture_path(config, case))]
     for case in tqdm(left, disable=None, desc="paint"):
         request = Request(case.references, case.instruction, grid)
         seed = (config.seed, int.from_bytes(case.key.encode()[:6]))
         (result,) = engine.generate(
-            [request], sampler=sampler, thinking=thinking, batch=1, seeds=[seed]
+            [request], sampler=config.sampler, thinking=config.thinking, batch=1, seeds=[seed]
         )
         save_result(picture_path(config, case), result)
     print(f"{len(left)} pictures painted, {len(cases)} in {model_folder(config) / 'fullset'}")

@@ -1,5 +1,7 @@
 """Drawing plan tokens: the right distribution, one generator a member, no influence of company."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -119,6 +121,34 @@ def test_work_ends_soon_after_it_is_asked_to(engine):
         engine.paint([group], Sampler(5, 1.0), step=lambda k, x, v, **times: steps.append(k) or x)
     assert steps == [0]
     assert len(engine.paint([group], Sampler(5, 1.0))) == 4
+
+
+def test_velocities_between_passes_are_extrapolated(engine, monkeypatch):
+    """The first three steps ask the model, then every third; guidance that begins asks it anew."""
+    torch.nn.init.normal_(engine.model.latent_out.weight, std=0.02, generator=generator(3))
+    start = engine.start((2, 3), generator(2))
+    group = Group(engine.prompt((), "Draw a cat."), (2, 3), (Branch([7, 8, 9], (start,)),))
+    asked, pictures = [], {}
+    forward = type(engine.model).velocity
+
+    def counted(model, *words):
+        asked.append(len(words[0].latents))
+        return forward(model, *words)
+
+    monkeypatch.setattr(type(engine.model), "velocity", counted)
+    for interval in (1, 3, 100):
+        sampler = Sampler(14, 3.0, cache_interval=interval)
+        pictures[interval] = engine.paint([group], sampler)
+        pictures[interval, "passes"] = len(asked)
+        asked.clear()
+    assert [pictures[i, "passes"] for i in (1, 3, 100)] == [13, 7, 3]
+    off = {i: (pictures[i] - pictures[1]).norm() / pictures[1].norm() for i in (3, 100)}
+    assert 0 < off[3] < 0.05 and off[3] < off[100]
+    engine.paint([group], Sampler(14, 3.0, 4.0, 1.0, (0.6, 1.0), cache_interval=100))
+    sizes = [len(list(same)) for _, same in itertools.groupby(asked)]
+    assert sizes == [3, 3]  # with guidance, and without it
+    with pytest.raises(ValueError, match="cache_interval=0"):
+        Sampler(14, 3.0, cache_interval=0)
 
 
 def test_guidance_contexts_are_computed_inside_the_interval_alone(engine):

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -522,3 +523,14 @@ def test_guidance_interval():
     assert edges == [False, True, True, False]
     # float32 of 0.4 is a little above 0.4
     assert not flow.guidance_active(flow.time_grid(6, 1.0)[3], (0.4, 1.0))
+
+
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_extrapolation_is_the_polynomial(known):
+    """numpy.polyfit's, through as many points as it has numbers; exact for such velocities."""
+    times = [0.9, 0.7, 0.55][:known]
+    found = torch.randn(known, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = flow.extrapolate(times, list(found), torch.tensor(0.4))
+    fitted = np.polyfit(times, found.numpy(), known - 1)  # (known, 5)
+    expected = sum(fitted[i] * 0.4 ** (known - 1 - i) for i in range(known))
+    np.testing.assert_allclose(got, expected)

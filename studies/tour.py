@@ -14,6 +14,7 @@ other prompt's way.
 """
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,17 +92,21 @@ class Tour:
         return {"PF": found.pf, "SC": found.sc, "Overall": found.overall}
 
 
-def measure(tour):
-    """All numbers of the page, as JSON takes them; draws the pictures into tour.folder."""
+def measure(tour, prompts):
+    """All numbers of the page, as JSON takes them; draws the pictures into tour.folder.
+
+    prompts: of the whole step.
+    """
     tour.folder.mkdir(parents=True, exist_ok=True)
     plan = tour.engine.think([tour.prompt], Thinking(tour.settings.max_plan_tokens))[0][0]
     found = {"prompt": of_prompt(tour), "pack": of_pack(tour), "plan": of_plan(tour, plan)}
     found |= {"path": of_path(tour, plan), "sde": of_sde(tour, plan)}
     rollout = rollouts.roll_out(tour.engine, [tour.sample], [NUMBER], config=tour.settings, step=0)
-    reward = rewards_of(*embed_groups(tour.clip, rollout.images, rollout.captions, groups=1))
+    reward = reward_of(tour, rollout.images, rollout.captions, groups=1)  # (1, G)
     worth = advantages(reward, tour.settings)
     found["group"] = of_group(tour, rollout, reward.flatten(), advantage=worth[0])
     found["step"] = of_step(tour, rollout, worth)
+    found["whole"] = of_whole_step(tour, HeldOut(count=prompts).samples())
     return found | {"settings": of_settings(tour)}
 
 
@@ -115,7 +120,6 @@ def of_settings(tour):
         "window": f"{names[first]} to {names[last - 1]}",
         "values": tour.grid[0] * tour.grid[1] * tour.engine.model.config.token_channels,
         "toy_steps": TOY.steps,
-        "toy_prompts": TOY.prompts_per_step,
         "command": "python -m studies.tour --checkpoint out/toy-sft --clip out/toy-clip-reward",
     }
 
@@ -347,14 +351,10 @@ def of_step(tour, rollout, worth):
     model, settings, members = tour.engine.model, tour.settings, range(len(rollout.images))
     group = tree.plant(tour.engine.layout, rollout, 0, config=settings)
     before = likelihoods(model, group, settings)  # (I,)
-    trained = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(trained.values(), settings.lr, (0.9, 0.95), weight_decay=0.0)
-    learner = grpo.Learner(tour.engine, TrainingState(trained, optimizer, {}), anchor=None)
-    found, _ = grpo.update(learner, rollout, worth, config=settings)
-    moved = likelihoods(model, group, settings) - before  # (I,)
+    with a_step(tour, rollout, worth) as found:
+        moved = likelihoods(model, group, settings) - before  # (I,)
+        images = repainted(tour, rollout, [NUMBER])
     whose = torch.cat([batch.members for batch in group.batches])  # (I,)
-    images = repainted(tour, rollout)
-    reward = rewards_of(*embed_groups(tour.clip, images, rollout.captions, groups=1)).flatten()
     save_step(tour.folder / "step.png", rollout.images, images)
     return {
         "lr": settings.lr,
@@ -364,9 +364,52 @@ def of_step(tour, rollout, worth):
         "loss": found["loss"],
         "grad_norm": found["grad_norm"],
         "log_ratio": [moved[whose == i].mean().item() for i in members],
-        "reward_after": reward.tolist(),
+        "reward_after": reward_of(tour, images, rollout.captions, groups=1).flatten().tolist(),
         "verdicts_after": [tour.verdict(image) for image in images],
     }
+
+
+def of_whole_step(tour, samples):
+    """The same of as many prompts as a step of the preset has, all of them together."""
+    count, numbers = len(samples), list(range(len(samples)))
+    config = replace(tour.settings, prompts_per_step=count, groups_at_once=count)
+    whole = replace(tour, settings=config)
+    rollout = rollouts.roll_out(tour.engine, samples, numbers, config=config, step=0)
+    reward = reward_of(tour, rollout.images, rollout.captions, groups=count)  # (P, G)
+    with a_step(whole, rollout, advantages(reward, config)):
+        images = repainted(whole, rollout, numbers)
+    after = reward_of(tour, images, rollout.captions, groups=count)  # (P, G)
+
+    def overall(pictures):
+        truths = [one.truth for one in samples for _ in range(config.group_size)]
+        return [judge(picture, truth).overall for picture, truth in zip(pictures, truths)]
+
+    return {
+        "prompts": count,
+        "reward": [reward.nanmean().item(), after.nanmean().item()],
+        "better": int((after.nanmean(1) > reward.nanmean(1)).sum()),
+        "Overall": [sum(overall(of)) / len(of) for of in (rollout.images, images)],
+    }
+
+
+@contextmanager
+def a_step(tour, rollout, worth):
+    """Inside, the weights are those after a step of AdamW on the rollout; yields grpo's numbers."""
+    trained = dict(tour.engine.model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    rates = dict(lr=tour.settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state = TrainingState(trained, torch.optim.AdamW(trained.values(), **rates), {})
+    learner = grpo.Learner(tour.engine, state, anchor=None)
+    found, _ = grpo.update(learner, rollout, worth, config=tour.settings)
+    yield found
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(before[name])
+
+
+def reward_of(tour, images, captions, *, groups):
+    """(groups, G) of these pictures under their own captions."""
+    return rewards_of(*embed_groups(tour.clip, images, captions, groups=groups))
 
 
 @torch.no_grad()
@@ -377,16 +420,19 @@ def likelihoods(model, group, settings):
     return torch.cat([policy.log_prob for policy in found])
 
 
-def repainted(tour, rollout):
-    """The pictures of a group's plans from the same noise, by the present weights."""
-    starts = [
-        generator(tour.settings.seed, NUMBER, rollouts.STARTS, i)
-        for i in range(len(rollout.images))
-    ]
-    how = dict(starts=starts, grid=rollout.grid)
-    group = rollouts.group_of(tour.engine, rollout.prompts[0], rollout.plans, **how)
-    x = tour.engine.paint([group], tour.settings.sampler)  # (G * T, C)
-    return tour.pictures(x.view(len(starts), -1, x.shape[1]))  # (G, T, C)
+def repainted(tour, rollout, numbers):
+    """The pictures of all plans from the same noise, by the present weights."""
+    settings, groups = tour.settings, []
+    for i, number in enumerate(numbers):
+        starts = [
+            generator(settings.seed, number, rollouts.STARTS, member)
+            for member in range(settings.group_size)
+        ]
+        plans = rollout.plans[i * settings.plans_per_group : (i + 1) * settings.plans_per_group]
+        how = dict(starts=starts, grid=rollout.grid)
+        groups.append(rollouts.group_of(tour.engine, rollout.prompts[i], plans, **how))
+    x = tour.engine.paint(groups, settings.sampler)  # (P * G * T, C)
+    return tour.pictures(x.view(len(rollout.images), -1, x.shape[1]))  # (P * G, T, C)
 
 
 def save_step(path, before, after):
@@ -407,7 +453,7 @@ def main(config):
     engine = Engine(*load_model(config.checkpoint, torch.device("cpu"), torch.float32))
     clip = Clip("toy", config.clip)
     folder = Path(config.out) / "tour"
-    numbers = measure(Tour(engine, clip, sample, OPTIONS, folder))
+    numbers = measure(Tour(engine, clip, sample, OPTIONS, folder), TOY.prompts_per_step)
     files.write_text(folder / "numbers.json", files.to_json(numbers, indent=1) + "\n")
     tour_page.write(config.out)
     print(f"wrote {config.out}/TOUR.md")

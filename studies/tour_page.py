@@ -67,7 +67,7 @@ def values(n):
     plain |= {key: n["group"][key] for key in ("mean", "std", "true_caption")}
     plain |= {key: n["step"][key] for key in ("lr", "clip_range", "scores", "grad_norm", "loss")}
     plain |= {key: n["settings"][key] for key in ("shift", "noise_level", "window")}
-    plain |= {key: n["settings"][key] for key in ("values", "toy_steps", "toy_prompts", "command")}
+    plain |= {key: n["settings"][key] for key in ("values", "toy_steps", "command")}
     return plain | of_stage_1(n) | of_flow(n) | of_stage_2(n)
 
 
@@ -139,8 +139,13 @@ def of_stage_2(n):
         + [f"{after:.3f}", f"{after - one['reward']:+.4f}"]
         for i, (one, log_ratio, after, _) in enumerate(moved, 1)
     ]
-    tree_prompt, tree_rest = s["tokens"]
+    (tree_prompt, tree_rest), whole = s["tokens"], n["whole"]
     return {
+        "whole_prompts": whole["prompts"],
+        "whole_pictures": whole["prompts"] * len(members),
+        "whole_better": whole["better"],
+        "whole_reward": "{:.4f} to {:.4f}".format(*whole["reward"]),
+        "whole_overall": "{:.2f} to {:.2f}".format(*whole["Overall"]),
         "members": len(members),
         "captions": len({one["caption"] for one in members}),
         "true_captions": sum(one["caption"] == true for one in members),

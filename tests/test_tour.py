@@ -83,7 +83,8 @@ def test_the_numbers_fit_each_other_and_the_code(numbers):
 
 def test_the_options_are_those_of_the_preset(numbers):
     about, preset = numbers["settings"], grpo.PRESETS["toy"]
-    assert (about["toy_steps"], about["toy_prompts"]) == (tour.TOY.steps, tour.TOY.prompts_per_step)
+    assert about["toy_steps"] == tour.TOY.steps
+    assert numbers["whole"]["prompts"] == tour.TOY.prompts_per_step
     assert tour.TOY.likelihood == "forward" and grpo.PRESETS["paper"]["likelihood"] == "sde"
     assert about["shift"] == preset["timestep_shift"] == tour.OPTIONS.timestep_shift
     assert about["noise_level"] == tour.TOY.noise_level and numbers["step"]["lr"] == preset["lr"]
@@ -112,7 +113,7 @@ def test_it_can_be_measured_again(tmp_path, monkeypatch, numbers):
     engine = Engine(model, train_tokenizer(tmp_path, model.config.vocab_size))
     settings = dataclasses.replace(tour.OPTIONS, group_size=3, max_plan_tokens=5)
     sample = HeldOut(count=tour.NUMBER + 1).samples()[tour.NUMBER]
-    found = tour.measure(tour.Tour(engine, Brightness(), sample, settings, tmp_path / "tour"))
+    found = tour.measure(tour.Tour(engine, Brightness(), sample, settings, tmp_path / "tour"), 2)
     assert {key: list(value) for key, value in found.items()} == {
         key: list(numbers[key]) for key in found
     }

@@ -46,7 +46,7 @@ SIDE = 384  # pixels on the page that small pictures are enlarged to
 STYLE = """
 .gradio-container { max-width: 1200px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 12px; }
 .cards figure { margin: 0; }
 .cards img { width: 100%; image-rendering: pixelated; border-radius: 6px; }
 .cards figcaption { font-size: 13px; line-height: 1.35; }

@@ -5,8 +5,8 @@ The forward passes that training and sampling are made of, for a model of middle
 
 A pack of two edits of about 770 tokens each: a reference (256 latents, 256 ViT tokens), 60 words, a
 noised target (196). Then sampling for one such prompt: prefill, 10 denoising steps without and with
-guidance, 64 greedy tokens; the prefill is taken off what contains it. Beside each figure stands
-what the official code took for the same case, measured on another machine: a hint, no comparison.
+guidance, 64 greedy tokens; the prefill is taken off what contains it. How they compare with the
+official code side by side on one machine: RESULTS.md.
 Left out: the eye on pictures and the codec (patches and latents are given), several threads.
 """
 
@@ -27,15 +27,6 @@ MID = ModelConfig(  # the codec is not used: latents are given
     num_key_value_heads=2, vocab_size=4096, vit_hidden_size=192, vit_intermediate_size=768,
     vit_num_layers=4, vit_num_heads=4, vit_side=16, codec="space_to_depth", latent_side=16,
 )
-
-OFFICIAL = {  # CPU seconds of the official code on the same case, one thread of another machine
-    "train forward": 0.38,
-    "train forward + backward": 0.86,
-    "prefill": 0.10,
-    "10 steps": 0.55,
-    "10 steps, guidance": 1.53,
-    "64 greedy tokens": 0.42,
-}
 # fmt: on
 
 GRID = (14, 14)  # tokens of the painted picture
@@ -78,20 +69,15 @@ def bench_model(config):
     packed = two_edits(engine.layout, g)
     rivals = training(engine.model, packed, g) | sampling(engine, prompt, g)
     ours = best_of(config.repeats, rivals)
-    # the official figures have the prefill apart
     for name in ("10 steps", "10 steps, guidance", "64 greedy tokens"):
         ours[name] -= ours["prefill"]
     print(
         f"{len(packed)} tokens, {sum(p.numel() for p in engine.model.parameters()) / 1e6:.1f}M "
         f"parameters, {config.threads} thread"
     )
-    print(f"{'CPU seconds':28s}{'ours':>8s}{'official*':>11s}{'ratio':>8s}")
+    print("CPU seconds")
     for name, seconds in ours.items():
-        print(f"{name:28s}{seconds:8.3f}{OFFICIAL[name]:11.2f}{seconds / OFFICIAL[name]:8.2f}")
-    print(
-        "* of the official code, on another machine; a ratio between machines is a hint, not a "
-        "measurement"
-    )
+        print(f"{name:28s}{seconds:8.3f}")
     return as_keys(ours, 4)
 
 

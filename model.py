@@ -292,8 +292,33 @@ class Block(nn.Module):
         the expert, counts nothing, and gives every weight that rows of gen reach a gradient of 0.
         Of a pack with `read` those rows alone go beyond keys and values, and come back.
         """
-        (cos, sin), read = turn, packed.read
         ghost = gen if len(gen) > len(packed.latent_index) else None  # (1, W)
+        q, own, ghost_q = self._heads(und, gen, packed, turn=turn, ghost=ghost)
+        k, v = keys_seen(own, packed, cache, prefix=prefix)  # (Nk, K, D)
+        rows = packed
+        if packed.read is not None:
+            rows = packed.read
+            if not len(rows.order):
+                return und, gen, own
+            und, gen = take(und, rows.und), gen if ghost is not None else take(gen, rows.gen)
+        attended = attention(in_sequence(q, rows), k, v, rows.mask)  # (N, H, D)
+        if not rows.all_text:
+            attended = take(attended, rows.order)
+        # (U, H * D), (L, H * D)
+        from_und, from_gen = attended.flatten(1).tensor_split([len(und)])
+        if len(und):
+            und = self.und.finish(und, from_und)
+        if ghost is not None:
+            gen = self.gen.finish(ghost, ghost_q)  # (1, W)
+            und = und + 0 * gen
+        elif len(gen):
+            gen = self.gen.finish(gen, from_gen)
+        return und, gen, own
+
+    def _heads(self, und, gen, packed, *, turn, ghost):
+        """Queries (n, H, D) sorted by expert, keys and values (N, K, D) in sequence order, and what
+        the ghost attends to, zeros (1, H * D)."""
+        (cos, sin), read = turn, packed.read
         both = (self.und, und, slice(len(und))), (self.gen, gen, slice(len(und), None))
         parts = [part for part in both if len(part[1]) and part[1] is not ghost]
         asked = {} if read is None else {self.und: read.und, self.gen: read.gen}
@@ -302,37 +327,29 @@ class Block(nn.Module):
             for expert, x, rows in parts
         ]
         q, k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*heads))
-        if not packed.all_text:
-            k, v = take(k, packed.inverse), take(v, packed.inverse)  # (N, K, D), in sequence order
-        if ghost is not None:
-            none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
-            k, v = k + none_k, v + none_v  # (N, K, D)
-        own = k, v
-        if cache is not None:
-            keys, values = cache
-            slots = slice(None) if packed.slots is None else packed.slots
-            keys[slots], values[slots] = k, v
-            k, v = keys, values
-        elif prefix is not None:
-            # (Nk, K, D)
-            k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
-        if read is not None and not len(read.order):
-            return und, gen, own
-        rows, mixed = packed if read is None else read, read is not None or not packed.all_text
-        q = take(q, rows.inverse) if mixed else q  # (N, H, D), in sequence order
-        attended = attention(q, k, v, rows.mask)  # (N, H, D)
-        attended = (take(attended, rows.order) if mixed else attended).flatten(1)  # (N, H * D)
-        if read is not None:
-            und, gen = take(und, read.und), gen if ghost is not None else take(gen, read.gen)
-        from_und, from_gen = attended.split([len(und), len(attended) - len(und)])
-        if len(und):
-            und = self.und.finish(und, from_und)
-        if ghost is None and len(gen):
-            gen = self.gen.finish(gen, from_gen)
-        if ghost is not None:
-            gen = self.gen.finish(ghost, none_q.flatten(1))  # (1, W)
-            und = und + 0 * gen
-        return und, gen, own
+        k, v = in_sequence(k, packed), in_sequence(v, packed)
+        if ghost is None:
+            return q, (k, v), None
+        none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
+        return q, (k + none_k, v + none_v), none_q.flatten(1)
+
+
+def in_sequence(x, rows):
+    """x (n, ...) sorted by expert -> in the order of the sequence. rows: Packed, or Read."""
+    return x if rows.all_text else take(x, rows.inverse)
+
+
+def keys_seen(own, packed, cache, *, prefix):
+    """All keys and values (Nk, K, D) that a pack attends to: its `own`, and those of a cache, which
+    they are written to, or of a prefix."""
+    if cache is not None:
+        slots = slice(None) if packed.slots is None else packed.slots
+        for stored, x in zip(cache, own):
+            stored[slots] = x
+        return cache
+    if prefix is not None:
+        return [take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own)]
+    return own
 
 
 class Cache:

@@ -80,6 +80,7 @@ class Read:
     inverse: Tensor
     mask: Mask
     places: tuple[Tensor, Tensor]  # (U,), (L,): which of `und` and `gen` each token is; others: 0
+    all_text = False  # as of Packed: these rows are sorted apart
 
     def spread(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (u, W), (l, W) in their places, (U, W), (L, W); what stands elsewhere says nothing.

@@ -7,6 +7,7 @@ Time runs as in BAGEL, everywhere in this repository:
     velocity     v   = e - x0                                    what the network predicts
     estimates    x0^ = x - t v,   e^ = x + (1 - t) v             what x and v say about both ends
     ODE step     x'  = x - v D                                   (Euler)
+    cache        v(t) = polynomial through v at the last passes of the model   (`extrapolate`)
     SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise e^, put in as much new
       flow         mean = x - v D - s^2 D / (2 t) e^,    std = s sqrt(D),   s = a sqrt(t / (1 - t))
       cps          mean = x - v D - t' (1 - cos b) e^,   std = t' sin b,    b = a pi / 2

@@ -281,32 +281,27 @@ def roll_out(engine, samples, numbers, *, config, step, first=0):
 def roll_out_together(engine, samples, numbers, *, config, step, first):
     """Roll out these groups in the same forward passes."""
     many, each = config.group_size, config.plans_per_group
-
-    def generators(purpose, count, same=False):
-        """Of each group, one for each of its plans or members."""
-        begin = first // (many // count)  # in plans, if these are of plans
-        which = [0 if same else begin + i for i in range(count)]
-        return [[generator(config.seed, number, purpose, i) for i in which] for number in numbers]
-
+    how = dict(config=config, first=first)
     prompts = [engine.prompt(one.references, one.instruction) for one in samples]
     prefix = engine.prefill(prompts)
     plans, ended = engine.think(
         prompts,
         config.thinking,
         count=each,
-        generators=sum(generators(PLANS, each, not config.rid), []),
+        generators=sum(generators(PLANS, numbers, each, same=not config.rid, **how), []),
         prefix=prefix,
     )
     references = [len(one.references) for one in samples for _ in range(each)]
     grid = engine.model.config.picture_grid(config.picture_side, config.picture_side)
-    starts = generators(STARTS, many, config.same_start)
+    starts = generators(STARTS, numbers, many, same=config.same_start, **how)
     groups = [
         group_of(engine, prompt, plans[i * each : (i + 1) * each], starts=starts[i], grid=grid)
         for i, prompt in enumerate(prompts)
     ]
     window = draw_window(config, step) if config.likelihood == "sde" else None
+    noises = generators(NOISES, numbers, many, **how)
     final, pictures = paint_groups(
-        engine, groups, generators(NOISES, many), window=window, prefix=prefix, config=config
+        engine, groups, noises, window=window, prefix=prefix, config=config
     )
     if window is None:
         scores = [generator(config.seed, number, SCORES) for number in numbers]
@@ -314,6 +309,16 @@ def roll_out_together(engine, samples, numbers, *, config, step, first):
     captions = [caption_of(engine.tokenizer.decode(plan), n) for plan, n in zip(plans, references)]
     images = engine.pictures(final, [grid] * len(final))
     return Rollout(prompts, plans, captions, images, torch.tensor(ended), pictures, grid)
+
+
+def generators(purpose, numbers, count, *, config, first=0, same=False):
+    """Of each group, one for each of its `count` plans or members; same: one alike for all.
+
+    first: member of each group at which they begin.
+    """
+    begin = first // (config.group_size // count)  # in plans, if these are of plans
+    which = [0 if same else begin + i for i in range(count)]
+    return [[generator(config.seed, number, purpose, i) for i in which] for number in numbers]
 
 
 def group_of(engine, prompt, plans, *, starts, grid):

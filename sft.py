@@ -13,10 +13,12 @@ conditions are dropped as in BAGEL (docs/BAGEL.md §13.3), for guidance. One sam
 `noise_copies` noised copies of its target, at different times and mutually invisible: its prompt
 and plan are computed once for all of them.
 
-With `train` gen or lora the expert that writes is frozen, and L = mse_weight * L_img; L_cot is only
-logged. Such a stage teaches to paint by a plan; to write one is learned with train=all.
+With `train` gen or lora the expert that writes is frozen, and L = mse_weight * L_img: L_cot could
+reach the painter only where plans see the latents of references, and is logged alone. So such a
+stage teaches to paint by a plan; to write one is learned with train=all.
 
 Letters: sequence.py. Left out: tricks of large batches (the number of processes changes no mean).
+
     python sft.py --config toy             draws the toy world, trains on a CPU; smoke: in seconds
     python sft.py --config full --init BAGEL-7B-MoT     fine-tunes it; on one GPU with --train lora
 Run the same command again to resume. Then look at out/toy-sft/curves.png, or at sample.py.
@@ -96,25 +98,23 @@ class Config(loop.Options, example.Options, ModelConfig):
 TOY = dict(
     text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
-    sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50,
+    sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50, plan_dropout=0.1,
     metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45, gpus=1,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
-        samples_per_step=14, plan_dropout=0.1, ce_weight=0.3, steps=2000, lr=4e-3, warmup=100,
-        average=0.99, beta2=0.98, out="out/toy-sft", pretraining_steps=1500, save_every=200,
-        sample_every=500,
+        samples_per_step=14, ce_weight=0.3, steps=2000, pretraining_steps=1500, lr=4e-3, warmup=100,
+        average=0.99, beta2=0.98, out="out/toy-sft", save_every=200, sample_every=500,
     ),
     "smoke": MODELS["smoke"] | TOY | dict(
-        samples_per_step=8, tokens_per_pack=2048, plan_dropout=0.1, steps=60, lr=6e-3, warmup=5,
-        average=0.9, out="out/smoke-sft", save_every=20, sample_every=60,
+        samples_per_step=8, tokens_per_pack=2048, steps=60, lr=6e-3, warmup=5, average=0.9,
+        out="out/smoke-sft", save_every=20, sample_every=60,
         metric="out/smoke-clip-metric", clip_steps=20, eval_samples=16,
     ),
     "small": MODELS["small"] | TOY | dict(  # one data-centre GPU; not run yet
-        scale=2, sample_side=64, samples_per_step=96, noise_copies=2, plan_dropout=0.1,
-        ce_weight=0.3, workers=4, steps=12_000, pretraining_steps=9000, lr=6e-4, warmup=500,
-        average=0.999, beta2=0.98, precision="bfloat16", out="out/small-sft", save_every=1000,
-        sample_every=1000,
+        scale=2, sample_side=64, samples_per_step=96, noise_copies=2, ce_weight=0.3, workers=4,
+        steps=12_000, pretraining_steps=9000, lr=6e-4, warmup=500, average=0.999, beta2=0.98,
+        precision="bfloat16", out="out/small-sft", save_every=1000, sample_every=1000,
     ),
     "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
         scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,

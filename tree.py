@@ -69,7 +69,7 @@ def plant(layout, rollout, group, *, config):
     plans = rollout.plans[group * each : (group + 1) * each]
     batches = split_members([len(plan) + 2 for plan in plans], rollout, config)
     prompt = rollout.prompts[group]
-    cuts = [  # the prompt's content is laid out once
+    cuts = [  # the prompt's content is laid out once, in the first
         cut_batch(layout, rollout, group, pictures=some, prompt=one, config=config)
         for some, one in zip(batches, [prompt, *[prompt.hollow()] * len(batches)])
     ]

@@ -61,7 +61,7 @@ class Host:
     """A group of `full` without weights: prompt, plans and latents of any content."""
 
     def __init__(self, config, shape, seed):
-        self.config, self.shape, self.generator = config, shape, generator(seed)
+        self.config, self.generator = config, generator(seed)
         self.layout, self.prompt, n = memory.a_prompt(shape, memory.Case())
         self.grid = shape.picture_grid(config.picture_side, config.picture_side)
         members, plans = config.group_size, config.plans_per_group
@@ -103,10 +103,10 @@ class Host:
 
     def masks(self):
         """Of all passes of a group but those of single tokens."""
-        tree = self.update()
-        rest = [batch.packed for batch in tree.batches]
+        planted = self.update()
+        rest = [batch.packed for batch in planted.batches]
         painted = [packed.select(packed.rows_of("noised")) for packed in self.paint()]
-        return [packed.mask for packed in (tree.prompt, *rest, *painted)]
+        return [packed.mask for packed in (planted.prompt, *rest, *painted)]
 
     def lists(self, masks):
         for mask in masks:

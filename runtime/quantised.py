@@ -32,9 +32,19 @@ def load_quantised(path, device, dtype, *, kind):
     """
     if kind == "full":
         return load_model(path, device, dtype)
+    library(kind)  # before 7B are read
     model, tokenizer = load_model(path, "cpu", dtype)
     quantise(model, kind)
     return model.to(device), tokenizer
+
+
+def library(kind):
+    """bitsandbytes; UserError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(f"--weights {kind} needs bitsandbytes: pip install bitsandbytes") from None
+    return bitsandbytes
 
 
 def quantised_layers(model):
@@ -49,10 +59,7 @@ def quantised_layers(model):
 @torch.no_grad()
 def quantise(model, kind):
     """Replace the experts' linear layers; they are rounded when the model goes to a device."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise UserError(f"--weights {kind} needs bitsandbytes: pip install bitsandbytes") from None
+    bnb = library(kind)
     for expert, name, layer in quantised_layers(model):
         sizes, weight = (layer.in_features, layer.out_features), layer.weight.detach()
         if kind == "int8":

@@ -150,9 +150,13 @@ SETTINGS = (
 
 
 def check_settings(path, config):
-    """Record what the pictures depend on; UserError if those that are there were made otherwise."""
+    """Record what the pictures depend on; UserError if those that are there were made otherwise.
+
+    What a record lacks, from before there was such an option, stood at its default.
+    """
     settings = {name: getattr(config, name) for name in SETTINGS}
-    before = files.read_json(path) if path.is_file() else settings
+    defaults = {name: getattr(type(config), name) for name in SETTINGS}
+    before = defaults | files.read_json(path) if path.is_file() else settings
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(

@@ -422,15 +422,13 @@ def likelihoods(model, group, settings):
 
 def repainted(tour, rollout, numbers):
     """The pictures of all plans from the same noise, by the present weights."""
-    settings, groups = tour.settings, []
-    for i, number in enumerate(numbers):
-        starts = [
-            generator(settings.seed, number, rollouts.STARTS, member)
-            for member in range(settings.group_size)
-        ]
-        plans = rollout.plans[i * settings.plans_per_group : (i + 1) * settings.plans_per_group]
-        how = dict(starts=starts, grid=rollout.grid)
-        groups.append(rollouts.group_of(tour.engine, rollout.prompts[i], plans, **how))
+    settings, groups, each = tour.settings, [], tour.settings.plans_per_group
+    how = dict(config=settings, same=settings.same_start)
+    starts = rollouts.generators(rollouts.STARTS, numbers, settings.group_size, **how)
+    for i, prompt in enumerate(rollout.prompts):
+        how = dict(starts=starts[i], grid=rollout.grid)
+        plans = rollout.plans[i * each : (i + 1) * each]
+        groups.append(rollouts.group_of(tour.engine, prompt, plans, **how))
     x = tour.engine.paint(groups, settings.sampler)  # (P * G * T, C)
     return tour.pictures(x.view(len(rollout.images), -1, x.shape[1]))  # (P * G, T, C)
 

@@ -89,6 +89,8 @@ def test_it_says_what_it_needs(monkeypatch, drawn):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
     with pytest.raises(UserError, match="--weights nf4 needs .*pip install bitsandbytes"):
         quantise(drawn[0].model, "nf4")
+    with pytest.raises(UserError, match="needs bitsandbytes"):  # before anything is read
+        load_quantised("nowhere", torch.device("cpu"), torch.bfloat16, kind="nf4")
 
 
 def test_what_fits_small_cards():

@@ -34,6 +34,7 @@ FETCH = 16  # what a key costs whatever the rows
 BIASED = 1.2  # how much more a score costs that has a bias
 TEXT = 128  # rows of text in a piece, before merging
 VIEW = 8  # a view of n keys is taken of up to VIEW n: its gradient is as long as all of them
+FEW = 16  # up to so many rows, query heads of one key head are computed as rows of it
 MAX_BIAS = 2**22  # numbers in the bias of several pieces together
 
 
@@ -83,13 +84,24 @@ def sdpa_attention(q, k, v, mask):
             x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value)
         )
         bias = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = _one_call(query, key, value, bias)  # (B, H, rows, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * rows, H, D)
     out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], schedule.restore)
     # (Nq, H, D)
     return out if schedule.empty is None else out.masked_fill(schedule.empty[:, None, None], 0)
+
+
+def _one_call(query, key, value, bias):
+    """Attention of (B, H, rows, D) to (B, K, keys, D), (B, H, rows, D)."""
+    many = query.shape[1] // key.shape[1]  # query heads of a key head
+    if many == 1 or query.shape[2] > FEW:
+        how = dict(attn_mask=bias, enable_gqa=many > 1)
+        return F.scaled_dot_product_attention(query, key, value, **how)
+    # few rows: keys are repeated for each query head; so let these be more rows of one head
+    folded = query.unflatten(1, (-1, many)).flatten(2, 3)  # (B, K, many * rows, D)
+    bias = None if bias is None else bias.repeat(1, 1, many, 1)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias)
+    return out.unflatten(2, (many, -1)).flatten(1, 2)  # (B, H, rows, D)
 
 
 def _rows(x, index):

@@ -57,6 +57,7 @@ from vision import (
 )
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
+MLP_ROWS = {"cuda": 8192, "cpu": 1024}  # computed at a time where no gradient is asked for
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,18 @@ class Expert(nn.Module):
     def finish(self, x, attended):
         """Residual update from the attention output (n, H * D), then the MLP."""
         x = x + self.o_proj(attended)
+        if torch.is_grad_enabled():
+            return x + self._mlp(x)
+        # nothing is kept for a gradient: some rows at a time, in place, bound the memory
+        for part in x.split(MLP_ROWS.get(x.device.type, MLP_ROWS["cuda"])):
+            part += self._mlp(part)
+        return x
+
+    def _mlp(self, x):
         h = self.post_attention_layernorm(x)
         gate, up = self.gate_proj(h), self.up_proj(h)  # (n, intermediate)
-        if torch.is_grad_enabled():
-            return x + self.down_proj(F.silu(gate) * up)
-        return x + self.down_proj(F.silu(gate, inplace=True).mul_(up))  # half the temporaries
+        inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, True).mul_(up)
+        return self.down_proj(inner)
 
 
 class Block(nn.Module):

@@ -57,7 +57,7 @@ from vision import (
 )
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
-MLP_ROWS = {"cuda": 8192, "cpu": 1024}  # computed at a time where no gradient is asked for
+MLP_ROWS = {"cuda": 8192, "cpu": 512}  # computed at a time where no gradient is asked for
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,8 @@ class Block(nn.Module):
             if not len(rows.order):
                 return und, gen, own
             und, gen = take(und, rows.und), gen if ghost is not None else take(gen, rows.gen)
-        attended = attention(in_sequence(q, rows), k, v, rows.mask)  # (N, H, D)
+        q = in_sequence(q, rows)
+        attended = attention(q, k, v, rows.mask)  # (N, H, D)
         if not rows.all_text:
             attended = take(attended, rows.order)
         # (U, H * D), (L, H * D)

@@ -86,8 +86,10 @@ def sdpa_attention(q, k, v, mask):
         bias = None if bias is None else bias.to(q.dtype)
         out = _one_call(query, key, value, bias)  # (B, H, rows, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * rows, H, D)
-    out = _rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], schedule.restore)
-    # (Nq, H, D)
+    del queries, query, fetched, key, value  # what follows needs as much memory
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    del outputs
+    out = _rows(out, schedule.restore)  # (Nq, H, D)
     return out if schedule.empty is None else out.masked_fill(schedule.empty[:, None, None], 0)
 
 

@@ -2,6 +2,7 @@
 Every speed and memory figure that this project quotes, beside its rival: python -m bench NAME
     model          one thread of a CPU: training, prefill, denoising, decoding of a mid-size model
     attention      on a GPU: TFLOP/s of our kernel and its rivals; on a CPU: what the masks cost
+    growth         how time grows with documents, members and references
     packing        what the host does for a group of the preset `full`
     grpo           whole groups against one member and one step at a time; 7B computed
     data           samples a second read from shards at 1024 px, against decoding alone
@@ -24,6 +25,7 @@ import grpo
 from bench.advice import print_walk
 from bench.attention import bench_attention
 from bench.data import bench_data
+from bench.growth import bench_growth
 from bench.grpo import bench_grpo
 from bench.model import bench_model
 from bench.packing import bench_packing
@@ -65,6 +67,7 @@ def bench_memory(config):
 
 REGIMES = {
     "model": bench_model,
+    "growth": bench_growth,
     "attention": bench_attention,
     "packing": bench_packing,
     "grpo": bench_grpo,

@@ -66,7 +66,7 @@ def bench_model(config):
     g = torch.Generator().manual_seed(config.seed)
     engine = random_engine(MID, config.seed, g)
     prompt = random_prompt(g)
-    packed = two_edits(engine.layout, g)
+    packed = edits(engine.layout, g, count=2)
     rivals = training(engine.model, packed, g) | sampling(engine, prompt, g)
     ours = best_of(config.repeats, rivals)
     for name in ("10 steps", "10 steps, guidance", "64 greedy tokens"):
@@ -87,10 +87,10 @@ def random_prompt(generator, words=40):
     return Prompt((reference, random_words(words, MID.vocab_size, generator)))
 
 
-def two_edits(layout, generator):
-    """The pack of two samples, whose last 20 words and whose target carry the loss."""
+def edits(layout, generator, *, count):
+    """The pack of some samples, whose last 20 words and whose target carry the loss."""
     sequence = Sequence(layout)
-    for _ in range(2):
+    for _ in range(count):
         with sequence.document():
             random_prompt(generator).write(sequence)
             sequence.text(random_words(20, MID.vocab_size, generator), loss=True)

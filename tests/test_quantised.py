@@ -36,7 +36,7 @@ def drawn():
     generator = torch.Generator().manual_seed(0)
     engine = case.random_engine(case.MID, 0, generator)
     prompt = case.random_prompt(generator)
-    return engine, prompt, case.two_edits(engine.layout, generator)
+    return engine, prompt, case.edits(engine.layout, generator, count=2)
 
 
 def velocity(model, packed):

@@ -314,6 +314,7 @@ class Block(nn.Module):
             und, gen = take(und, rows.und), gen if ghost is not None else take(gen, rows.gen)
         q = in_sequence(q, rows)
         attended = attention(q, k, v, rows.mask)  # (N, H, D)
+        del q, k, v  # what follows needs as much memory
         if not rows.all_text:
             attended = take(attended, rows.order)
         # (U, H * D), (L, H * D)

@@ -391,7 +391,7 @@ class Engine:
             tuple(
                 self.tokenizer.encode(item)
                 if isinstance(item, str)
-                else self.model.read(item, as_inferencer=True)
+                else self.model.encode_reference(item, as_inferencer=True)
                 for item in items
             )
         )
@@ -461,7 +461,9 @@ class Engine:
         uniform = None
         if thinking.temperature:
             wide = torch.float32 if self.device.type == "mps" else torch.float64
-            uniform = draw_uniform(thinking.max_tokens, generators).to(self.device, wide)  # (B, S)
+            uniform = draw_uniform(thinking.max_tokens, generators).to(
+                self.device, wide
+            )  # (B, max_tokens)
         fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
         tokens = slots.new_full((len(slots), thinking.max_tokens), -1)  # (B, steps)
         open_rows = torch.arange(len(slots), device=self.device)
@@ -524,9 +526,9 @@ class Engine:
                 past = [*past, (t, v)][-CACHED:]
             else:
                 v = flow.extrapolate(*zip(*past), t)
-            times, aim = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
+            times, estimate = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
             x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
-            yield x, aim
+            yield x, estimate
 
     def _velocity(self, groups, sampler, lengths, *, prefix):
         """A function (x, t, whether guidance is active) -> the velocity that the sampler follows.

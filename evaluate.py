@@ -38,6 +38,7 @@ class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
     side: int = world.SIZE  # pixels of the pictures, before the codec's resize rule
     data: str = "toy"  # held-out prompts of the toy world, or samples on disk (no exact judge)
+    split: Literal["held_out", "all"] = "held_out"  # of samples on disk: one in fifty, or all
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     num_samples: int = 200  # prompts
     max_references: int = 4
@@ -124,6 +125,7 @@ class Config:
             self.batch,
             seed=self.seed,
             data_seed=self.data_seed,
+            split=self.split,
         )
 
     def work(self, shape):
@@ -138,6 +140,10 @@ PRESETS = {
     "smoke": dict(
         checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
         metric="out/smoke-clip-metric", clip_steps=20,
+    ),
+    "small": dict(
+        checkpoint="out/small-grpo", side=64, scale=2, metric_name="toy",
+        metric="out/toy-clip-metric", clip_steps=300,
     ),
     "rehearsal": dict(
         checkpoint="out/rehearsal-grpo", side=512, scale=16, num_samples=4, num_timesteps=5,

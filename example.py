@@ -105,7 +105,7 @@ def make_example(engine, one, config, *, generator):
     without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
     items = []
     for image in one.references:
-        reference = model.read(image)
+        reference = model.encode_reference(image)
         if chance(config.vae_dropout):
             reference = replace(reference, latents=None)
         if chance(config.vit_dropout):

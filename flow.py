@@ -23,7 +23,7 @@ it again. With SNR = ((1 - t) / t)^2, the bound of a diffusion model is, up to a
     log p(x0) >= 1/2 int d(log SNR)/dt E_e |e - e^|^2 dt = - int w(t) E_e |v - (e - x0)|^2 dt
     w(t) = (1 - t) / t    since d(log SNR)/dt = -2 / (t (1 - t)), e - e^ = (1 - t) (e - x0 - v)
 
-`forward_log_prob` estimates it at drawn (t, e), with w = 1 as in training: the times are drawn
+`forward_log_prob` estimates it at drawn (t, e), with w = 1 as stage 1 has: the times are drawn
 where a picture is decided, whereas the bound's own weight counts its last, invisible digits most.
 Any weight that is above zero has its best model where the bound has it. The difference of two
 models is what counts; at the same (t, e) most of the estimate's chance cancels in it.

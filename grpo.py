@@ -107,7 +107,7 @@ class Config(loop.Options, rollouts.Options):
 
     @property
     def held_out(self):
-        """Prompts of the final table and of the strips."""
+        """Prompts of the final table and of the strips, painted without guidance."""
         sampler = Sampler(self.eval_timesteps, self.timestep_shift, guidance_interval=(0.0, 1.0))
         prompts = self.eval_data, self.eval_samples, self.max_references, self.scale
         thinking, batch = Thinking(self.eval_plan_tokens), self.eval_batch
@@ -144,7 +144,7 @@ PRESETS = {
         sample_every=2, gpus=1, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
-    "paper": dict(  # published: group_size, steps, lr, 50 denoising steps; the rest Flow-GRPO's
+    "paper": dict(  # published: group_size, steps, lr, 50 steps; window and guidance ours
         likelihood="sde", lr=1e-6, kl_beta=0.0, average=0.0, num_timesteps=51, window=25,
         window_end=1.0, text_guidance=4.0, image_guidance=2.0, clip_kappa=0.05,
         out="out/paper-grpo",
@@ -167,30 +167,32 @@ class Learner:
     stop: loop.Stop | None = None  # whether the run was asked to end
 
 
-def update(learner, rollout, worth, *, config):
+def update(learner, rollout, advantage, *, config):
     """All optimiser steps of one iteration, each on its share of the groups.
 
-    worth: `advantages`, here. Returns the numbers for the log, and if all gradients were finite.
+    advantage: of pictures and of plans, as `advantages` gives them, here. Returns the numbers for
+    the log, and if all gradients were finite.
     """
     model, layout = learner.engine.model, learner.engine.layout
-    groups, share = len(rollout.prompts), len(rollout.prompts) // config.updates
+    groups = len(rollout.prompts)
+    each = groups // config.updates  # groups of an optimiser step
     trees = [tree.plant(layout, rollout, group, config=config) for group in range(groups)]
     passes = [int(n) for n in processes.reduced([len(one.batches) for one in trees], "max")]
     with sharding.gathered(model):  # p_old; the first optimiser step gets it from its own passes
-        for one in trees[share:]:
+        for one in trees[each:]:
             prefix = model.keys_and_values(one.prompt.to(processes.device()))
             found = [tree.policy(model, prefix, batch, config=config) for batch in one.batches]
             one.old = [policy.detached(config.guard) for policy in found]
     health, norms = [], []
     values = math.prod(rollout.grid) * model.config.token_channels  # of a picture
     clip_range = config.clip_kappa / values**0.5
-    scales = dict(clip_range=clip_range, scale=1 / (share * config.group_size * config.scores))
+    scales = dict(clip_range=clip_range, scale=1 / (each * config.group_size * config.scores))
     words = rollout.written.view(config.updates, -1).sum(1).tolist()  # plan tokens of each step
     for number, text_tokens in enumerate(processes.reduced(words)):
         scales["text_scale"] = config.text_weight * processes.size() / text_tokens
-        mine, done = range(number * share, (number + 1) * share), []
+        mine, done = range(number * each, (number + 1) * each), []
         for group in mine:
-            actions = [actions_of(batch, worth, scales) for batch in trees[group].batches]
+            actions = [actions_of(batch, advantage, scales) for batch in trees[group].batches]
             how = dict(passes=passes[group], last=group == mine[-1], config=config)
             done += group_backward(learner, trees[group], actions, **how)
         norms.append(sharding.step_if_finite(learner.state.optimizer, config.max_grad_norm))
@@ -204,9 +206,9 @@ def update(learner, rollout, worth, *, config):
     return found, all(stepped for _, stepped in norms)
 
 
-def actions_of(batch, worth, scales):
-    """Actions of a batch. worth: `advantages`; scales: the numbers of the optimiser step."""
-    images, plans = worth
+def actions_of(batch, advantage, scales):
+    """Actions of a batch. advantage: as for `update`; scales: the numbers of the optimiser step."""
+    images, plans = advantage
     return Actions(
         advantage=images[batch.members],  # (I,)
         image_of_token=batch.image_of_token,
@@ -292,9 +294,9 @@ def iteration(learner, clip, source, *, config, step):
     kind = dict(kind=config.reward, cross_score=config.cross_score)
     embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
     reward = rewards_of(*share.whole_groups(*embedded), **kind)  # (P, G)
-    worth = share.own_members(*advantages(reward, config))
+    advantage = share.own_members(*advantages(reward, config))
     lap()
-    health, finite = update(learner, rollout, worth, config=share.config)
+    health, finite = update(learner, rollout, advantage, config=share.config)
     lap()
     words = [len(caption.split()) for caption in rollout.captions if caption]
     spent, tokens, trained = ([b - a for a, b in zip(x, x[1:])] for x in zip(*clock))

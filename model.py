@@ -569,7 +569,7 @@ class UnifiedModel(nn.Module):
     def _cross_entropy(self, und, rows, labels):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
-    def read(
+    def encode_reference(
         self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
     ) -> Reference:
         """PIL RGB -> Reference. Each encoder resizes the picture by its own rule in training.

@@ -113,7 +113,7 @@ class Options:
     same_start: bool = False  # all members of a group start from the same noise
     likelihood: Literal["sde", "forward"] = "forward"  # of steps taken, of the finished picture
     scored_times: int = 3  # forward: times at which a picture is noised again
-    scored_shift: float = 3.0  # forward: their time shift; they are drawn as in training
+    scored_shift: float = 3.0  # forward: their time shift; logit-normal as in stage 1
     sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
     noise_level: float = 0.7  # a of the SDE (Flow-GRPO); for cps 0.8
     window: int = 3  # stochastic steps of a rollout, which are the trained ones
@@ -186,7 +186,7 @@ class Scored:
     """Some noised pictures, and what their velocities are scored by."""
 
     x: torch.Tensor  # (I, T, C)
-    aim: torch.Tensor  # (I, T, C) sde: x after the step; forward: the velocity it should have
+    target: torch.Tensor  # (I, T, C) sde: x after the step; forward: the velocity it should have
     t: torch.Tensor  # (I,)
     t_next: torch.Tensor  # (I,) sde: after the step
 

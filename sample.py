@@ -59,7 +59,7 @@ class Config:
     system_prompt: bool = False  # BAGEL's request to think first; for weights not trained here
     num_timesteps: int = 50  # grid points; one more than model evaluations
     timestep_shift: float = 3.0
-    text_guidance: float = 4.0  # 1: off
+    text_guidance: float = 4.0  # 1: off; these five as in BAGEL's gen_image (evaluate.py: editing)
     image_guidance: float = 1.5
     guidance_low: float = 0.4  # guidance acts at times above this
     guidance_high: float = 1.0  # and up to this
@@ -133,6 +133,7 @@ TOY = dict(
 PRESETS = {
     "toy": TOY,
     "smoke": TOY | dict(checkpoint="out/smoke-grpo"),
+    "small": TOY | dict(checkpoint="out/small-grpo"),
     "rehearsal": dict(checkpoint="out/rehearsal-grpo", num_timesteps=5),
     "full": dict(checkpoint="out/full-grpo"),
 }

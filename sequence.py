@@ -33,7 +33,8 @@ Letters, here and in the whole project:
     R values of one ViT patch                 W width of the residual stream
     H query heads       K key/value heads     D width of a head (head_dim)
     P prompts (groups) of a step              J plans of a group       G members of a group
-    S steps of the SDE window                 T tokens of one picture  I pictures of a pack
+    S scored pictures of a member (sde: steps of the window, forward: times)
+    T tokens of one picture                   I pictures of a pack   Z tokens of those, I * T
     B members or items in one pass            E size of a CLIP embedding
     lower case n, h, w, t: counts, grids and times of the moment
 

@@ -87,7 +87,7 @@ class Config(loop.Options, example.Options, ModelConfig):
 
     @property
     def held_out(self):
-        """Prompts of the strips; of the measurements, as many as eval_samples."""
+        """Prompts of the strips, painted without guidance; measurements have more."""
         sampler = Sampler(self.sample_timesteps, self.sample_shift, guidance_interval=(0.0, 1.0))
         prompts = self.data, 8, self.max_references, self.scale
         thinking, batch = Thinking(self.sample_plan_tokens), self.eval_batch

@@ -39,7 +39,7 @@ class Batch:
     members: torch.Tensor  # (I,) of the rollout: whose picture it is
     steps: torch.Tensor  # (I,) which of its S scores it is for
     x: torch.Tensor  # (Z, C) the pictures
-    aim: torch.Tensor  # (Z, C) what they are scored by (rollouts.Scored)
+    target: torch.Tensor  # (Z, C) what they are scored by (rollouts.Scored)
     t: torch.Tensor  # (Z,) their times
     t_next: torch.Tensor  # (Z,) sde: after the step
     image_of_token: torch.Tensor  # (Z,) which of the I pictures
@@ -129,7 +129,7 @@ def cut_batch(layout, rollout, group, *, pictures, prompt, config):
         rows,
         steps,
         scored.x.flatten(0, 1),  # (Z, C)
-        scored.aim.flatten(0, 1),  # (Z, C)
+        scored.target.flatten(0, 1),  # (Z, C)
         scored.t[image_of_token],
         scored.t_next[image_of_token],
         image_of_token,
@@ -175,9 +175,9 @@ def policy(model, prefix, batch, *, config):
     )
     of = dict(image_of_token=batch.image_of_token, images=images)
     if config.likelihood == "forward":
-        log_prob, mean, std = flow.forward_log_prob(v, batch.aim, **of), None, None
+        log_prob, mean, std = flow.forward_log_prob(v, batch.target, **of), None, None
     else:
         mean, std = flow.transition(batch.x, v, batch.t, t_next=batch.t_next, sde=config.transition)
-        log_prob, std = flow.log_prob(batch.aim, mean, std, **of), std.expand(len(v), 1)
+        log_prob, std = flow.log_prob(batch.target, mean, std, **of), std.expand(len(v), 1)
     text = -model.cross_entropy(und, batch.packed) if config.train_text else None
     return Policy(log_prob, text, mean, std, v)

@@ -241,8 +241,8 @@ def tree_update(contest):
     parameters = dict(contest.engine.model.named_parameters())
     state = TrainingState(parameters, torch.optim.SGD(parameters.values(), 0.0), {})
     learner = grpo.Learner(contest.engine, state, None)
-    worth = objective.advantages(contest.reward, contest.config)
-    grpo.update(learner, contest.rollout, worth, config=contest.config)
+    advantage = objective.advantages(contest.reward, contest.config)
+    grpo.update(learner, contest.rollout, advantage, config=contest.config)
 
 
 def kept_for_backward(contest):

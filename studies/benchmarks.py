@@ -344,7 +344,7 @@ def paint_missing(engine, cases, config):
     left = [case for case in cases if not is_whole(picture_path(config, case))]
     for case in tqdm(left, disable=None, desc="paint"):
         request = Request(case.references, case.instruction, grid)
-        seed = (config.seed, int.from_bytes(case.key.encode()[:6]))
+        seed = (config.seed, int.from_bytes(case.key.encode()))
         (result,) = engine.generate(
             [request], sampler=config.sampler, thinking=config.thinking, batch=1, seeds=[seed]
         )

@@ -121,8 +121,9 @@ def points(folder, over):
     lines = loop.read_log(folder)
     if not lines:
         raise UserError(f"{folder} has no metrics.jsonl with a step; give the folders of runs")
-    config, x, found = files.read_json(Path(folder) / "config.json"), 0.0, []
-    each = config.get("prompts_per_step", 0) * config.get("group_size", 0)
+    options = files.read_json(Path(folder) / "config.json")["options"]
+    each = options.get("prompts_per_step", 0) * options.get("group_size", 0)
+    x, found = 0.0, []
     if over == "pictures" and not each:
         raise UserError(f"{folder} painted no pictures to learn from; use --over steps or seconds")
     for line in lines:

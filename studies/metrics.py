@@ -28,6 +28,7 @@ import iccot
 from engine import Engine, Sampler, Thinking
 from iccot import TASKS
 from reward import compare
+from runtime.config import UserError
 from runtime.files import to_json, write_text
 from runtime.pretrained import load_model
 from runtime.processes import device, rank, reduced, size, warn
@@ -55,6 +56,7 @@ class HeldOut:
     batch: int = 50  # prompts at a time: bounds the memory, not the result
     seed: int = 0  # of the noise
     data_seed: int = 0  # of the prompts
+    split: str = "held_out"  # of samples on disk; or all
 
     def samples(self):
         """The prompts, as samples."""
@@ -64,6 +66,7 @@ class HeldOut:
             max_references=self.max_references,
             seed=self.data_seed,
             scale=self.scale,
+            split=self.split,
         )
 
     def paint(self, engine: Engine, samples, numbers=None):
@@ -92,18 +95,22 @@ class HeldOut:
             )
 
 
-def held_out(path, count, *, max_references=4, seed=0, scale=1):
-    """`count` samples of the toy world's held-out split ("toy"), or of that of samples on disk.
+def held_out(path, count, *, max_references=4, seed=0, scale=1, split="held_out"):
+    """`count` samples of the toy world's held-out split ("toy"), or of samples on disk.
 
-    Of these at most as many as are held out, by a hash of the key (data.py).
+    Of these at most as many as there are, or with split held_out are held out, by a hash of the key
+    (data.py). UserError: the toy world's, and another split.
     """
+    if path == "toy" and split != "held_out":
+        raise UserError(f"split={split} is for samples on disk (--data); the toy world holds out")
     if path == "toy":
         source = Drawn("held_out", seed, max_references, scale)
         return [source[i] for i in range(count)]
-    source = data.Source(path, split="held_out")
+    source = data.Source(path, split=split)
     if len(source) < count:
-        share = f"one sample in {round(1 / data.HELD_OUT)}"
-        warn(f"{path} has {len(source)} held out ({share}); {count} were asked for")
+        share = f"one sample in {round(1 / data.HELD_OUT)}, all with --split all"
+        which = f"held out ({share})" if split == "held_out" else "samples"
+        warn(f"{path} has {len(source)} {which}; {count} were asked for")
     return source.first(count)
 
 

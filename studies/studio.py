@@ -166,9 +166,9 @@ class Studio:
         group = Group(self._prompt(engine, request), request.grid, (Branch(plan, (start,)),))
         steps = ask.sampler.num_timesteps - 1
         every = -(-steps // SHOWN)
-        for k, (x, aim) in enumerate(engine.steps([group], ask.sampler), 1):
+        for k, (x, estimate) in enumerate(engine.steps([group], ask.sampler), 1):
             if k % every == 0 or k == steps:
-                yield k, engine.pictures([x if k == steps else aim], [request.grid])[0]
+                yield k, engine.pictures([x if k == steps else estimate], [request.grid])[0]
 
     def encode(self, engine, text):
         """The token ids of a plan, None for "". UserError for words that the tokenizer lacks."""

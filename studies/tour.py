@@ -103,9 +103,9 @@ def measure(tour, prompts):
     found |= {"path": of_path(tour, plan), "sde": of_sde(tour, plan)}
     rollout = rollouts.roll_out(tour.engine, [tour.sample], [NUMBER], config=tour.settings, step=0)
     reward = reward_of(tour, rollout.images, rollout.captions, groups=1)  # (1, G)
-    worth = advantages(reward, tour.settings)
-    found["group"] = of_group(tour, rollout, reward.flatten(), advantage=worth[0])
-    found["step"] = of_step(tour, rollout, worth)
+    advantage = advantages(reward, tour.settings)
+    found["group"] = of_group(tour, rollout, reward.flatten(), advantage=advantage[0])
+    found["step"] = of_step(tour, rollout, advantage)
     found["whole"] = of_whole_step(tour, HeldOut(count=prompts).samples())
     return found | {"settings": of_settings(tour)}
 
@@ -263,7 +263,7 @@ def painted(tour, plan, noise=None):
     seen, first, last = [], *WINDOW
 
     def step(k, x, v, *, t, t_next):
-        about = {"t": float(t), "x": x, "aim": flow.estimates(x, v, t)[0]}
+        about = {"t": float(t), "x": x, "estimate": flow.estimates(x, v, t)[0]}
         seen.append(about)
         if noise is None or not first <= k < last:
             return flow.euler_step(x, v, t, t_next=t_next)
@@ -282,12 +282,15 @@ def painted(tour, plan, noise=None):
 def of_path(tour, plan):
     """The Euler steps from noise to the picture."""
     seen, final = painted(tour, plan)
-    aims = tour.pictures([one["aim"] for one in seen])
-    rows = {"x_t": tour.pictures([one["x"] for one in seen]), "x_t - t v: where it heads": aims}
+    estimates = tour.pictures([one["estimate"] for one in seen])
+    rows = {
+        "x_t": tour.pictures([one["x"] for one in seen]),
+        "x_t - t v: where it heads": estimates,
+    }
     pictures.save_path(tour.folder / "path.png", titles_of(seen), rows)
     steps = []
-    for one, image in zip(seen, aims):
-        off = (one["aim"] - final).square().mean().sqrt().item()
+    for one, image in zip(seen, estimates):
+        off = (one["estimate"] - final).square().mean().sqrt().item()
         steps.append({"t": one["t"], "off": off} | tour.verdict(image))
     return {"steps": steps}
 
@@ -295,11 +298,11 @@ def of_path(tour, plan):
 def of_sde(tour, plan):
     """The same path with noise in some steps, twice, beside the ODE."""
     (ode, _), rows, found = painted(tour, plan), {}, []
-    rows["ODE"] = tour.pictures([one["aim"] for one in ode])
+    rows["ODE"] = tour.pictures([one["estimate"] for one in ode])
     for i in (1, 2):
         noise = generator(tour.settings.seed, NUMBER, i)
         seen, final = painted(tour, plan, noise)
-        rows[f"SDE, noise {i}"] = tour.pictures([one["aim"] for one in seen])
+        rows[f"SDE, noise {i}"] = tour.pictures([one["estimate"] for one in seen])
         keys = ("t", "std", "log_prob")
         steps = [{key: one[key] for key in keys} for one in seen if "std" in one]
         found.append({"steps": steps} | tour.verdict(tour.pictures([final])[0]))
@@ -346,12 +349,12 @@ def save_cards(path, cards, *, across=4, side=216):
     pictures.save_png(sheet, path)
 
 
-def of_step(tour, rollout, worth):
+def of_step(tour, rollout, advantage):
     """One step of AdamW on the group: what it does to likelihoods and pictures of its members."""
     model, settings, members = tour.engine.model, tour.settings, range(len(rollout.images))
     group = tree.plant(tour.engine.layout, rollout, 0, config=settings)
     before = likelihoods(model, group, settings)  # (I,)
-    with a_step(tour, rollout, worth) as found:
+    with a_step(tour, rollout, advantage) as found:
         moved = likelihoods(model, group, settings) - before  # (I,)
         images = repainted(tour, rollout, [NUMBER])
     whose = torch.cat([batch.members for batch in group.batches])  # (I,)
@@ -393,14 +396,14 @@ def of_whole_step(tour, samples):
 
 
 @contextmanager
-def a_step(tour, rollout, worth):
+def a_step(tour, rollout, advantage):
     """Inside, the weights are those after a step of AdamW on the rollout; yields grpo's numbers."""
     trained = dict(tour.engine.model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     rates = dict(lr=tour.settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
     state = TrainingState(trained, torch.optim.AdamW(trained.values(), **rates), {})
     learner = grpo.Learner(tour.engine, state, anchor=None)
-    found, _ = grpo.update(learner, rollout, worth, config=tour.settings)
+    found, _ = grpo.update(learner, rollout, advantage, config=tour.settings)
     yield found
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -114,7 +114,7 @@ class Fixture:
         items = [
             item["ids"]
             if item["type"] == "text"
-            else self.model.read(pil(tensors[item["tensor"]]), as_inferencer=True)
+            else self.model.encode_reference(pil(tensors[item["tensor"]]), as_inferencer=True)
             for item in inputs
         ]
         return Prompt(tuple(items), vae)

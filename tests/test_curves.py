@@ -12,7 +12,8 @@ from studies import curves
 def run(folder, rewards, **held_out):
     """A run folder of two prompts x 4 members; its last step was measured."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(prompts_per_step=2, group_size=4)))
+    options = dict(prompts_per_step=2, group_size=4)
+    (folder / "config.json").write_text(json.dumps({"options": options}))
     lines = [
         dict(step=i, reward=r, kl=0.1, rollout_seconds=2.0, update_seconds=1.0)
         for i, r in enumerate(rewards)
@@ -93,6 +94,6 @@ def test_a_folder_without_a_log_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} has no metrics.jsonl"):
         curves.points(str(tmp_path), "steps")
     folder = run(tmp_path / "sft", [0.0])
-    (tmp_path / "sft" / "config.json").write_text("{}")  # stage 1
+    (tmp_path / "sft" / "config.json").write_text('{"options": {}}')  # stage 1
     with pytest.raises(UserError, match="use --over steps or seconds"):
         curves.points(folder, "pictures")

@@ -206,7 +206,7 @@ def test_forward_scores_the_finished_picture_where_the_group_noises_it(toy):
     rows, first = torch.arange(2 * many), torch.zeros(2 * many, dtype=torch.long)
     scored = pictures.of(rows, first)
     t = scored.t[:, None, None]
-    noise, again = scored.x + (1 - t) * scored.aim, scored.x - t * scored.aim  # both ends
+    noise, again = scored.x + (1 - t) * scored.target, scored.x - t * scored.target  # both ends
     torch.testing.assert_close(again, pictures.x0, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(noise[:many], noise[:1].expand(many, -1, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(noise[0], noise[many], atol=1e-2)

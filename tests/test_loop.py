@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import signal
+import subprocess
 import weakref
 
 import pytest
@@ -126,6 +127,19 @@ def test_a_toy_trains_its_own_stage_1_once(tmp_path, monkeypatch):
     prepare(GRPO)
     prepare(GRPO)
     assert trained == ["out/smoke-sft"]
+
+
+def test_stage_1_has_the_seed_and_the_samples_of_stage_2(monkeypatch):
+    asked = []
+
+    def run(command, env):
+        asked.extend(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(toy.prepare.subprocess, "run", run)
+    toy.prepare.run_stage_1(dataclasses.replace(GRPO, seed=7, max_references=5))
+    pairs = list(zip(asked, asked[1:]))
+    assert {("--seed", "7"), ("--max_references", "5"), ("--scale", "1")} <= set(pairs)
 
 
 # --------------------------------------------------------------------------------------------------

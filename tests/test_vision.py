@@ -112,7 +112,7 @@ def test_extreme_sizes_fit_the_tables(size):
 def test_extreme_pictures_are_read():
     model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
     for size in ((1, 1), (2000, 1), (1, 2000)):
-        reference = model.read(Image.new("RGB", size, "red"))
+        reference = model.encode_reference(Image.new("RGB", size, "red"))
         assert torch.isfinite(reference.latents).all()
         assert len(reference.patches) == np.prod(reference.patch_grid)
 

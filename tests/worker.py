@@ -120,7 +120,7 @@ def grpo_gradients(folder, bare=False, **options):
         how = dict(config=share.config, step=0, first=share.first)
         rollout = rollouts.roll_out(engine, samples, numbers, **how)
     reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
-    worth = share.own_members(*objective.advantages(reward, config))
+    advantage = share.own_members(*objective.advantages(reward, config))
     places = range(len(numbers))
     trees = [tree.plant(engine.layout, rollout, i, config=share.config) for i in places]
     passes = least_and_most([len(one.batches) for one in trees])
@@ -134,7 +134,7 @@ def grpo_gradients(folder, bare=False, **options):
 
     learner.state.optimizer = Recorder(trained.values(), 0.0)
     learner.anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
-    grpo.update(learner, rollout, worth, config=share.config)
+    grpo.update(learner, rollout, advantage, config=share.config)
     return found | {"passes": passes}
 
 

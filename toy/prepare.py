@@ -116,10 +116,15 @@ def is_missing(name, folder):
 
 
 def run_stage_1(config):
-    """sft.py with the same preset, in a process of its own; leaves with its status if it fails."""
+    """sft.py with the same preset, seed and samples, in a process of its own.
+
+    Leaves with its status if it fails.
+    """
     script = str(Path(__file__).parents[1] / "sft.py")
     command = [sys.executable, script, "--config", config.config, "--out", config.init]
     command += ["--threads", str(torch.get_num_threads())]
+    for name in ("seed", "max_references", "scale"):
+        command += [f"--{name}", str(getattr(config, name))]
     launcher = processes.OF_A_LAUNCHER
     alone = {key: value for key, value in os.environ.items() if key not in launcher}
     status = subprocess.run(command, env=alone).returncode

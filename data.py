@@ -46,7 +46,10 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +115,9 @@ class Source(torch.utils.data.Dataset):
     split: all, or train or held_out, which share no sample (but for a single one).
     """
 
-    def __init__(self, path, seed: int = 0, split: str = "all", *, buffer: int = 1000):
-        """UserError: there are none."""
-        self.path, self.seed, self.buffer = Path(path), seed, buffer
+    def __init__(self, path, seed: int = 0, split: str = "all", *, buffer=1000, limit=math.inf):
+        """UserError: there are none. limit: of references; a sample with more is skipped."""
+        self.path, self.seed, self.buffer, self.limit = Path(path), seed, buffer, limit
         self.entries = []  # (part, key, where its files are or its line)
         for part in self._parts():
             found = index_of(part) if part.suffix == ".tar" else lines_of(part)
@@ -256,6 +259,16 @@ class Source(torch.utils.data.Dataset):
         for name in ("task", "instruction"):
             if not isinstance(record[name], str):
                 raise TypeError(f"its {name} is {record[name]!r}; expected a text")
+        if len(pictures) - 1 > self.limit:
+            raise ValueError(
+                f"it has {len(pictures) - 1} references, more than max_references={self.limit}"
+            )
+        places = record["instruction"].count("<image>")
+        if places not in (0, len(pictures) - 1):
+            raise ValueError(
+                f"its instruction has {places} times <image> for {len(pictures) - 1} references; "
+                "expected each once, or none"
+            )
         plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
         return Sample(
             key=str(record["key"]),
@@ -324,7 +337,7 @@ def open_source(
     if path == "toy":
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)
-    return Source(path, seed, "train")
+    return Source(path, seed, "train", limit=max_references)
 
 
 class Answers(torch.utils.data.Dataset):
@@ -349,8 +362,24 @@ def stream(source, positions, workers: int = 0):
         num_workers=workers,
         prefetch_factor=8 if workers else None,
         collate_fn=as_it_is,
+        worker_init_fn=outlive_the_signal,
     )
     return samples_of(iter(loader))
+
+
+def outlive_the_signal(worker):
+    """A worker of a loader goes on when all processes of a job are asked to end: the one that
+    trains still saves its state, and ends its workers itself. On Linux; elsewhere nothing."""
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent):
+    """End this process when its parent, and nobody else, asks for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def as_it_is(sample):

@@ -207,6 +207,21 @@ class Group:
     branches: tuple[Branch, ...]
 
 
+def arranged(references, instruction: str) -> list:
+    """Pictures and texts in the order of a prompt, see `Engine.prompt`; stage 1 has the same."""
+    pieces = instruction.split("<image>")
+    if len(pieces) == 1:
+        return [*references, instruction]
+    if len(pieces) - 1 != len(references):
+        raise ValueError(
+            f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} "
+            f"references are given; name each once, or none"
+        )
+    items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    return [item for item in items if item != ""]
+
+
 def lay_out(
     layout: Layout, groups: list[Group], contexts: tuple[str, ...], *, loss: bool = False
 ) -> tuple[Packed, dict[str, torch.Tensor]]:
@@ -376,17 +391,7 @@ class Engine:
         "<image>" in the instruction puts a picture in its place; ValueError unless each is named
         once. Pictures are resized as in BAGEL's inferencer.
         """
-        items, pieces = [*references, instruction], instruction.split("<image>")
-        if len(pieces) > 1:
-            if len(pieces) - 1 != len(references):
-                raise ValueError(
-                    f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} "
-                    f"references are given; name each once, or none"
-                )
-            items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
-            items = [item.strip() if isinstance(item, str) else item for item in items]
-            items = [item for item in items if item != ""]
-        items = [system] * bool(system) + items
+        items = [system] * bool(system) + arranged(references, instruction)
         return Prompt(
             tuple(
                 self.tokenizer.encode(item)

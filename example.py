@@ -20,7 +20,7 @@ import torch
 
 import flow
 import iccot
-from engine import Prompt
+from engine import Prompt, arranged
 from runtime.config import UserError
 from sequence import Packed, Sequence
 from vision import transform
@@ -91,11 +91,6 @@ class Example:
 def make_example(engine, one, config, *, generator):
     """iccot.Sample -> Example. What is dropped, the noise and its times come from the generator."""
     model, tokenizer = engine.model, engine.tokenizer
-    if len(one.references) > config.max_references:
-        raise UserError(
-            f"sample {one.key} has {len(one.references)} references, "
-            f"max_references={config.max_references}; raise it"
-        )
     if len(one.references) > 1 and not config.in_context:
         one = replace(one, references=(), instruction=one.plan.caption)
 
@@ -104,17 +99,14 @@ def make_example(engine, one, config, *, generator):
 
     without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
     items = []
-    for image in one.references:
-        reference = model.encode_reference(image)
-        if chance(config.vae_dropout):
-            reference = replace(reference, latents=None)
-        if chance(config.vit_dropout):
-            reference = replace(reference, patches=None)
-        items.append(reference)
-    plan = None
-    if not without_text:
-        items.append(tokenizer.encode(one.instruction))
-        plan = None if without_plan else tokenizer.encode(iccot.render(one.plan))
+    for item in arranged(one.references, one.instruction):
+        if not isinstance(item, str):
+            kept = dict(vae=not chance(config.vae_dropout), vit=not chance(config.vit_dropout))
+            items.append(model.encode_reference(item, **kept))
+        elif not without_text:
+            items.append(tokenizer.encode(item))
+    no_plan = without_text or without_plan
+    plan = None if no_plan else tokenizer.encode(iccot.render(one.plan))
     clean, grid = model.to_latents(transform(one.target, model.config.image_rule))  # (T, C)
     noised, targets = [], []
     for t in flow.sample_timesteps(config.noise_copies, config.timestep_shift, generator).tolist():

@@ -32,7 +32,7 @@ import math
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -43,7 +43,7 @@ import tree
 from bench.advice import dry_run
 from bench.walk import walk_grpo
 from data import open_source
-from engine import Engine, Interrupted, Sampler, Thinking
+from engine import Engine, Interrupted, Thinking
 from kernels.attention import describe_backend
 from objective import Actions, advantages, objective
 from reward import Clip, embed_groups, reward_statistics, rewards_of
@@ -55,7 +55,7 @@ from runtime.state import TrainingState, new_average, newest_step
 from studies.curves import save_story, save_strip
 from studies.metrics import HeldOut, compare_checkpoints, measured_together
 from toy import world
-from toy.prepare import find_stage_1, metric_clip, metric_clip_of_all, prepare
+from toy.prepare import find_stage_1, metric_clip_of_all, prepare
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class Config(loop.Options, rollouts.Options):
                 "train_text needs cot_temperature=1, the distribution whose gradient it takes, "
                 "and train=all"
             )
+        if self.target is not None and self.eval_data != "toy":
+            raise ValueError(
+                f"target={self.target} is of Overall, which needs the toy world's exact judge; "
+                f"eval_data={self.eval_data} has none"
+            )
         if self.likelihood == "forward" and (self.guard or self.kl == "latent"):
             raise ValueError(
                 "likelihood=forward has no steps that guard or kl=latent could compare; "
@@ -107,8 +112,8 @@ class Config(loop.Options, rollouts.Options):
 
     @property
     def held_out(self):
-        """Prompts of the final table and of the strips, painted without guidance."""
-        sampler = Sampler(self.eval_timesteps, self.timestep_shift, guidance_interval=(0.0, 1.0))
+        """Prompts of the final table and of the strips, with the guidance of the rollouts."""
+        sampler = replace(self.sampler, num_timesteps=self.eval_timesteps)
         prompts = self.eval_data, self.eval_samples, self.max_references, self.scale
         thinking, batch = Thinking(self.eval_plan_tokens), self.eval_batch
         return HeldOut(*prompts, self.picture_side, sampler, thinking, batch)
@@ -178,11 +183,12 @@ def update(learner, rollout, advantage, *, config):
     each = groups // config.updates  # groups of an optimiser step
     trees = [tree.plant(layout, rollout, group, config=config) for group in range(groups)]
     passes = [int(n) for n in processes.reduced([len(one.batches) for one in trees], "max")]
-    with sharding.gathered(model):  # p_old; the first optimiser step gets it from its own passes
-        for one in trees[each:]:
-            prefix = model.keys_and_values(one.prompt.to(processes.device()))
-            found = [tree.policy(model, prefix, batch, config=config) for batch in one.batches]
-            one.old = [policy.detached(config.guard) for policy in found]
+    if later := trees[each:]:  # p_old; the first optimiser step gets it from its own passes
+        with sharding.gathered(model):
+            for one in later:
+                prefix = model.keys_and_values(one.prompt.to(processes.device()))
+                found = [tree.policy(model, prefix, batch, config=config) for batch in one.batches]
+                one.old = [policy.detached(config.guard) for policy in found]
     health, norms = [], []
     values = math.prod(rollout.grid) * model.config.token_channels  # of a picture
     clip_range = config.clip_kappa / values**0.5
@@ -367,22 +373,27 @@ def train(config):
     run.export(learner.engine)
     save_story(folder)
     del learner, run, clip, metric  # the table needs the memory
-    if processes.is_main() and not config.export:
+    if not config.export:
         finish(config, folder, begun)
 
 
 def finish(config, folder, begun):
-    """The table of stage 1 and stage 2, and the grid; exit status 1 if the target is missed."""
-    metric = metric_clip(config.metric_name, config.metric, config.clip_steps)
-    score = partial(Clip(config.clip_name, config.clip).score, kind=config.reward)
+    """The table of stage 1 and stage 2, and the grid; exit status 1 if the target is missed.
+
+    All processes paint their share of the prompts.
+    """
+    metric = metric_clip_of_all(config.metric_name, config.metric, config.clip_steps)
+    score = None
+    if processes.is_main():
+        score = partial(Clip(config.clip_name, config.clip).score, kind=config.reward)
     both = {"SFT": config.init, "SFT + GRPO": folder}
     how = dict(folder=folder, precision=config.precision, score=score)
     rows = compare_checkpoints(both, config.held_out, metric, **how)
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
     found = f"model in {folder}/model, pictures in {folder}/grid.png, curves.png"
-    print(f"grpo: {loop.seconds(begun)} with the table; {found}", flush=True)
-    if config.target is not None and gain < config.target:
-        print(f"Overall rose by {gain:.3f}, less than target={config.target}", file=sys.stderr)
+    processes.say(f"grpo: {loop.seconds(begun)} with the table; {found}")
+    if config.target is not None and not gain >= config.target:
+        processes.warn(f"Overall rose by {gain:.3f}, less than target={config.target}")
         processes.finish()
         sys.exit(1)
 

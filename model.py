@@ -570,9 +570,17 @@ class UnifiedModel(nn.Module):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
     def encode_reference(
-        self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
+        self,
+        image: Image.Image,
+        name: str | None = None,
+        as_inferencer: bool = False,
+        *,
+        vae: bool = True,
+        vit: bool = True,
     ) -> Reference:
         """PIL RGB -> Reference. Each encoder resizes the picture by its own rule in training.
+
+        vae, vit: whether it has latents, and patches; what it lacks is None and costs nothing.
 
         BAGEL's inferencer resizes for the codec first and shows the eye the result, so small
         pictures get more ViT tokens than in training (docs/BAGEL.md §9, §16.7); `as_inferencer`
@@ -580,11 +588,14 @@ class UnifiedModel(nn.Module):
         """
         if as_inferencer:
             image = resize(image, self.config.image_rule)
-        pixels = transform(image, self.config.vit_rule)  # (3, h, w)
-        latents, grid = self.to_latents(transform(image, self.config.image_rule))
-        patch = self.config.vit_patch
-        patch_grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
-        return Reference(latents, grid, patchify(pixels, patch), patch_grid, name)
+        latents = grid = patches = patch_grid = None
+        if vae:
+            latents, grid = self.to_latents(transform(image, self.config.image_rule))
+        if vit:
+            pixels, patch = transform(image, self.config.vit_rule), self.config.vit_patch
+            patches = patchify(pixels, patch)
+            patch_grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+        return Reference(latents, grid, patches, patch_grid, name)
 
     def to_latents(
         self, image: Tensor, generator: torch.Generator | None = None

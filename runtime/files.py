@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -124,9 +125,9 @@ def check_writable(folder):
     """Make `folder` if it is missing; UserError if nothing can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe = Path(folder) / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # two containers may be called alike
     except OSError as error:
         raise UserError(
             f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"

@@ -23,12 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from PIL import Image
 
 from engine import Engine
 from runtime import files, loop
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.processes import barrier, is_main
+from runtime.processes import barrier, is_main, joined, rank, size
 from runtime.sharding import gathered
 from studies.metrics import COLUMNS
 from studies.pictures import GREY, LINE, PAD, SIDE, save_png, sheet_of, some
@@ -194,24 +196,29 @@ def save_story(folder):
 def save_strip(folder, step, engine: Engine, *, held_out):
     """Pictures of the same eight prompts from the same noise after `step` steps of training.
 
-    All processes take part, the first one paints.
+    All processes take part: each paints its share, more than eight of them some twice.
     """
+    eight = replace(held_out, count=8)
+    samples = eight.samples()
+    each = -(-len(samples) // size())
+    mine = [(rank() * each + i) % len(samples) for i in range(each)]
     with gathered(engine.model):
-        if is_main():
-            eight = replace(held_out, count=8)
-            samples = eight.samples()
-            sheet = strip(samples, eight.paint(engine, samples))
-            save_png(sheet, Path(folder) / "samples" / f"{step:06d}.png")
+        results = eight.paint(engine, [samples[number] for number in mine], mine)
+    own = torch.stack([torch.from_numpy(np.array(one.image)) for one in results])  # (each, h, w, 3)
+    pictures = joined(own, size(), 0)[: len(samples)].cpu().numpy()
+    if is_main():
+        sheet = strip(samples, [Image.fromarray(one) for one in pictures])
+        save_png(sheet, Path(folder) / "samples" / f"{step:06d}.png")
     barrier()
 
 
-def strip(samples, results):
-    """One row a sample: references, the true target, and last the picture."""
+def strip(samples, pictures):
+    """One row a sample: references, the true target, and last its picture."""
     columns, cell = max(len(one.references) for one in samples) + 2, SIDE + PAD
     sheet, _ = sheet_of(columns * cell + PAD, len(samples) * cell + PAD)
-    for row, (one, result) in enumerate(zip(samples, results)):
+    for row, (one, picture) in enumerate(zip(samples, pictures)):
         blank = [None] * (columns - 2 - len(one.references))
-        for column, image in enumerate([*one.references, *blank, one.target, result.image]):
+        for column, image in enumerate([*one.references, *blank, one.target, picture]):
             if image is not None:
                 sheet.paste(fitted(image, SIDE), (PAD + column * cell, PAD + row * cell))
     return sheet

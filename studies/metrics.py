@@ -31,7 +31,7 @@ from reward import compare
 from runtime.config import UserError
 from runtime.files import to_json, write_text
 from runtime.pretrained import load_model
-from runtime.processes import device, rank, reduced, size, warn
+from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
 from runtime.sharding import gathered
 from studies.pictures import save_grid
 from toy import world
@@ -156,10 +156,20 @@ def measured_together(engine, held_out, clip):
     with gathered(engine.model):
         if mine:
             found = means(mine, held_out.paint(engine, mine, numbers), clip)
-    parts = [found.get(column, (0.0, 0)) for column in COLUMNS]
+    row = of_all(found)
+    return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
+
+
+def of_all(found):
+    """{column: mean over the samples of all processes}, nan where there are none.
+
+    found: what `means` gave for those of this process, {} if it has none.
+    """
+    columns = (*COLUMNS, "plan_ok")
+    parts = [found.get(column, (0.0, 0)) for column in columns]
     total = reduced([value * count if count else 0.0 for value, count in parts])
     counts = reduced([count for _, count in parts])
-    return {f"held_out_{c}": t / n for c, t, n in zip(COLUMNS, total, counts) if n}
+    return {c: t / n if n else math.nan for c, t, n in zip(columns, total, counts)}
 
 
 def mean(values):
@@ -175,6 +185,8 @@ def agreement(clip, pictures, captions):
 def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score=None):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
+    All processes take part: each loads them and paints its share of the prompts, and the first one
+    also the pictures of the grid.
     precision: of the weights on a GPU; a CPU takes float32. Whatever nobody holds any more is freed
     first: cycles keep a model that was trained. Prints the table, writes table.json and grid.png
     (pictures of all, side by side) into `folder`, and returns the rows {name: measure(...)}.
@@ -183,15 +195,22 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
+    barrier()  # the first process has written the last checkpoint
     samples, rows, painted = held_out.samples(), {}, {}
+    mine, shown = range(rank(), len(samples), size()), range(min(8, len(samples)) * is_main())
+    numbers = sorted({*mine, *shown})
     for name, path in checkpoints.items():
-        results = held_out.paint(Engine(*load_model(path, device(), dtype)), samples)
-        rows[name] = measure(samples, results, clip)
-        painted[name] = results[:8]
-    rewards = {name: rewards_of_plans(some, score) for name, some in painted.items()}
-    save_grid(Path(folder) / "grid.png", samples[:8], painted, rewards=rewards)
-    write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
-    print_table(rows)
+        asked = [samples[number] for number in numbers]
+        results = held_out.paint(Engine(*load_model(path, device(), dtype)), asked, numbers)
+        found = dict(zip(numbers, results))
+        own = [samples[number] for number in mine], [found[number] for number in mine]
+        rows[name] = of_all(means(*own, clip) if mine else {}) | {"n": len(samples)}
+        painted[name] = [found[number] for number in shown]
+    if is_main():
+        rewards = {name: rewards_of_plans(some, score) for name, some in painted.items()}
+        save_grid(Path(folder) / "grid.png", samples[:8], painted, rewards=rewards)
+        write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
+        print_table(rows)
     return rows
 
 

@@ -338,8 +338,8 @@ def tables(monkeypatch):
     monkeypatch.setattr(metrics, "load_model", load)
     monkeypatch.setattr(metrics, "Engine", lambda *parts: parts)
     monkeypatch.setattr(metrics, "save_grid", lambda *_, **__: None)
-    row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {"n": 1}
-    monkeypatch.setattr(metrics, "measure", lambda *_: row)
+    row = dict.fromkeys(metrics.COLUMNS, (float("nan"), 0))
+    monkeypatch.setattr(metrics, "means", lambda *_: row)
     held = metrics.HeldOut(count=1)
     monkeypatch.setattr(metrics.HeldOut, "paint", lambda *_: [Result("", None, [], False, None)])
     return held, asked

@@ -5,7 +5,9 @@ import dataclasses
 import gc
 import io
 import json
+import multiprocessing
 import os
+import subprocess
 import tarfile
 import time
 from collections import Counter
@@ -209,13 +211,38 @@ def test_training_never_sees_what_is_held_out(sorted_by_task):
 
 def test_the_commands_split_what_is_on_disk(folder, samples, capsys):
     train, held = data.open_source(str(folder), 0, 4), held_out(str(folder), 5)
-    assert "has 1 held out (one sample in 50); 5 were asked for" in capsys.readouterr().err
+    assert (
+        "has 1 held out (one sample in 50, all with --split all); 5 were asked for"
+        in capsys.readouterr().err
+    )
     assert len(train) == 22 and len(held) == 1 and held[0].key not in keys_of(train)
     assert {*keys_of(train), held[0].key} == {one.key for one in samples}
     assert len(Source(folder)) == 23  # --check and --show read all
     lines = [json.dumps({"key": one.key}) for one in samples]
     (folder / "records.jsonl").write_text("\n".join(lines))
     assert keys_of(Source(folder, split="held_out")) == [held[0].key]  # in any layout
+
+
+def test_all_that_is_on_disk_can_be_measured(folder, capsys):
+    assert len(held_out(str(folder), 30, split="all")) == 23
+    assert "has 23 samples; 30 were asked for" in capsys.readouterr().err
+    with pytest.raises(UserError, match="split=all is for samples on disk"):
+        held_out("toy", 1, split="all")
+
+
+def test_workers_outlive_a_signal_to_all_processes(folder):
+    """Of torchrun or SLURM; the process that trains saves, and ends its workers itself."""
+    ours = {one.pid for one in multiprocessing.active_children()}
+    samples = data.stream(Source(folder), range(60), 2)
+    first = [next(samples) for _ in range(2)]  # one of each worker
+    workers = [one for one in multiprocessing.active_children() if one.pid not in ours]
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *(str(one.pid) for one in workers)], check=True)
+    assert len([*first, *samples]) == 60
+    for one in workers:
+        one.terminate()
+        one.join(10)
+        assert not one.is_alive()
 
 
 def test_few_samples_are_split_too(tmp_path, samples, capsys):

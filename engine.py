@@ -610,8 +610,9 @@ class Engine:
             }
             plans = [self.tokenizer.encode(one.plan) if one.plan else None for one in part]
             ask = [i for i, plan in enumerate(plans) if plan is None and thinking is not None]
+            prefix = self.prefill(prompts) if len(ask) == len(part) else None
             if ask:
-                how = dict(generators=[draw[THINKING][i] for i in ask])
+                how = dict(generators=[draw[THINKING][i] for i in ask], prefix=prefix)
                 written, _ = self.think([prompts[i] for i in ask], thinking, **how)
                 for i, plan in zip(ask, written):
                     plans[i] = plan
@@ -619,7 +620,8 @@ class Engine:
                 Group(prompt, one.grid, (Branch(plan, (self.start(one.grid, noise),)),))
                 for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])
             ]
-            x = self.paint(groups, sampler, step=step)
+            x = self.paint(groups, sampler, step=step, prefix=prefix)
+            del prefix  # the codec needs memory too
             latents = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
             images = self.pictures(latents, [one.grid for one in part])
             results += map(self._result, part, plans, images)

@@ -125,18 +125,31 @@ class Pack:
 
 
 def pack(layout, examples, tokens_per_pack):
-    """Fill packs with whole examples, in order: a list of Pack."""
-    found, room = [], 0
-    for example in examples:
-        if len(example) > tokens_per_pack:
+    """Fill packs with whole examples: a list of Pack.
+
+    The longest are placed first, each into the first pack that has room for it. All processes wait
+    for the one with most packs; within a pack the order stays.
+    """
+    chosen, room = [], []  # of each pack: numbers of examples, tokens left
+    for number in sorted(range(len(examples)), key=lambda number: -len(examples[number])):
+        length = len(examples[number])
+        if length > tokens_per_pack:
             raise UserError(
-                f"a sample takes {len(example)} tokens, more than "
+                f"a sample takes {length} tokens, more than "
                 f"tokens_per_pack={tokens_per_pack}; raise it, or allow fewer references"
             )
-        if len(example) > room:
-            found.append((Sequence(layout), []))
-            room = tokens_per_pack
-        example.write(found[-1][0])
-        found[-1][1].append(example.target)
-        room -= len(example)
-    return [Pack(sequence.pack(), torch.cat(targets)) for sequence, targets in found]  # (M, C)
+        place = next((i for i, left in enumerate(room) if length <= left), len(room))
+        if place == len(room):
+            chosen.append([])
+            room.append(tokens_per_pack)
+        chosen[place].append(number)
+        room[place] -= length
+    return [pack_of(layout, [examples[number] for number in sorted(some)]) for some in chosen]
+
+
+def pack_of(layout, examples):
+    """The Pack of these examples."""
+    sequence = Sequence(layout)
+    for example in examples:
+        example.write(sequence)
+    return Pack(sequence.pack(), torch.cat([example.target for example in examples]))  # (M, C)

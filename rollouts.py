@@ -124,7 +124,7 @@ class Options:
     # memory, not the result
     groups_at_once: int = 1  # rolled out together, and
     pictures_at_once: int = 4  # of their members painted together: both bound memory alone
-    tokens_per_pack: int = 36_864  # of plans and pictures in one pass: bounds memory alone
+    tokens_per_pack: int = 37_888  # of plans and pictures in one pass, here 9: bounds memory alone
 
     def __post_init__(self):
         _ = self.sampler, self.thinking  # they check their own values
@@ -307,6 +307,7 @@ def roll_out_together(engine, samples, numbers, *, config, step, first):
         scores = [generator(config.seed, number, SCORES) for number in numbers]
         pictures = noised_again(final.cpu(), scores, config)
     captions = [caption_of(engine.tokenizer.decode(plan), n) for plan, n in zip(plans, references)]
+    del prefix  # the codec needs memory too
     images = engine.pictures(final, [grid] * len(final))
     return Rollout(prompts, plans, captions, images, torch.tensor(ended), pictures, grid)
 

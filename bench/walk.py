@@ -85,7 +85,6 @@ class Work:
     references: int
     side: int  # pixels
     dtype: torch.dtype = torch.bfloat16
-    shared: bool = False  # the prompts' cache is kept from prefill to the last picture
 
     @property
     def case(self):
@@ -134,19 +133,18 @@ def painting(shape, work, base):
     """Phases from prompts to pictures. base: {what: bytes} that stand in all of them."""
     token, rows = memory.token_bytes(shape, work.dtype.itemsize), work.prompts * work.plans
     length, prompt_pass = prompt_forward(shape, work.case, work.dtype)
-    alike = replace(work, prompts=1, plans=min(1, work.plans), shared=False)
+    alike = replace(work, prompts=1, plans=min(1, work.plans))
     whole, canvas, canvas_pass = canvas_forward(shape, alike)
     encoding, decoding = codec_bytes(shape, work.side)
     prompts = token * work.prompts * length
-    kept = {"prompts' KV": prompts} if work.shared else {}
     h, w = shape.picture_grid(work.side, work.side)
     # x, its velocity in all contexts, and the next x, in float32
     latents = 4 * (2 + len(work.contexts)) * h * w * shape.token_channels
     latents = {"latents": latents * work.prompts * work.pictures}
     of_paint = {
-        **kept,
+        "prompts' KV": prompts if work.plans else 0,  # kept from the plans on
         "KV cache": token * work.prompts * whole,
-        "pass": work.prompts * max(canvas_pass, 0 if work.shared else prompt_pass),
+        "pass": work.prompts * max(canvas_pass, 0 if work.plans else prompt_pass),
         **latents,
     }
     # bfloat16, float32, divided by the temperature, probabilities
@@ -159,7 +157,7 @@ def painting(shape, work, base):
         Phase("prefill", work.prompts * length, base | of_prefill),
         Phase("think", rows, base | of_think),
         Phase("paint", work.prompts * canvas, base | of_paint),
-        Phase("decode", 0, base | kept | {"decoder": decoding} | latents),
+        Phase("decode", 0, base | {"decoder": decoding} | latents),
     ]
     return [one for one in phases if one.name != "think" or work.plans]
 
@@ -215,7 +213,6 @@ def rollout_work(config):
         references=config.max_references,
         side=config.picture_side,
         dtype=getattr(torch, config.precision),
-        shared=True,
     )
 
 

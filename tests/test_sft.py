@@ -218,3 +218,10 @@ def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train)
     for name in ("ce", "mse", "grad_norm"):
         assert narrow[name] == pytest.approx(wide[name], rel=0.05) and narrow[name] != wide[name]
     assert moved_only_the_painter(toy, tmp_path / "wide", train)
+
+
+def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack(monkeypatch):
+    """In the order they come these would take three packs."""
+    monkeypatch.setattr(example, "pack_of", lambda layout, some: [len(one) for one in some])
+    examples = [range(n) for n in (3, 8, 5, 2, 2)]
+    assert example.pack(None, examples, 10) == [[8, 2], [3, 5, 2]]

@@ -92,8 +92,8 @@ def test_the_readme_names_all_commands():
 PRESETS = [
     ("grpo.py", "full", 8, False, "update"),
     ("grpo.py", "full", 64, True, "update"),
-    ("sft.py", "full", 8, True, "strip: think"),
-    ("sft.py", "full", 64, True, "strip: think"),
+    ("sft.py", "full", 8, True, "strip: paint"),
+    ("sft.py", "full", 64, True, "strip: paint"),
     ("grpo.py", "paper", 8, None, None),
     ("grpo.py", "paper", 64, None, None),
 ]

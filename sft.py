@@ -55,7 +55,7 @@ class Config(loop.Options, example.Options, ModelConfig):
     config: str = ""  # name of the preset
     init: str = ""  # checkpoint to start from: a folder, or owner/name; "": fresh weights
     # data; more in example.py
-    workers: int = 0  # processes that read samples ahead
+    workers: int = 0  # processes that read samples ahead, beside each that trains
     samples_per_step: int = 512  # samples of one optimiser step
     # optimisation
     steps: int = 100_000
@@ -122,7 +122,7 @@ PRESETS = {
         sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy", gpus=1,
         metric="out/smoke-clip-metric", clip_steps=20,
     ),
-    "full": dict(),
+    "full": dict(workers=4),
 }
 # fmt: on
 

@@ -189,7 +189,6 @@ OWN = {
         (grpo, "save_strip", "strips", nothing),
         (grpo, "measured_together", "measured", unmeasured),
         (grpo, "metric_clip_of_all", "asked", colours),
-        (grpo, "metric_clip", "asked", colours),
         (grpo, "Clip", "asked", colours),
         (grpo, "compare_checkpoints", "strips", two_rows),
         (grpo, "save_story", "curves", nothing),

@@ -225,7 +225,7 @@ def policy_forward(shape, case, config):
 
 
 def of_table(config, shape, dtype):
-    """The largest Phase of the table at the end: another model, on the first process alone."""
+    """The largest Phase of the table at the end: another model, whole on every process."""
     model = memory.model_of(shape, "all", 0)
     weights = dtype.itemsize * memory.values_of(model)
     base = {"weights": weights, "codec, CLIP": codec_weights(model)}

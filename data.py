@@ -263,12 +263,7 @@ class Source(torch.utils.data.Dataset):
             raise ValueError(
                 f"it has {len(pictures) - 1} references, more than max_references={self.limit}"
             )
-        places = record["instruction"].count("<image>")
-        if places not in (0, len(pictures) - 1):
-            raise ValueError(
-                f"its instruction has {places} times <image> for {len(pictures) - 1} references; "
-                "expected each once, or none"
-            )
+        iccot.arranged(pictures[:-1], record["instruction"])  # ValueError: <image> too often
         plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
         return Sample(
             key=str(record["key"]),

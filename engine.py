@@ -207,21 +207,6 @@ class Group:
     branches: tuple[Branch, ...]
 
 
-def arranged(references, instruction: str) -> list:
-    """Pictures and texts in the order of a prompt, see `Engine.prompt`; stage 1 has the same."""
-    pieces = instruction.split("<image>")
-    if len(pieces) == 1:
-        return [*references, instruction]
-    if len(pieces) - 1 != len(references):
-        raise ValueError(
-            f"the prompt has {len(pieces) - 1} times <image>, but {len(references)} "
-            f"references are given; name each once, or none"
-        )
-    items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
-    items = [item.strip() if isinstance(item, str) else item for item in items]
-    return [item for item in items if item != ""]
-
-
 def lay_out(
     layout: Layout, groups: list[Group], contexts: tuple[str, ...], *, loss: bool = False
 ) -> tuple[Packed, dict[str, torch.Tensor]]:
@@ -386,12 +371,11 @@ class Engine:
         return Request(tuple(sample.references), sample.instruction, grid)
 
     def prompt(self, references, instruction: str, system: str = "") -> Prompt:
-        """Pictures (PIL), then the instruction: BAGEL's order.
+        """Pictures (PIL), then the instruction: BAGEL's order; or as `iccot.arranged` says.
 
-        "<image>" in the instruction puts a picture in its place; ValueError unless each is named
-        once. Pictures are resized as in BAGEL's inferencer.
+        Pictures are resized as in BAGEL's inferencer.
         """
-        items = [system] * bool(system) + arranged(references, instruction)
+        items = [system] * bool(system) + iccot.arranged(references, instruction)
         return Prompt(
             tuple(
                 self.tokenizer.encode(item)
@@ -466,9 +450,8 @@ class Engine:
         uniform = None
         if thinking.temperature:
             wide = torch.float32 if self.device.type == "mps" else torch.float64
-            uniform = draw_uniform(thinking.max_tokens, generators).to(
-                self.device, wide
-            )  # (B, max_tokens)
+            uniform = draw_uniform(thinking.max_tokens, generators)  # (B, max_tokens)
+            uniform = uniform.to(self.device, wide)
         fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
         tokens = slots.new_full((len(slots), thinking.max_tokens), -1)  # (B, steps)
         open_rows = torch.arange(len(slots), device=self.device)

@@ -20,7 +20,7 @@ import torch
 
 import flow
 import iccot
-from engine import Prompt, arranged
+from engine import Prompt
 from runtime.config import UserError
 from sequence import Packed, Sequence
 from vision import transform
@@ -99,7 +99,7 @@ def make_example(engine, one, config, *, generator):
 
     without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
     items = []
-    for item in arranged(one.references, one.instruction):
+    for item in iccot.arranged(one.references, one.instruction):
         if not isinstance(item, str):
             kept = dict(vae=not chance(config.vae_dropout), vit=not chance(config.vit_dropout))
             items.append(model.encode_reference(item, **kept))

@@ -392,8 +392,9 @@ def finish(config, folder, begun):
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
     found = f"model in {folder}/model, pictures in {folder}/grid.png, curves.png"
     processes.say(f"grpo: {loop.seconds(begun)} with the table; {found}")
-    if config.target is not None and not gain >= config.target:
-        processes.warn(f"Overall rose by {gain:.3f}, less than target={config.target}")
+    if config.target is not None and gain < config.target:
+        if processes.is_main():
+            print(f"Overall rose by {gain:.3f}, less than target={config.target}", file=sys.stderr)
         processes.finish()
         sys.exit(1)
 

@@ -140,6 +140,24 @@ class Sample:
     truth: object | None = None
 
 
+def arranged(references, instruction: str) -> list:
+    """A prompt's pictures and texts in their order, in all stages: pictures, then the instruction.
+
+    "<image>" in it puts a picture in its place; ValueError unless each is named once, or none.
+    """
+    pieces = instruction.split("<image>")
+    if len(pieces) == 1:
+        return [*references, instruction]
+    if len(pieces) - 1 != len(references):
+        raise ValueError(
+            f"the instruction has {len(pieces) - 1} times <image>, but {len(references)} "
+            f"references are given; name each once, or none"
+        )
+    items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    return [item for item in items if item != ""]
+
+
 # --------------------------------------------------------------------------------------------------
 # writing
 

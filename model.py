@@ -280,6 +280,7 @@ class Expert(nn.Module):
         return x
 
     def _mlp(self, x):
+        """What the MLP adds to x, (n, W) -> (n, W)."""
         h = self.post_attention_layernorm(x)
         gate, up = self.gate_proj(h), self.up_proj(h)  # (n, intermediate)
         inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, True).mul_(up)

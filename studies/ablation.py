@@ -12,8 +12,8 @@ the same held-out prompts and the same noise (metrics.py). A model that is there
 again, and a row that was measured is read from evaluation.json, so a killed ablation goes on where
 it was. There is no BAGEL at toy size: for "base", prompts with several references became text to
 image with the caption as the instruction; those with one reference it saw as they are, and the
-targets of all were right. The paper's
-numbers stand beside ours and are of another world and another judge: compare the order.
+targets of all were right. The paper's numbers stand beside ours and are of another world and
+another judge: compare the order.
 
 Left out: other sizes of model, statistics beyond mean and standard deviation over seeds.
 

@@ -99,14 +99,14 @@ def held_out(path, count, *, max_references=4, seed=0, scale=1, split="held_out"
     """`count` samples of the toy world's held-out split ("toy"), or of samples on disk.
 
     Of these at most as many as there are, or with split held_out are held out, by a hash of the key
-    (data.py). UserError: the toy world's, and another split.
+    (data.py), none with more than max_references. UserError: the toy world's, and another split.
     """
     if path == "toy" and split != "held_out":
-        raise UserError(f"split={split} is for samples on disk (--data); the toy world holds out")
+        raise UserError(f"split={split} is for samples on disk (--data), not for the toy world")
     if path == "toy":
         source = Drawn("held_out", seed, max_references, scale)
         return [source[i] for i in range(count)]
-    source = data.Source(path, split=split)
+    source = data.Source(path, split=split, limit=max_references)
     if len(source) < count:
         share = f"one sample in {round(1 / data.HELD_OUT)}, all with --split all"
         which = f"held out ({share})" if split == "held_out" else "samples"
@@ -197,7 +197,8 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
     barrier()  # the first process has written the last checkpoint
     samples, rows, painted = held_out.samples(), {}, {}
-    mine, shown = range(rank(), len(samples), size()), range(min(8, len(samples)) * is_main())
+    mine = range(rank(), len(samples), size())
+    shown = range(min(8, len(samples))) if is_main() else ()  # in the grid
     numbers = sorted({*mine, *shown})
     for name, path in checkpoints.items():
         asked = [samples[number] for number in numbers]

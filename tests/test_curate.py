@@ -12,6 +12,7 @@ about a plan shows the target. Left out: hosted models.
 import dataclasses
 import io
 import json
+import types
 from pathlib import Path
 
 import bad_endpoint
@@ -27,7 +28,7 @@ import iccot
 import sft
 from data import Source
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import files, loop
+from runtime import files, loop, processes
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
 from studies import benchmarks, writer
@@ -286,6 +287,25 @@ def test_statistics_are_the_official_ones():
     table = benchmarks.statistics(rows, ("a", "b", "c"))
     assert table["a"] == {"PF": 6.5, "SC": 4.0, "Overall": 5.0, "n": 2, "null": 1}
     assert table["average"] == {"PF": 8.25, "SC": 7.0, "Overall": 7.5, "n": 3, "null": 1}
+
+
+def test_each_case_is_painted_from_a_noise_of_its_own(monkeypatch):
+    """Keys of one category begin alike."""
+    seen, shape = [], types.SimpleNamespace(latent_side=8, token_pixels=4)
+
+    def generate(requests, *, sampler, thinking, batch, seeds):
+        seen.extend(seeds)
+        return [None]
+
+    engine = types.SimpleNamespace(model=types.SimpleNamespace(config=shape), generate=generate)
+    cases = [
+        benchmarks.Case(f"replace-{i}", "replace", "Draw it.", "en", ()) for i in (1, 10, 12, 120)
+    ]
+    config = evaluate.Config(config="smoke", **evaluate.PRESETS["smoke"])
+    monkeypatch.setattr(benchmarks, "is_whole", lambda path: False)
+    monkeypatch.setattr(benchmarks, "save_result", lambda *_: None)
+    benchmarks.paint_missing(engine, cases, config)
+    assert len({processes.generator(*seed).initial_seed() for seed in seen}) == 4
 
 
 def test_dreamomni2_folders(tmp_path):

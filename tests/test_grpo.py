@@ -541,11 +541,18 @@ def test_gen_only_training_leaves_the_understanding_expert_alone(toy):
         (dict(likelihood="forward", guard=True), "likelihood=sde"),
         (dict(likelihood="forward", kl="latent"), "likelihood=sde"),
         (dict(scored_times=0), "at least one time"),
+        (dict(target=0.5, eval_data="shards"), "eval_data=shards has none"),
     ],
 )
 def test_impossible_combinations_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_what_is_trained_guided_is_measured_guided():
+    guided = dataclasses.replace(CONFIG, text_guidance=4.0, image_guidance=2.0, eval_timesteps=9)
+    assert guided.held_out.sampler == dataclasses.replace(guided.sampler, num_timesteps=9)
+    assert len(guided.held_out.sampler.contexts) == 3
 
 
 def test_a_detached_prompt_is_not_the_gradient(toy):

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import example
 import sft
-from engine import Engine
+from engine import Engine, is_text
 from model import ModelConfig, UnifiedModel
 from runtime import loop, lora, processes
 from runtime.config import UserError, parse
@@ -225,3 +225,26 @@ def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack(monkeyp
     monkeypatch.setattr(example, "pack_of", lambda layout, some: [len(one) for one in some])
     examples = [range(n) for n in (3, 8, 5, 2, 2)]
     assert example.pack(None, examples, 10) == [[8, 2], [3, 5, 2]]
+
+
+def test_pictures_stand_where_the_instruction_puts_them(toy):
+    """As in sampling; without text they stand alone, and of what is dropped nothing is encoded."""
+    one = next(one for one in map(draw_from_train, range(99)) if len(one.references) == 2)
+    placed = dataclasses.replace(one, instruction="Put <image> beside <image>.")
+    how = dict(plan_dropout=0.0, text_dropout=0.0, vae_dropout=1.0, vit_dropout=0.0)
+
+    def items(sample, **options):
+        config, generator = dataclasses.replace(CONFIG, **how | options), processes.generator(0)
+        return example.make_example(toy[0], sample, config, generator=generator).prompt.items
+
+    assert [is_text(item) for item in items(one)] == [False, False, True]
+    assert [is_text(item) for item in items(placed)] == [True, False, True, False, True]
+    assert [is_text(item) for item in items(placed, text_dropout=1.0)] == [False, False]
+    pictures = [item for item in items(placed) if not is_text(item)]
+    assert all(item.latents is None and item.patches is not None for item in pictures)
+    asked = toy[0].prompt(placed.references, placed.instruction).items
+    assert [item for item in asked if is_text(item)] == [i for i in items(placed) if is_text(i)]
+
+
+def draw_from_train(number):
+    return draw_sample("train", number)

@@ -245,6 +245,21 @@ def test_workers_outlive_a_signal_to_all_processes(folder):
         assert not one.is_alive()
 
 
+def test_samples_with_too_many_references_are_refused_by_name(folder, samples):
+    """In training and in measuring: the memory was promised for max_references."""
+    limited, most = Source(folder, limit=2), [len(one.references) for one in samples]
+    assert min(most) <= 2 < max(most)
+    for number, one in enumerate(samples):
+        if most[number] <= 2:
+            assert same(limited.sample(number), one)
+        else:
+            with pytest.raises(UserError, match=f"has {most[number]} references, more than max_"):
+                limited.sample(number)
+    assert data.open_source(str(folder), 0, 2).limit == 2
+    with pytest.raises(UserError, match="none of the 1 samples"):
+        held_out(str(folder), 1, max_references=0)
+
+
 def test_few_samples_are_split_too(tmp_path, samples, capsys):
     def source(count, split):
         lines = [json.dumps({"key": one.key}) + "\n" for one in samples[:count]]
@@ -407,6 +422,7 @@ KEY = "train-0-00000000"  # its prompt has one reference
         ),
         (edit(KEY, plan={"out_caption": "A city.", "relations": []}), "relation_1"),
         (edit(KEY, instruction="The thing of image 7."), "names image 7"),
+        (edit(KEY, instruction="<image> and <image>"), "2 times <image>, but 1 references"),
         (edit(KEY, instruction=" "), "its instruction has 1 characters"),
         (
             edit(

@@ -24,7 +24,8 @@ from bench.walk import of_held_out, type_of, walk_pictures
 from engine import Engine, Sampler, Thinking
 from runtime import files, processes
 from runtime.config import exit_on_user_error, parse, with_path
-from runtime.pretrained import load_model, shape_of
+from runtime.pretrained import shape_of
+from runtime.quantised import load_quantised
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
 from studies.metrics import HeldOut, by_task, measure, print_table
@@ -73,6 +74,7 @@ class Config:
     max_plan_tokens: int = 72  # of a plan, at most
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
+    weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
     batch: int = 50  # prompts painted at once: bounds the memory
     memory: bool = False  # print what every phase would hold of a GPU, and stop
     gpu_memory: float = 80.0  # GB, 10^9 bytes
@@ -191,9 +193,8 @@ def main(config):
     metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
 
     def load_engine():
-        return Engine(
-            *load_model(config.checkpoint, *processes.placed(config.device, config.dtype))
-        )
+        place = processes.placed(config.device, config.dtype)
+        return Engine(*load_quantised(config.checkpoint, *place, kind=config.weights))
 
     with exit_on_user_error(ValueError):
         if config.ablation:

@@ -47,15 +47,20 @@ class Options:
     pretraining_steps: int = 0  # first steps, whose toy targets are right, as a base model's are
 
 
+def most_tokens(shape, config):
+    """Tokens that a sample may take at this resolution."""
+    latents, patches = shape.latent_side**2 + 2, shape.vit_side**2 + 2
+    pictures = config.max_references * (latents + patches) + config.noise_copies * latents
+    return pictures + WORDS + WORDS_OF_ONE * max(0, config.max_references - 4)
+
+
 def check_budget(shape, config):
     """UserError unless a pack holds the largest sample that there may be at this resolution.
 
     Found out before the first step, not at the first sample with all references. shape: of the
     model.
     """
-    latents, patches = shape.latent_side**2 + 2, shape.vit_side**2 + 2
-    pictures = config.max_references * (latents + patches) + config.noise_copies * latents
-    needed = pictures + WORDS + WORDS_OF_ONE * max(0, config.max_references - 4)
+    needed = most_tokens(shape, config)
     if needed > config.tokens_per_pack:
         raise UserError(
             f"tokens_per_pack={config.tokens_per_pack}: a sample with max_references="

@@ -387,7 +387,7 @@ def finish(config, folder, begun):
     if processes.is_main():
         score = partial(Clip(config.clip_name, config.clip).score, kind=config.reward)
     both = {"SFT": config.init, "SFT + GRPO": folder}
-    how = dict(folder=folder, precision=config.precision, score=score)
+    how = dict(folder=folder, held_as=(config.precision, config.weights), score=score)
     rows = compare_checkpoints(both, config.held_out, metric, **how)
     gain = rows["SFT + GRPO"]["Overall"] - rows["SFT"]["Overall"]
     found = f"model in {folder}/model, pictures in {folder}/grid.png, curves.png"

@@ -43,6 +43,7 @@ from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of, shape_with
 from runtime.processes import generator
+from runtime.quantised import count
 from runtime.state import TrainingState, new_average, newest_step
 from studies.curves import save_story, save_strip
 from studies.metrics import HeldOut, measured_together
@@ -249,11 +250,10 @@ def train(config):
     state = TrainingState(trained, optimizer, new_average(trained))
     run = loop.Run(folder, config, state, desc="sft")
     measuring = replace(config.held_out, count=config.eval_samples)
-    parts = trained.values(), engine.model.parameters()
-    millions = " of ".join(f"{sum(p.numel() for p in part) / 1e6:.1f}M" for part in parts)
+    both = count(trained.values()), count(engine.model.parameters())
     processes.say(
-        f"sft: trains {millions} parameters, {config.samples_per_step} samples a step, {each} on "
-        f"each of {processes.size()} processes, {torch.get_num_threads()} CPU threads, "
+        f"sft: trains {both[0]:,} of {both[1]:,} parameters, {config.samples_per_step} samples a "
+        f"step, {each} on each of {processes.size()} processes, {torch.get_num_threads()} threads, "
         f"{describe_backend()}, step {step} of {config.steps}"
     )
     ahead = [i for later in range(step, config.steps) for i in sample_numbers(config, later)]

@@ -10,7 +10,9 @@ Left out: a search for the fastest of the settings that fit.
 """
 
 from dataclasses import replace
+from itertools import combinations
 
+from example import most_tokens
 from runtime.config import UserError
 
 
@@ -60,10 +62,9 @@ def remedies(walk, config, shape):
     First single options that change no result, then what is trained and on how many GPUs, then
     these together, and at last what changes the method.
     """
-    frugal = {name: value for change in cheap(config) for name, value in change.items()}
-    several = [frugal | change for change in ({}, *strong(config))] if frugal else []
-    last = [frugal | change for change in otherwise(config)]
-    for some in ([*cheap(config), *strong(config)], several, last):
+    several = frugal(config, ({}, *strong(config)), shape) if cheap(config, shape) else []
+    last = frugal(config, otherwise(config), shape)
+    for some in ([*cheap(config, shape), *strong(config)], several, last):
         found = {}  # {options that are changed: the words}, the mildest change of each
         for change in some:
             what = tuple(change)
@@ -96,7 +97,20 @@ def changes(config, wanted):
     return [{name: value} for name, value, now in values if now is not missing and now != value]
 
 
-def cheap(config):
+def frugal(config, found, shape):
+    """Changes, each with all that is cheap beside it."""
+    return [
+        {
+            name: value
+            for one in cheap(replace(config, **change), shape)
+            for name, value in one.items()
+        }
+        | change
+        for change in found
+    ]
+
+
+def cheap(config, shape):
     """Changes that bound memory and change no result but rounding."""
     wanted = [("replicas", 1), ("sum_every_pass", True), ("checkpointing", True), ("eval_batch", 1)]
     wanted += [("groups_at_once", 1), ("batch", 1), ("precision", "bfloat16")]
@@ -105,6 +119,9 @@ def cheap(config):
     wanted += [("pictures_at_once", n) for n in halves if n]
     if hasattr(config, "window"):
         wanted += [("tokens_per_pack", n) for n in (24_576, 16_384) if n < config.tokens_per_pack]
+    elif hasattr(config, "noise_copies"):
+        needed = most_tokens(shape, config)
+        wanted += [("tokens_per_pack", needed)] * (needed < config.tokens_per_pack)
     return changes(config, wanted)
 
 
@@ -116,18 +133,32 @@ def less(config):
     return [{"train": way} for way in ways[ways.index(getattr(config, "train", "lora")) + 1 :]]
 
 
+def rounded(config):
+    """Changes to weights of fewer bits: of those that are frozen, so of a stage with adapters."""
+    found = changes(config, [("weights", "int8"), ("weights", "nf4")])
+    if getattr(config, "train", "lora") == "lora":
+        return found
+    return [{"train": "lora"} | change for change in found if less(config)]
+
+
 def strong(config):
     """Changes of what is trained, of how exact weights are, and of the number of GPUs."""
-    found = less(config) + changes(config, [("weights", "int8"), ("weights", "nf4")])
+    found = less(config) + rounded(config)
     more = (2, 4, 8, 16, 32, 64, 128)
     return found + [{"gpus": n} for n in more if n > getattr(config, "gpus", 128)]
 
 
 def otherwise(config):
-    """Changes of the method, where nothing else is enough."""
-    most = less(config)[-1:] or [{}]
-    contexts = changes(config, [("text_guidance", 1.0), ("max_references", 1)])
+    """Changes of the method, where nothing else is enough; the last are the strongest."""
+    most = (less(config) + rounded(config))[-1:] or [{}]
+    wanted = [("text_guidance", 1.0), ("max_references", 1)]
+    wanted += [("picture_side", 512)] * (getattr(config, "picture_side", 0) > 512)
+    contexts = changes(config, wanted)
     scores = "scored_times" if getattr(config, "likelihood", "") == "forward" else "window"
     windows = changes(config, [(scores, n) for n in (8, 4, 2, 1)])
-    found = [*contexts, *windows, *(a | b for a in contexts for b in windows)]
-    return [*found, *(one | most[0] for one in found)]
+    pairs = [a | b for a, b in combinations(contexts, 2)]
+    found = [*contexts, *windows, *pairs, *(a | b for a in contexts for b in windows)]
+    found += [one | most[0] for one in found if most[0]]
+    ranks = changes(config, [("lora_rank", 16)])
+    adapted = (getattr(config, "train", ""), most[0].get("train")) if ranks else ()
+    return found + [one | ranks[0] for one in found if "lora" in adapted]

@@ -24,6 +24,7 @@ from engine import Prompt
 from model import UnifiedModel
 from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
+from runtime.quantised import BYTES, quantised_layers
 from sequence import Layout
 from vision import Reference
 
@@ -228,9 +229,10 @@ def always(config, model, shards):
 
     model: on the meta device; what is trained requires a gradient. CLIP and codec: walk.py.
     """
-    everything, trained = values_of(model), values_of(model, trained=True)
+    trained = values_of(model, trained=True)
+    frozen = held_bytes(model, values_of(model) - trained, value_bytes(config), kind=config.weights)
     return {
-        "weights, frozen": value_bytes(config) * (everything - trained) / shards,
+        "weights, frozen": frozen / (shards if config.weights == "full" else 1),
         "weights, trained": 4 * trained / shards,
         "gradients": 4 * trained / (shards if config.sum_every_pass else 1),
         "moments": 8 * trained / shards,
@@ -242,7 +244,16 @@ def always(config, model, shards):
 def values_gathered(config, module):
     """Number of values that are copied to gather a module: where a GPU keeps whole weights, frozen
     ones are used as they are held (runtime/sharding.py)."""
-    return values_of(module, trained=shards_of(config) == 1)
+    return values_of(module, trained=shards_of(config) == 1 or config.weights != "full")
+
+
+def held_bytes(model, values, width, *, kind):
+    """Bytes of so many values of a model, `width` each; kind: "full", or what the experts among
+    them are rounded to (runtime/quantised.py)."""
+    if kind == "full":
+        return width * values
+    narrow = sum(layer.weight.numel() for *_, layer in quantised_layers(model))
+    return width * (values - narrow) + BYTES[kind] * narrow
 
 
 def gathered_bytes(config, model):

@@ -26,7 +26,6 @@ from engine import Branch, Group, Noised, lay_out
 from example import check_budget
 from model import MAX_LOGITS
 from runtime.processes import share
-from runtime.quantised import BYTES, quantised_layers
 from sequence import Sequence
 
 SPARE = 0.9  # of a card; the rest is for what is left out
@@ -196,6 +195,9 @@ def host_bytes(config, model, standing):
     """{what: bytes} on the host of the first process, which has up to eight."""
     width = 4 if config.export_float32 else memory.value_bytes(config)
     host = {"exported weights": width * memory.values_of(model)}
+    if config.weights != "full":
+        each = memory.value_bytes(config) * memory.values_of(model)
+        host["weights before they are rounded"] = min(8, config.gpus) * each
     if config.async_save:
         names = ("weights, trained", "moments", "average")
         host["state being written"] = min(8, config.gpus) * sum(standing[name] for name in names)
@@ -227,7 +229,8 @@ def policy_forward(shape, case, config):
 def of_table(config, shape, dtype):
     """The largest Phase of the table at the end: another model, whole on every process."""
     model = memory.model_of(shape, "all", 0)
-    weights = dtype.itemsize * memory.values_of(model)
+    values, width = memory.values_of(model), dtype.itemsize
+    weights = memory.held_bytes(model, values, width, kind=config.weights)
     base = {"weights": weights, "codec, CLIP": codec_weights(model)}
     base["codec, CLIP"] += clip_bytes(config.metric_name)[0]
     phases = painting(shape, of_held_out(config.held_out, dtype), base)
@@ -324,22 +327,15 @@ def walk_sft(config, shape):
     return Walk(standing, phases, host_bytes(config, model, standing))
 
 
-def weight_bytes(model, width, kind):
-    """Bytes of weights, `width` a value; kind: "full", or as runtime/quantised.py rounds them."""
-    values = memory.values_of(model)
-    if kind == "full":
-        return width * values
-    narrow = sum(layer.weight.numel() for *_, layer in quantised_layers(model))
-    return width * (values - narrow) + BYTES[kind] * narrow
-
-
 def walk_pictures(config, shape):
     """The Walk of sample.py and evaluate.py, whose configs say their `work`."""
     model, name = memory.model_of(shape, "all", 0), getattr(config, "metric_name", "")
     work = config.work(shape)
     weights, embedding = clip_bytes(name)
     standing = {
-        "weights": weight_bytes(model, work.dtype.itemsize, getattr(config, "weights", "full")),
+        "weights": memory.held_bytes(
+            model, memory.values_of(model), work.dtype.itemsize, kind=config.weights
+        ),
         "codec, CLIP": codec_weights(model) + weights,
     }
     measure = [Phase("measure", 0, {"CLIP's pass": embedding})] if name else []

@@ -53,6 +53,7 @@ from runtime.processes import (
     size,
     warn,
 )
+from runtime.quantised import count
 from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
 from runtime.tracker import Tracker
@@ -79,6 +80,7 @@ class Options:
     train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
     lora_rank: int = 64
     lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
+    weights: Literal["full", "int8", "nf4"] = "full"  # what frozen experts are rounded to, for lora
     max_grad_norm: float = 1.0
     # machine
     checkpointing: bool = True  # recompute each block backward: less memory, a third more time
@@ -104,6 +106,14 @@ class Options:
     metric_name: str = "ViT-B-32"  # its open_clip architecture; toys: toy
     metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
     clip_steps: int = 0  # training steps of the toys' CLIPs, where they are missing
+
+    def __post_init__(self):
+        super().__post_init__()  # of the stage's own options
+        if self.weights != "full" and self.train != "lora":
+            raise ValueError(
+                f"weights={self.weights} rounds what is frozen, and train={self.train} trains some "
+                f"of it: add --train lora, or leave --weights out"
+            )
 
 
 REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
@@ -218,21 +228,24 @@ class Run:
         self.tracker.close()
 
     def export(self, engine):
-        """Write out/<name>/model: the average where there is one, with adapters merged.
+        """Write out/<name>/model: the average where there is one, with adapters merged; where the
+        frozen weights are in few bits, into what they were rounded from.
 
         Warns if rounding undoes most of what was learned since `init`.
         """
         config, whole, moved, lost = self.config, {}, 0, 0
         weights = dict(engine.model.named_parameters()) | self.state.average
         dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
-        before = self.weights_before(engine.model) if dtype != torch.float32 else {}
+        changed = self.changed() if dtype != torch.float32 else ()
         for name in (name for name in weights if ".lora_" not in name):
-            known = name in before
-            tensor = merged_weight(weights, name, config.lora_alpha / config.lora_rank)
+            known, base = name in changed, weights[name]
+            if not base.is_floating_point():
+                base = self.weight_before(name, base).to(base.device)
+            tensor = merged_weight(weights, name, config.lora_alpha / config.lora_rank, base=base)
             found = whole_weights({name: tensor}, torch.float32 if known else dtype)
             whole |= {key: value.to(dtype) for key, value in found.items()}
             if known:
-                old = before[name]()
+                old = self.weight_before(name, weights[name]).float()
                 is_new = found[name] != old
                 moved += int(is_new.sum())
                 lost += int((is_new & (whole[name] == old.to(dtype))).sum())
@@ -246,29 +259,27 @@ class Run:
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
 
-    def weights_before(self, model):
-        """{name: function that reads it} of what is trained, adapters as the weights they change.
-
-        {} on other processes than the first, and where the checkpoint to start from is gone.
-        """
+    def changed(self):
+        """Names of the weights that training has changed, by adapters too, and that can be compared
+        with those before; none on other processes than the first."""
         if not (is_main() and self.config.init):
-            return {}
-        types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            return set()
         try:
-            folder = find_model(self.config.init)
+            find_model(self.config.init)
         except FileNotFoundError:
-            return {}
+            return set()
+        return {re.sub(r"\.lora_[ab]$", ".weight", name) for name in self.state.parameters}
 
-        def reader(name):
-            def read():  # as it was when training began: a frozen weight is rounded
-                return stored_tensor(folder, name).to(types[name]).float()
-
-            return read
-
-        return {
-            name: reader(name)
-            for name in (re.sub(r"\.lora_[ab]$", ".weight", key) for key in self.state.parameters)
-        }
+    def weight_before(self, name, held):
+        """A weight of `init` when training began: of the type that it is `held` as, or rounded to
+        few bits from. UserError if the checkpoint is gone."""
+        dtype = held.dtype if held.is_floating_point() else getattr(torch, self.config.precision)
+        try:
+            return stored_tensor(find_model(self.config.init), name).to(dtype)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error}; weights={self.config.weights} needs the checkpoint to write a model"
+            ) from None
 
     def pace(self, model):
         """tokens/s and MFU of this command, as text to append."""
@@ -453,8 +464,7 @@ def pace(folder, first, model, *, precision):
     forward = total("rollout_tokens", "update_tokens") - total("trained_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
     blocks = list(model.blocks.parameters())
-    weights = sum(p.numel() for p in blocks)
-    learned = sum(p.numel() for p in blocks if p.requires_grad)
+    weights, learned = count(blocks), count(p for p in blocks if p.requires_grad)
     flops = (2 * forward + 4 * trained) * weights / 2 + 2 * trained * learned / 2
     used = flops / spent / size() / matmul_speed(precision)
     return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * used:.0f} %"

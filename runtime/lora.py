@@ -6,11 +6,12 @@ LoRA (arXiv 2106.09685): train a small change of the generation expert in place 
 
     add_lora(model, rank, alpha)        before sharding; reset_lora(model, seed) once it has memory
     trained_parameters(model, "lora")   what is trained; "gen" and "all" need no adapters
-    merged_weight(weights, name, scale) for the exported model, in BAGEL's layout like any other
+    merged_weight(weights, name, ...)   for the exported model, in BAGEL's layout like any other
 
 Only A and B are trained, so their gradients, moments and reference (zero again) cost little. Both
 matrices live in the module that they change, so that sharding and checkpointing need to know
-nothing of them.
+nothing of them. W may be rounded to 8 or 4 bits (QLoRA, runtime/quantised.py): each process then
+holds all of W, adapters are sharded as ever.
 
 Not a concept of the paper. Left out: adapters of the understanding expert, dropout.
 """
@@ -20,8 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import distribute_tensor
 
-from runtime.pretrained import find_model, load_config, load_tokenizer, load_weights
+from runtime.pretrained import load_model
 from runtime.processes import device
+from runtime.quantised import load_quantised
 from runtime.sharding import shard, whole
 
 # {what is trained: parts of the names}; "gen" is the generation expert with its ways in and out
@@ -32,30 +34,29 @@ TRAINED = {
 }
 
 
-class LoraLinear(nn.Linear):
-    """A linear layer with an adapter, zero at first; its own weight keeps its name.
-
-    Takes over the parameters of `linear`, and its device and type for the adapter's.
-    """
-
-    def __init__(self, linear, rank, alpha):
-        width_in, width_out = linear.in_features, linear.out_features
-        super().__init__(width_in, width_out, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_a = nn.Parameter(linear.weight.new_zeros(rank, width_in))
-        self.lora_b = nn.Parameter(linear.weight.new_zeros(width_out, rank))
-        self.scale = alpha / rank
-
-    def forward(self, x):
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
-
-
 def add_lora(model, rank, alpha):
     """Give every linear layer of the generation expert an adapter."""
     for block in model.blocks:
-        for name, child in list(block.gen.named_children()):
+        for child in block.gen.children():
             if isinstance(child, nn.Linear):
-                setattr(block.gen, name, LoraLinear(child, rank, alpha))
+                add_adapter(child, rank, alpha)
+
+
+def add_adapter(layer, rank, alpha):
+    """Let a linear layer add B A x, zero at first; its own weight stays as it is, under its name.
+
+    The matrices have its device, and its type unless it is rounded: then float32.
+    """
+    weight = layer.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    how = dict(device=weight.device, dtype=dtype)
+    layer.lora_a = nn.Parameter(torch.zeros(rank, layer.in_features, **how))
+    layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, **how))
+
+    def add(layer, inputs, y):
+        return y + F.linear(F.linear(inputs[0], layer.lora_a), layer.lora_b) * (alpha / rank)
+
+    layer.register_forward_hook(add)
 
 
 @torch.no_grad()
@@ -74,15 +75,15 @@ def reset_lora(model, seed):
 
 
 @torch.no_grad()
-def merged_weight(weights, name, scale):
-    """The weight `name` of {name: tensor} as it acts: with an adapter W + scale B A, whole.
+def merged_weight(weights, name, scale, *, base):
+    """The weight `name` as it acts: W, or with adapters among {name: tensor} W + scale B A, whole.
 
-    scale: alpha / rank. One weight at a time, so that no second copy of the model is made.
+    scale: alpha / rank; base: W. One at a time, so that no second copy of the model is made.
     """
     layer = name.removesuffix(".weight")
     if f"{layer}.lora_b" not in weights:
-        return weights[name]
-    w, b, a = (whole(weights[key]) for key in (name, f"{layer}.lora_b", f"{layer}.lora_a"))
+        return base
+    w, b, a = map(whole, (base, weights[f"{layer}.lora_b"], weights[f"{layer}.lora_a"]))
     return w + scale * (b @ a)  # (out, in)
 
 
@@ -99,20 +100,25 @@ def trained_parameters(model, what):
 def load_trained(config):
     """(model, tokenizer) of the checkpoint `config.init` for training, sharded over the processes.
 
-    What `config.train` does not train is frozen and kept in `config.precision`.
+    What `config.train` does not train is frozen and kept in `config.precision`, or rounded as
+    `config.weights` says.
     """
-    folder, narrow = find_model(config.init), getattr(torch, config.precision)
+    narrow = getattr(torch, config.precision)
 
     def prepare(model):
         if config.train == "lora":
             add_lora(model, config.lora_rank, config.lora_alpha)
         trained_parameters(model, config.train)
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(narrow)
         shard(model, config.precision, config.replicas)
 
-    model = load_weights(folder, load_config(folder), device(), prepare=prepare)
+    if config.weights == "full":
+        model, tokenizer = load_model(config.init, device(), prepare=prepare)
+    else:
+        model, tokenizer = load_quantised(config.init, device(), narrow, kind=config.weights)
+        prepare(model)
     reset_lora(model, config.seed)
     model.checkpointing = config.checkpointing
-    return model, load_tokenizer(folder)
+    return model, tokenizer

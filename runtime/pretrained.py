@@ -200,13 +200,13 @@ def download(name):
 # reading
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
+def load_model(path, device="cpu", dtype=torch.float32, *, prepare=None):
     """(model, tokenizer) from a folder of this layout; every key is checked by name and shape.
 
-    path: see `find_model`.
+    path: see `find_model`; prepare: see `load_weights`.
     """
     folder = find_model(path)
-    model = load_weights(folder, load_config(folder), device, dtype=dtype)
+    model = load_weights(folder, load_config(folder), device, dtype=dtype, prepare=prepare)
     return model, load_tokenizer(folder)
 
 

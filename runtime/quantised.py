@@ -2,6 +2,7 @@
 Frozen weights in 8 or 4 bits, for a model that is too large for a card otherwise.
 
     model, tokenizer = load_quantised(path, device, dtype, kind="nf4")
+    count(model.parameters())           values, whatever they are held as
 
 The linear layers of both experts, nine tenths of BAGEL's weights, become those of bitsandbytes:
 
@@ -11,9 +12,12 @@ The linear layers of both experts, nine tenths of BAGEL's weights, become those 
             each 64 values
 
 Embeddings, the head, the eye and the codec stay as they are. The whole model passes through the
-host's memory in `dtype` (7B: 29 GB), the device never holds it. Not a concept of the paper.
-Left out: training (an adapter on such weights could not be merged into them without loss), 8-bit
-states of the optimiser. It needs bitsandbytes: pip install bitsandbytes
+host's memory in `dtype` (7B: 29 GB), the device never holds it. Adapters may be trained beside such
+weights (runtime/lora.py); they are merged into those of the checkpoint, for a small change of a
+rounded weight would be lost where it is rounded again.
+
+Not a concept of the paper. Left out: 8-bit states of the optimiser, weights rounded on disk.
+It needs bitsandbytes: pip install bitsandbytes
 """
 
 import torch
@@ -26,7 +30,7 @@ BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # of one value, with its part of a s
 
 
 def load_quantised(path, device, dtype, *, kind):
-    """(model, tokenizer) as `load_model`, for sampling; kind: "int8", "nf4", or "full", as it is.
+    """(model, tokenizer) as `load_model`; kind: "int8", "nf4", or "full", as it is.
 
     UserError without bitsandbytes.
     """
@@ -45,6 +49,11 @@ def library(kind):
     except ImportError:
         raise UserError(f"--weights {kind} needs bitsandbytes: pip install bitsandbytes") from None
     return bitsandbytes
+
+
+def count(parameters):
+    """Number of values in some parameters; two of 4 bits share a byte."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
 
 
 def quantised_layers(model):

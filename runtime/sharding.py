@@ -10,10 +10,10 @@ Weights sharded over processes block by block (FSDP2), whole when needed; steps 
 
 Shards, summed gradients and moments are float32, whatever `precision` the arithmetic has; weights
 that are frozen have the type that they are given. A process that keeps the whole model (a world of
-one) uses frozen weights as it holds them: only trained ones are copied to be gathered. FSDP2
-averages gradients over the processes: a loss that is divided by counts over all of them is to be
-multiplied by their number before the backward pass. In a world of one without a process group all
-of this is the identity, and the same code runs.
+one, or frozen weights rounded to few bits) uses frozen weights as it holds them: only trained ones
+are copied to be gathered. FSDP2 averages gradients over the processes: a loss that is divided by
+counts over all of them is to be multiplied by their number before the backward pass. In a world of
+one without a process group all of this is the identity, and the same code runs.
 
 Not a concept of the paper. Left out: tensor and pipeline parallelism, offloading to the host.
 """
@@ -64,9 +64,10 @@ def shard(model, precision="float32", replicas=1):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # a module that returns a view: nobody writes to it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    # where nothing is split, gathered weights would be a second copy
+    # where nothing is split, gathered weights would be a second copy; rounded ones cannot be split
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    held = set(frozen) if size() == replicas else None
+    rounded = not all(p.is_floating_point() for p in frozen)
+    held = set(frozen) if size() == replicas or rounded else None
     for unit in (*model.eye.layers, *model.blocks, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=held)
     for method in ("keys_and_values", "fill"):

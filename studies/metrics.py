@@ -30,8 +30,8 @@ from iccot import TASKS
 from reward import compare
 from runtime.config import UserError
 from runtime.files import to_json, write_text
-from runtime.pretrained import load_model
 from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
+from runtime.quantised import load_quantised
 from runtime.sharding import gathered
 from studies.pictures import save_grid
 from toy import world
@@ -182,18 +182,20 @@ def agreement(clip, pictures, captions):
     return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
 
 
-def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score=None):
+def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=None):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
     All processes take part: each loads them and paints its share of the prompts, and the first one
     also the pictures of the grid.
-    precision: of the weights on a GPU; a CPU takes float32. Whatever nobody holds any more is freed
-    first: cycles keep a model that was trained. Prints the table, writes table.json and grid.png
+    held_as: the weights' precision on a GPU (a CPU takes float32), and what the experts are rounded
+    to, as load_quantised has it. Whatever nobody holds any more is freed first: cycles keep a model
+    that was trained. Prints the table, writes table.json and grid.png
     (pictures of all, side by side) into `folder`, and returns the rows {name: measure(...)}.
     score(pictures, captions): the reward that stage 2 trained with; it stands in the grid.
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
+    precision, kind = held_as
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
     barrier()  # the first process has written the last checkpoint
     samples, rows, painted = held_out.samples(), {}, {}
@@ -202,7 +204,9 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, precision, score
     numbers = sorted({*mine, *shown})
     for name, path in checkpoints.items():
         asked = [samples[number] for number in numbers]
-        results = held_out.paint(Engine(*load_model(path, device(), dtype)), asked, numbers)
+        engine = Engine(*load_quantised(path, device(), dtype, kind=kind))
+        results = held_out.paint(engine, asked, numbers)
+        del engine  # before the next is read
         found = dict(zip(numbers, results))
         own = [samples[number] for number in mine], [found[number] for number in mine]
         rows[name] = of_all(means(*own, clip) if mine else {}) | {"n": len(samples)}

@@ -100,6 +100,7 @@ SFT = TRAINING | dict(
     train=change("weights", "gen", init="model"),
     lora_rank=change("weights", 2, init="model", train="lora"),
     lora_alpha=change("weights", 999.0, init="model", train="lora"),
+    weights=change("exit", "nf4", init="model", train="lora", memory=True, gpu_memory=1.0962),
     # what is seen of a sample
     tokens_per_pack=change("passes", 600, samples_per_step=6),
     sum_every_pass=change("summed", True, samples_per_step=6, tokens_per_pack=600),
@@ -176,6 +177,7 @@ GRPO = TRAINING | dict(
     train=change("weights", "gen"),
     lora_rank=change("weights", 2, train="lora"),
     lora_alpha=change("weights", 999.0, train="lora"),
+    weights=change("exit", "nf4", train="lora", memory=True, gpu_memory=1.81e-2),
     average=change("weights", 0.99),
     clip_name=change("asked", "ViT-L-14"),
     clip=change("asked", "elsewhere"),
@@ -252,6 +254,7 @@ EVALUATE = dict(
     max_plan_tokens=change("pictures", 8),
     device=change("exit", "cuda:99"),
     dtype=change("asked", "bfloat16"),
+    weights=change("exit", "nf4", memory=True, gpu_memory=7.8e-3),
     batch=change("passes", 1),
     memory=change("pictures", True),
     gpu_memory=change("exit", 1e-4, memory=True),

@@ -331,11 +331,11 @@ def tables(monkeypatch):
     """compare_checkpoints with nothing painted: the types of the weights that it loads."""
     asked = []
 
-    def load(path, where, dtype):
-        asked.append(dtype)
+    def load(path, where, dtype, *, kind):
+        asked.append((dtype, kind))
         return path, None
 
-    monkeypatch.setattr(metrics, "load_model", load)
+    monkeypatch.setattr(metrics, "load_quantised", load)
     monkeypatch.setattr(metrics, "Engine", lambda *parts: parts)
     monkeypatch.setattr(metrics, "save_grid", lambda *_, **__: None)
     row = dict.fromkeys(metrics.COLUMNS, (float("nan"), 0))
@@ -359,8 +359,9 @@ def test_the_final_table_is_in_the_runs_precision(
 ):
     held, asked = tables
     monkeypatch.setattr(metrics, "device", lambda: torch.device(where))
-    metrics.compare_checkpoints({"a": "x"}, held, None, folder=tmp_path, precision=precision)
-    assert asked == [dtype]
+    how = dict(folder=tmp_path, held_as=(precision, "nf4"))
+    metrics.compare_checkpoints({"a": "x"}, held, None, **how)
+    assert asked == [(dtype, "nf4")]
     assert strict((tmp_path / "table.json").read_text())["a"]["PF"] is None
 
 
@@ -373,15 +374,16 @@ def test_the_final_table_comes_after_the_training_state_is_gone(tables, tmp_path
     held, alive, state = tables[0], [], State()
     state.me, seen = state, weakref.ref(state)
 
-    def load(path, where, dtype):
+    def load(path, where, dtype, *, kind):
         alive.append(seen())
         return path, None
 
-    monkeypatch.setattr(metrics, "load_model", load)
+    monkeypatch.setattr(metrics, "load_quantised", load)
+    how = dict(folder=tmp_path, held_as=("float32", "full"))
     gc.disable()
     try:
         del state
-        metrics.compare_checkpoints({"a": "x"}, held, None, folder=tmp_path, precision="float32")
+        metrics.compare_checkpoints({"a": "x"}, held, None, **how)
     finally:
         gc.enable()
     assert alive == [None]

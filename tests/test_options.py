@@ -263,8 +263,8 @@ class Results:
         patch.setattr(advice, "remedies", lambda *_: [])
         if name in ("sample", "evaluate"):
             module, measure = MODULES[name], metrics.measure
-            opened = "load_quantised" if name == "sample" else "load_model"
-            noted(patch, seen, module, opened, key="asked", instead=lambda *_, **__: self.loaded)
+            how = dict(key="asked", instead=lambda *_, **__: self.loaded)
+            noted(patch, seen, module, "load_quantised", **how)
 
             def measured(samples, results, clip):
                 seen["pictures"] += [(one.text, pixels(one.image)) for one in results]

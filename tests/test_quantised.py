@@ -1,24 +1,34 @@
 """
-Weights in 8 and 4 bits: how much they change what the model says, and what people are told.
+Weights in 8 and 4 bits: how much they change what the model says, adapters that are trained beside
+them, and what people are told.
 
 Skipped without bitsandbytes: pip install bitsandbytes
 """
 
 import copy
+import dataclasses
 import sys
 from functools import partial
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
+from torch.optim import AdamW
 
 import bench.model as case
-from bench import advice, walk
+import grpo
+import sft
+from bench import advice, memory, walk
 from bench.memory import values_of
 from engine import Branch, Group, Thinking
-from model import ModelConfig
+from model import SMOKE, ModelConfig, UnifiedModel
+from runtime import loop
 from runtime.config import UserError
-from runtime.pretrained import save_model
-from runtime.quantised import BYTES, load_quantised, quantise, quantised_layers
+from runtime.lora import add_adapter, load_trained, trained_parameters
+from runtime.pretrained import load_model, save_model
+from runtime.quantised import BYTES, count, load_quantised, quantise, quantised_layers
+from runtime.state import TrainingState
 from sample import Config
 from toy.prepare import toy_tokenizer
 
@@ -85,12 +95,162 @@ def test_a_folder_is_opened_and_samples(bitsandbytes, drawn, tmp_path):
     assert 0 < error < 0.2
 
 
+# --------------------------------------------------------------------------------------------------
+# adapters beside them
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a model of random weights, which has something to say about every latent."""
+    folder, model = tmp_path_factory.mktemp("quantised"), UnifiedModel(ModelConfig(**SMOKE))
+    model.initialise(0)
+    model.latent_out.weight.data.normal_(0, 0.1)
+    save_model(model, toy_tokenizer(folder, model.config.vocab_size), folder / "model")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_gradients_of_adapters_are_those_beside_what_the_weights_act_as(bitsandbytes, kind):
+    """W is found by asking for the identity; B A is added to it."""
+    torch.manual_seed(0)
+    expert = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 128)})
+    model = SimpleNamespace(blocks=[SimpleNamespace(und=expert, gen=torch.nn.Module())])
+    quantise(model, kind)
+    layer = expert.to("cpu")["q_proj"]
+    layer.requires_grad_(False)
+    acts = (layer(torch.eye(64)) - layer.bias).T  # (out, in)
+    add_adapter(layer, 4, 8.0)
+    x, y = torch.randn(10, 64), torch.randn(10, 128)
+    assert torch.equal(layer(x), layer(x)) and not layer.lora_b.any()
+    torch.nn.init.normal_(layer.lora_a), torch.nn.init.normal_(layer.lora_b)
+    (layer(x) * y).sum().backward()
+    a, b = (one.detach().clone().requires_grad_() for one in (layer.lora_a, layer.lora_b))
+    expected = x @ (acts + 2.0 * b @ a).T + layer.bias
+    (expected * y).sum().backward()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0.2 if kind == "int8" else 1e-4)
+    for one, ours in ((a, layer.lora_a), (b, layer.lora_b)):
+        torch.testing.assert_close(ours.grad, one.grad, rtol=1e-4, atol=1e-4)
+
+
+FEW = {
+    "sft": dict(
+        samples_per_step=4, sample_plan_tokens=4, sample_timesteps=2, warmup=0, average=0.0
+    ),
+    "grpo": dict(prompts_per_step=2, eval_samples=2, clip_steps=1),
+}
+
+
+def smoke(script, checkpoint, out, **options):
+    """A stage of a step or two from the checkpoint, as its Config."""
+    module = {"sft": sft, "grpo": grpo}[script]
+    how = dict(init=checkpoint, out=str(out), train="lora", lora_rank=4, threads=1, steps=1)
+    values = module.PRESETS["smoke"] | FEW[script] | how | options
+    return module.Config(config="smoke", **values)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_stage_1_trains_adapters_goes_on_and_merges_into_the_checkpoint(
+    bitsandbytes, checkpoint, tmp_path, kind
+):
+    whole = smoke("sft", checkpoint, tmp_path / "whole", weights=kind, steps=2)
+    half = smoke("sft", checkpoint, tmp_path / "half", weights=kind, save_every=1)
+    sft.train(whole), sft.train(half)
+    sft.train(dataclasses.replace(half, steps=2))
+    folders = checkpoint, whole.out, half.out
+    before, one, two = (dict(load_model(path)[0].named_parameters()) for path in folders)
+    assert all(torch.equal(one[name], two[name]) for name in one)  # resumed
+    adapters = trained_parameters(load_trained(whole)[0], "lora")
+    TrainingState(adapters, AdamW(adapters.values()), {}).load(whole.out, 2)
+    for name, value in before.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_b" in adapters:
+            b, a = (adapters[f"{layer}.lora_{part}"] for part in "ba")
+            assert b.any()
+            value = value + 32.0 * (b @ a)  # alpha 128, rank 4
+        assert torch.equal(one[name], value), name
+
+
+def test_two_processes_hold_rounded_weights_each_and_share_the_adapters(
+    bitsandbytes, checkpoint, tmp_path
+):
+    lines = []
+    for world in (1, 2):
+        words = "--config smoke --train lora --lora_rank 4 --weights nf4 --steps 2 --threads 1"
+        words += " --samples_per_step 4 --sample_plan_tokens 4 --sample_timesteps 2 --init"
+        forked.run(
+            "sft.py", *words.split(), checkpoint, "--out", tmp_path / str(world), processes=world
+        )
+        lines.append(loop.read_log(tmp_path / str(world)))
+    for one, two in zip(*lines):
+        for name in ("ce", "mse", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4)
+    assert len(lines[1]) == 2 and lines[1][1]["mse"] != lines[1][0]["mse"]
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("int8", dict(likelihood="sde", window=1)), ("nf4", dict(kl_beta=0.1))]
+)
+def test_stage_2_begins_on_policy(bitsandbytes, checkpoint, tmp_path, monkeypatch, kind, options):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo, "rewards_of", lambda e, *_, **__: torch.randn(e.shape[:2]))
+    grpo.train(smoke("grpo", checkpoint, "run", weights=kind, **options))
+    (line,) = loop.read_log("run")
+    assert line["ratio_first_min"] == line["ratio_first_max"] == 1
+    assert line["grad_norm"] > 0
+
+
+def test_what_cannot_be_trained_is_refused(bitsandbytes, checkpoint, tmp_path, capsys):
+    with pytest.raises(ValueError, match="weights=nf4 rounds what is frozen.*add --train lora"):
+        smoke("sft", checkpoint, tmp_path / "run", weights="nf4", train="gen")
+    config = smoke("sft", checkpoint, tmp_path / "run", weights="nf4")
+    sft.train(config)
+    run = loop.Run(config.out, config, TrainingState({}, None, {}), desc="sft")
+    gone = dataclasses.replace(config, init=str(tmp_path / "gone"))
+    run.config = gone
+    with pytest.raises(UserError, match="gone.*weights=nf4 needs the checkpoint"):
+        run.weight_before("blocks.0.gen.q_proj.weight", torch.empty(2, dtype=torch.uint8))
+
+
+def test_what_is_walked_is_held(bitsandbytes, checkpoint, world_of_one):
+    """Bytes of weights of one process, without the scales of small blocks' scales."""
+    for kind, width in (("int8", 1.0), ("nf4", 0.5)):
+        config = smoke("grpo", checkpoint, "run", weights=kind, precision="bfloat16")
+        model, _ = load_trained(config)
+        always = memory.always(config, memory.model_of(model.config, "lora", 4), 1)
+        walked = always["weights, frozen"] + always["weights, trained"]
+        held = sum(p.nbytes for p in model.parameters())
+        narrow = sum(
+            layer.in_features * layer.out_features for *_, layer in quantised_layers(model)
+        )
+        assert walked - held == (BYTES[kind] - width) * narrow
+        assert count(model.parameters()) == memory.values_of(
+            memory.model_of(model.config, "lora", 4)
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# what people are told
+
+
 def test_it_says_what_it_needs(monkeypatch, drawn):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
     with pytest.raises(UserError, match="--weights nf4 needs .*pip install bitsandbytes"):
         quantise(drawn[0].model, "nf4")
     with pytest.raises(UserError, match="needs bitsandbytes"):  # before anything is read
         load_quantised("nowhere", torch.device("cpu"), torch.bfloat16, kind="nf4")
+
+
+def test_what_trains_on_small_cards():
+    """Computed: README's settings for 24 GB, and the advice to others."""
+    how = dict(config="full", train="lora", weights="nf4", gpus=1, gpu_memory=24)
+    one = sft.Config(init="BAGEL-7B-MoT", max_references=1, tokens_per_pack=13_498, **how)
+    assert not walk.walk_sft(one, FULL).fits(24)
+    assert walk.walk_sft(dataclasses.replace(one, lora_rank=16), FULL).fits(24)
+    few = dict(max_references=1, picture_side=512, pictures_at_once=1, tokens_per_pack=16_384)
+    assert walk.walk_grpo(grpo.Config(lora_rank=16, **few, **how), FULL).fits(24)
+    asked = dataclasses.replace(one, max_references=4, tokens_per_pack=45_056)
+    expected = "--tokens_per_pack 13498 --max_references 1 --lora_rank 16"
+    assert advice.remedies(walk.walk_sft, asked, FULL) == [expected]
 
 
 def test_what_fits_small_cards():

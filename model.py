@@ -226,7 +226,10 @@ MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "rehearsal": REHEARSAL, "f
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a weight."""
+    """x / sqrt(mean(x^2) + eps) times a weight, in float32 and then cast back: one kernel of a GPU.
+
+    BAGEL's code casts before the weight; with bfloat16 that is a rounding more.
+    """
 
     def __init__(self, size, eps):
         super().__init__()
@@ -234,8 +237,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class Expert(nn.Module):
@@ -297,7 +299,7 @@ class Block(nn.Module):
     def forward(self, und, gen, packed, turn, cache=None, prefix=None):
         """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values.
 
-        turn: cos and sin (N, 1, D / 2), sorted by expert, see `rope`. cache, prefix: (keys, values)
+        turn: cos and sin (N, 1, D), sorted by expert, see `rope`. cache, prefix: (keys, values)
         of this layer, (slots, K, D) and (rows before this pack, K, D), see `UnifiedModel.forward`.
         The keys and values that are returned are those of these rows, (N, K, D), in sequence order.
         A row of gen that the pack does not have is a ghost (`UnifiedModel.embed`): it goes through
@@ -357,9 +359,11 @@ def keys_seen(own, packed, cache, *, prefix):
     """All keys and values (Nk, K, D) that a pack attends to: its `own`, and those of a cache, which
     they are written to, or of a prefix."""
     if cache is not None:
-        slots = slice(None) if packed.slots is None else packed.slots
         for stored, x in zip(cache, own):
-            stored[slots] = x
+            if packed.slots is None:
+                stored.copy_(x)
+            else:
+                stored.index_copy_(0, packed.slots, x)
         return cache
     if prefix is not None:
         return [take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own)]
@@ -620,21 +624,22 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def rope(positions: Tensor, head_dim: int, theta: float, *, dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, D / 2) of position * theta^(-2 i / D), computed in float32.
-
-    docs/BAGEL.md §4.
+    """cos and sin (N, 1, D) of position * theta^(-2 i / D) for both halves of a head, computed in
+    float32; sin with the signs that `rotate` needs, minus in the first half. docs/BAGEL.md §4.
     """
     steps = torch.arange(0, head_dim, 2, device=positions.device).float()  # (D / 2,)
     frequencies = 1 / theta ** (steps / head_dim)
     angles = positions.float()[:, None] * frequencies  # (N, D / 2)
-    return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # (N, D / 2)
+    return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head, the Qwen / Llama form. x (n, H, D)."""
-    first, second = x.chunk(2, -1)  # (n, H, D / 2) each
-    # (n, H, D)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Rotate the two halves of each head, the Qwen / Llama form: x cos + (x, halves exchanged) sin.
+
+    x (n, H, D).
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def sincos_table(side: int, width: int, scale: float = 1.0, *, theta: float = 1e4) -> Tensor:

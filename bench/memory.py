@@ -124,15 +124,15 @@ def activations(shape, packed, checkpointing, *, keys=False, prefix_rows=0, dtyp
     latents = len(packed.latent_index)
     und = leaf(len(packed) - latents, shape.hidden_size)  # (U, W)
     gen = leaf(latents, shape.hidden_size)  # (L, W)
-    cos = torch.empty(len(packed), 1, shape.head_dim // 2, dtype=dtype, device="meta")
+    cos = torch.empty(len(packed), 1, shape.head_dim, dtype=dtype, device="meta")
     with kept_bytes(model.parameters()) as block:
         model.blocks[0](und, gen, packed, (cos, cos), None, prefix[0] if prefix else None)
     return whole + turn_bytes(shape, packed, cos.itemsize), block.total
 
 
 def turn_bytes(shape, packed, width):
-    """Bytes of RoPE's cos and sin (N, 1, D / 2): checkpoint holds them where no hook sees them."""
-    return len(packed) * shape.head_dim * width
+    """Bytes of RoPE's cos and sin (N, 1, D): checkpoint holds them where no hook sees them."""
+    return 2 * len(packed) * shape.head_dim * width
 
 
 # --------------------------------------------------------------------------------------------------

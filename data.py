@@ -274,6 +274,18 @@ class Source(torch.utils.data.Dataset):
             target=pictures[-1],
         )
 
+    def references(self, position: int) -> int:
+        """How many the sample at a position has, by the index of its shard or its line: nothing
+        else is read, so whether it can be is not known. 0 where a line is torn."""
+        epoch, rest = divmod(position, len(self))
+        part, _, content = self.entries[self.order(epoch)[rest]]
+        if part.suffix == ".tar":
+            return sum(name.startswith("ref_") for name in content)
+        try:
+            return len(files.object_of(content)["references"])
+        except FAULTS:
+            return 0
+
     def record(self, number: int) -> dict:
         """The record of a sample, without its pictures."""
         part, _, content = self.entries[number]

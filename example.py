@@ -9,18 +9,23 @@ times, so that one prompt and one plan serve them all. Conditions are dropped as
 a reference; and a share of the samples has no plan, so that the model can still draw directly.
 What is dropped, the noise and its times depend on (seed, sample) alone.
 
-`pack` fills sequences of at most `tokens_per_pack` tokens with whole examples, without padding.
+All processes wait for the one with the largest pack, in every pass. So `Dealer` deals the samples
+of a step by the tokens that their pictures will take, which are known before they are read, and
+`pack` fills sequences of at most `tokens_per_pack` tokens with whole examples, the longest first,
+without padding. Neither changes a mean over the step.
 Stage 2's trees, which do fork, are in tree.py. Letters: sequence.py.
-Left out: sorting examples by length (order is part of what is reproducible).
+Left out: dealing samples of several steps at once (a step's samples are part of the recipe).
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 import flow
 import iccot
 from engine import Prompt
+from runtime import processes
 from runtime.config import UserError
 from sequence import Packed, Sequence
 from vision import transform
@@ -49,9 +54,14 @@ class Options:
 
 def most_tokens(shape, config):
     """Tokens that a sample may take at this resolution."""
-    latents, patches = shape.latent_side**2 + 2, shape.vit_side**2 + 2
+    latents, patches = picture_tokens(shape)
     pictures = config.max_references * (latents + patches) + config.noise_copies * latents
     return pictures + WORDS + WORDS_OF_ONE * max(0, config.max_references - 4)
+
+
+def picture_tokens(shape):
+    """Tokens of a picture of the largest size, markers included: latents, and ViT tokens."""
+    return shape.latent_side**2 + 2, shape.vit_side**2 + 2
 
 
 def check_budget(shape, config):
@@ -93,21 +103,74 @@ class Example:
                 sequence.noise(x_t, self.grid, t)
 
 
-def make_example(engine, one, config, *, generator):
-    """iccot.Sample -> Example. What is dropped, the noise and its times come from the generator."""
-    model, tokenizer = engine.model, engine.tokenizer
-    if len(one.references) > 1 and not config.in_context:
-        one = replace(one, references=(), instruction=one.plan.caption)
+def drops(config, references, generator):
+    """What a sample with so many references loses: its text, its plan; and of each reference
+    whether latents and ViT tokens are kept."""
 
     def chance(probability):
         return float(torch.rand((), generator=generator)) < probability
 
     without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
-    items = []
+    kept = [
+        (not chance(config.vae_dropout), not chance(config.vit_dropout)) for _ in range(references)
+    ]
+    return without_text, without_plan, kept
+
+
+class Dealer:
+    """Which samples of a step each process takes: as many as the others, and about as many tokens.
+
+    The longest go to the processes one by one, the next longest back, and so on. Lengths are those
+    of pictures of the largest size: how many there are, and what of them is dropped, is known
+    before anything is read. Every process finds the same. One alone takes all, in their order.
+    """
+
+    def __init__(self, config, shape, source):
+        """config: of sft.py; shape: of the model; source.references(position): of a sample."""
+        self.config, self.shape, self.source = config, shape, source
+        self.shares = lru_cache(64)(self._shares)
+
+    def own(self, step):
+        """Numbers of the samples that this process takes in a step, in order."""
+        return self.shares(step, processes.size())[processes.rank()]
+
+    def ahead(self, step):
+        """The numbers of this process from a step to the last one, without end known."""
+        for later in range(step, self.config.steps):
+            yield from self.own(later)
+
+    def _shares(self, step, size):
+        each = self.config.samples_per_step
+        numbers = range(step * each, (step + 1) * each)
+        if size == 1:
+            return [list(numbers)]
+        ranked = sorted(numbers, key=self.tokens, reverse=True)
+        rows = [ranked[i : i + size] for i in range(0, each, size)]
+        rows[1::2] = [row[::-1] for row in rows[1::2]]
+        return [sorted(share) for share in zip(*rows)]
+
+    def tokens(self, number):
+        """What the references of a sample will take, if they are of the largest size."""
+        references = self.source.references(number)
+        if references > 1 and not self.config.in_context:
+            references = 0
+        drawn = processes.generator(self.config.seed, number)
+        _, _, kept = drops(self.config, references, drawn)
+        latents, patches = picture_tokens(self.shape)
+        return sum(vae * latents + vit * patches for vae, vit in kept)
+
+
+def make_example(engine, one, config, *, generator):
+    """iccot.Sample -> Example. What is dropped, the noise and its times come from the generator."""
+    model, tokenizer = engine.model, engine.tokenizer
+    if len(one.references) > 1 and not config.in_context:
+        one = replace(one, references=(), instruction=one.plan.caption)
+    without_text, without_plan, kept = drops(config, len(one.references), generator)
+    items, kept = [], iter(kept)
     for item in iccot.arranged(one.references, one.instruction):
         if not isinstance(item, str):
-            kept = dict(vae=not chance(config.vae_dropout), vit=not chance(config.vit_dropout))
-            items.append(model.encode_reference(item, **kept))
+            vae, vit = next(kept)
+            items.append(model.encode_reference(item, vae=vae, vit=vit))
         elif not without_text:
             items.append(tokenizer.encode(item))
     no_plan = without_text or without_plan
@@ -130,14 +193,20 @@ class Pack:
 
 
 def pack(layout, examples, tokens_per_pack):
-    """Fill packs with whole examples: a list of Pack.
+    """Fill packs with whole examples: a list of Pack."""
+    chosen = fill([len(one) for one in examples], tokens_per_pack)
+    return [pack_of(layout, [examples[number] for number in numbers]) for numbers in chosen]
 
-    The longest are placed first, each into the first pack that has room for it. All processes wait
-    for the one with most packs; within a pack the order stays.
+
+def fill(lengths, tokens_per_pack):
+    """Packs of examples of these lengths: a list of their numbers each.
+
+    The longest are placed first, each into the first pack that has room for it; within a pack the
+    order stays. UserError for one that is longer than a pack.
     """
     chosen, room = [], []  # of each pack: numbers of examples, tokens left
-    for number in sorted(range(len(examples)), key=lambda number: -len(examples[number])):
-        length = len(examples[number])
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[number]
         if length > tokens_per_pack:
             raise UserError(
                 f"a sample takes {length} tokens, more than "
@@ -149,7 +218,7 @@ def pack(layout, examples, tokens_per_pack):
             room.append(tokens_per_pack)
         chosen[place].append(number)
         room[place] -= length
-    return [pack_of(layout, [examples[number] for number in sorted(some)]) for some in chosen]
+    return [sorted(some) for some in chosen]
 
 
 def pack_of(layout, examples):

@@ -181,18 +181,12 @@ def learning_rate(step, config):
 # the stage
 
 
-def sample_numbers(config, step):
-    """Of the samples that this process takes in a step."""
-    begin, each = step * config.samples_per_step, config.samples_per_step
-    return list(range(begin + processes.rank(), begin + each, processes.size()))
-
-
-def iteration(engine, optimizer, samples, *, config, step):
-    """One optimiser step on the next samples. Returns the log's line, and if it was finite."""
+def iteration(engine, optimizer, numbered, *, config, step):
+    """One optimiser step on (number, sample) pairs: the line of the log, and if it was finite."""
     begun, model = time.perf_counter(), engine.model
     examples = [
-        example.make_example(engine, next(samples), config, generator=generator(config.seed, i))
-        for i in sample_numbers(config, step)
+        example.make_example(engine, one, config, generator=generator(config.seed, number))
+        for number, one in numbered
     ]
     packs = example.pack(engine.layout, examples, config.tokens_per_pack)
     ce, mse = backward(model, packs, config)
@@ -256,11 +250,12 @@ def train(config):
         f"step, {each} on each of {processes.size()} processes, {torch.get_num_threads()} threads, "
         f"{describe_backend()}, step {step} of {config.steps}"
     )
-    ahead = [i for later in range(step, config.steps) for i in sample_numbers(config, later)]
-    samples = stream(source, ahead, config.workers)
+    dealer = example.Dealer(config, engine.model.config, source)
+    samples = stream(source, dealer.ahead(step), config.workers)
     for step in run.steps():
-        values, finite = iteration(engine, optimizer, samples, config=config, step=step)
-        decay, numbers = min(config.average, (step + 1) / (step + 10)), sample_numbers(config, step)
+        numbers, decay = dealer.own(step), min(config.average, (step + 1) / (step + 10))
+        taken = zip(numbers, samples)
+        values, finite = iteration(engine, optimizer, taken, config=config, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before
                 values |= measured_together(engine, measuring, clip)

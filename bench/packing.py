@@ -1,7 +1,8 @@
 """
-What the host does for one group of the preset `full` while a GPU could wait for it.
+What a GPU may wait for: the host, for one group of the preset `full`; and in stage 1 other GPUs.
 
     python -m bench packing
+    python -m bench packing --gpus 64
 
     think      the pack in which the plans are decoded
     paint      the packs in which the members are painted, `pictures_at_once`
@@ -13,17 +14,26 @@ What the host does for one group of the preset `full` while a GPU could wait for
                logits are, so this is what it would take if a GPU left it to the host
 
 Four references of 1024 pixels, a prompt of 36,062 tokens, plans of 150. CPU seconds, best of
-`repeats`; nothing of the model is computed. Letters: sequence.py. Left out: reading references from
-shards (`python -m bench data`), launches of kernels.
+`repeats`; nothing of the model is computed.
+
+In stage 1 all GPUs wait in each pass for the largest pack of them all. The share of those tokens
+that a GPU computes itself is counted for samples of one to four references of 1024 pixels: dealt by
+their length (example.Dealer), and taken in turn.
+
+Letters: sequence.py. Left out: reading references from shards (`python -m bench data`), launches of
+kernels.
 """
 
 from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
 
+import example
 import grpo
 import rollouts
+import sft
 import tree
 from bench import memory
 from bench.attention import HEAD_DIM, HEADS, KEY_HEADS, build_lists
@@ -54,7 +64,47 @@ def bench_packing(config):
     for name, value in seconds.items():
         print(f"{name:10s}{value:8.3f}")
     print(f"{'all but tokens':10s}{sum(seconds.values()) - seconds['tokens']:10.3f}")
-    return seconds
+    return seconds | shares_of_stage_1(config.gpus)
+
+
+class OneToFour:
+    """A source of samples of one to four references."""
+
+    def references(self, position):
+        return int(np.random.default_rng(position).integers(1, 5))
+
+
+def shares_of_stage_1(gpus, steps=10):
+    """Prints and returns {how samples are shared out: mean share of the tokens waited for that a
+    GPU computes}, of the preset `full`."""
+    config, shape = sft.Config(config="full", **sft.PRESETS["full"]), ModelConfig()
+    dealer, found = example.Dealer(config, shape, OneToFour()), {"dealt": [], "in turn": []}
+    each = config.samples_per_step
+    for step in range(steps):
+        numbers = range(step * each, (step + 1) * each)
+        ways = dealer.shares(step, gpus), [numbers[rank::gpus] for rank in range(gpus)]
+        for shares, one in zip(ways, found.values()):
+            one.append(share_computed([[length(dealer, n) for n in own] for own in shares]))
+    means = {name: sum(values) / steps for name, values in found.items()}
+    print(f"stage 1 on {gpus} GPUs, share of the tokens waited for that a GPU computes itself")
+    for name, value in means.items():
+        print(f"{name:10s}{value:8.3f}")
+    return means
+
+
+def length(dealer, number):
+    """Tokens of a sample: its references, the target, and texts, of which no dealer knows."""
+    latents, _ = example.picture_tokens(dealer.shape)
+    words = int(np.random.default_rng((1, number)).integers(30, 340))
+    return dealer.tokens(number) + dealer.config.noise_copies * latents + words
+
+
+def share_computed(lengths):
+    """lengths: of each GPU's samples -> the share, if all wait for the largest pack of a pass."""
+    budget = sft.Config().tokens_per_pack
+    packs = [[sum(own[i] for i in some) for some in example.fill(own, budget)] for own in lengths]
+    waited = sum(map(max, zip_longest(*packs, fillvalue=0)))
+    return sum(map(sum, packs)) / (waited * len(packs))
 
 
 class Host:

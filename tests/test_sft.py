@@ -8,12 +8,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import example
 import sft
+from bench import packing
 from engine import Engine, is_text
 from model import ModelConfig, UnifiedModel
 from runtime import loop, lora, processes
 from runtime.config import UserError, parse
 from runtime.pretrained import load_model, save_model, shape_with
-from toy.tasks import draw_sample
+from toy import world
+from toy.tasks import Drawn, draw_sample
 from toy.tokenizer import train_tokenizer
 
 CONFIG = sft.Config(config="smoke", **sft.PRESETS["smoke"])
@@ -225,6 +227,51 @@ def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack(monkeyp
     monkeypatch.setattr(example, "pack_of", lambda layout, some: [len(one) for one in some])
     examples = [range(n) for n in (3, 8, 5, 2, 2)]
     assert example.pack(None, examples, 10) == [[8, 2], [3, 5, 2]]
+
+
+def test_a_dealer_knows_what_references_will_take(toy):
+    """Of pictures of the largest size."""
+    how = dict(vae_dropout=0.5, vit_dropout=0.5, text_dropout=1.0)
+    for config in (dataclasses.replace(CONFIG, **how, in_context=flag) for flag in (True, False)):
+        dealer = example.Dealer(config, toy[0].model.config, Drawn("train", 0, 4))
+        for number in range(20):
+            drawn = processes.generator(config.seed, number)
+            one = draw_from_train(number)
+            large = tuple(image.resize((world.SIZE, world.SIZE)) for image in one.references)
+            one = dataclasses.replace(one, references=large)
+            made = example.make_example(toy[0], one, config, generator=drawn)
+            assert dealer.tokens(number) == len(made.prompt)
+
+
+def test_samples_of_a_step_are_dealt_by_their_length(toy, monkeypatch):
+    config = dataclasses.replace(CONFIG, samples_per_step=24, vae_dropout=0.3, vit_dropout=0.3)
+    config = dataclasses.replace(config, steps=4)
+    dealer = example.Dealer(config, toy[0].model.config, Drawn("train", 0, 4))
+    assert dealer.own(3) == list(range(72, 96))  # one process takes them as they come
+    monkeypatch.setattr(processes, "size", lambda: 6)
+    shares = []
+    for rank in range(6):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(dealer.own(3))
+        assert list(dealer.ahead(2)) == [*dealer.own(2), *shares[-1]]
+    assert sorted(number for own in shares for number in own) == list(range(72, 96))
+    assert {len(own) for own in shares} == {4} and shares == [sorted(own) for own in shares]
+
+    def spread(shares):
+        totals = [sum(map(dealer.tokens, own)) for own in shares]
+        return max(totals) - min(totals)
+
+    in_turn = [range(72 + rank, 96, 6) for rank in range(6)]
+    assert spread(shares) < spread(in_turn) / 2
+
+
+def test_the_passes_of_64_gpus_are_filled():
+    """By `python -m bench packing --gpus 64`; in turn a GPU would compute 0.60 of what it waits
+    for."""
+    found = packing.shares_of_stage_1(64, steps=2)
+    assert found["dealt"] > 0.9 > 0.7 > found["in turn"]
+    even = packing.share_computed([[9000, 9000], [9000, 9000]])
+    assert even == 1 and packing.share_computed([[9000], [4500]]) == 0.75
 
 
 def test_pictures_stand_where_the_instruction_puts_them(toy):

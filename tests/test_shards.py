@@ -76,6 +76,13 @@ def test_round_trip(folder, samples):
     assert same(Source(folder / "samples-000001.tar").sample(0), samples[10])
 
 
+def test_references_are_counted_without_reading(folder, monkeypatch):
+    source = Source(folder, seed=1, buffer=5)
+    expected = [len(source[i].references) for i in range(50)]  # of three epochs
+    monkeypatch.setattr(Source, "_read", None)
+    assert [Source(folder, seed=1, buffer=5).references(i) for i in range(50)] == expected
+
+
 def test_any_tar_reader_finds_webdatasets_names(folder, samples):
     with tarfile.open(folder / "samples-000000.tar") as tar:
         names = tar.getnames()
@@ -104,6 +111,10 @@ def test_plain_folder(tmp_path, samples):
     assert len(source) == 4 and all(
         same(source.sample(i), one) for i, one in enumerate(samples[:4])
     )
+    places = range(9)  # of three epochs
+    assert [source.references(i) for i in places] == [len(source[i].references) for i in places]
+    (tmp_path / "records.jsonl").write_text("\n".join([*lines, "{", "[]", "7"]) + "\n")
+    assert sorted(map(Source(tmp_path).references, range(7)))[:3] == [0, 0, 0]
 
 
 def test_an_epoch_has_every_sample_once_and_no_two_the_same_order(folder):

@@ -93,7 +93,7 @@ def sft_gradients(folder, is_uneven=False, **options):
             uneven(config, i) if is_uneven else config,
             generator=processes.generator(0, i),
         )
-        for i in sft.sample_numbers(config, 0)
+        for i in range(processes.rank(), config.samples_per_step, processes.size())
     ]
     packs = example.pack(engine.layout, examples, config.tokens_per_pack)
     means = sft.backward(model, packs, config)

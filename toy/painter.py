@@ -88,6 +88,10 @@ class Painted(torch.utils.data.Dataset):
             if not self.lowest or self._cosine(sample) >= self.lowest[sample.task]:
                 return sample
 
+    def references(self, position: int) -> int:
+        """How many a sample has, or had before it was dropped."""
+        return self.source.references(position)
+
     def _painted(self, number):
         sample = self.source[number]
         rng = np.random.default_rng((self.source.seed, ERRING, number))

@@ -478,6 +478,10 @@ class Drawn(torch.utils.data.Dataset):
     def __init__(self, split: str, seed: int, max_references: int, scale: int = 1):
         self.split, self.seed, self.max_references, self.scale = split, seed, max_references, scale
 
+    def references(self, position: int) -> int:
+        """How many a sample has."""
+        return len(self[position].references)
+
     def __getitem__(self, position: int) -> Sample:
         sample = draw_sample(
             self.split, int(position), self.seed, max_references=self.max_references

@@ -65,10 +65,10 @@ def remedies(walk, config, shape):
     several = frugal(config, ({}, *strong(config)), shape) if cheap(config, shape) else []
     last = frugal(config, otherwise(config), shape)
     for some in ([*cheap(config, shape), *strong(config)], several, last):
-        found = {}  # {options that are changed: the words}, the mildest change of each
+        found = {}  # {options that are changed: the words}, the mildest change of each and no more
         for change in some:
-            what = tuple(change)
-            if what in found or len(found) == 4:
+            what = frozenset(change)
+            if len(found) == 4 or any(options <= what for options in found):
                 continue
             if fits(walk, replace(config, **change), shape):
                 found[what] = words_of(change)

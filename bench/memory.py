@@ -4,7 +4,8 @@ of the paper. walk.py has every phase of every command.
 
 Weights, gradients, moments and caches are counts times bytes. Activations are not guessed: the real
 forward pass runs on PyTorch's meta device, which has shapes and no memory, and what autograd keeps
-for the backward pass is added up (tests/test_memory.py does the same with real tensors).
+for the backward pass is added up (tests/test_memory.py does the same with real tensors). Attention
+and norms, which are kernels of their own on a GPU, keep there what those keep.
 
     always      float32 shards, gradients, two moments, reference (kl_beta), average
     update      + one block gathered and its gradient, + the prompt's graph, + one pack of members
@@ -17,11 +18,12 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 import rollouts
 import tree
 from engine import Prompt
-from model import UnifiedModel
+from model import RMSNorm, UnifiedModel
 from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
 from runtime.quantised import BYTES, quantised_layers
@@ -71,6 +73,31 @@ class kept_bytes:
         self.hooks.__exit__(*rest)
 
 
+class FusedNorm(torch.autograd.Function):
+    """F.rms_norm as a GPU has it: one kernel, which keeps its input and a number a row for the
+    backward pass. Elsewhere PyTorch takes it apart, and keeps float32 copies."""
+
+    @staticmethod
+    def forward(ctx, weight, eps, x):
+        """weight (W,), x (..., W) -> (..., W); on the meta device the shape."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x) if x.is_meta else F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The shapes of the gradients."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(weight), None, torch.empty_like(x)
+
+
+def fuse_norms(model):
+    """Let the norms of a model keep what they keep on a GPU. Returns the model."""
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm):
+            norm.forward = functools.partial(FusedNorm.apply, norm.weight, norm.eps)
+    return model
+
+
 def on_meta(packed):
     """A pack without memory."""
     tensors = {k: v for k, v in vars(packed).items() if isinstance(v, torch.Tensor)}
@@ -103,7 +130,7 @@ def activations(shape, packed, checkpointing, *, keys=False, prefix_rows=0, dtyp
     def built(shape):
         """A model, and for each layer the keys and values of the prompt."""
         with torch.device("meta"):
-            model = UnifiedModel(shape).to(dtype)
+            model = fuse_norms(UnifiedModel(shape).to(dtype))
         model.checkpointing = checkpointing
         size = (prefix_rows, shape.num_key_value_heads, shape.head_dim)
         return model, [(leaf(*size), leaf(*size)) for _ in model.blocks] if prefix_rows else None

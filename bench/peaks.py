@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.memory import by_layers, on_meta
+from bench.memory import by_layers, fuse_norms, on_meta
 from model import Cache, UnifiedModel
 from reward import BATCH
 
@@ -73,7 +73,7 @@ def forward_bytes(shape, packed, *, slots=0, prefix_rows=0, dtype=torch.bfloat16
     @torch.no_grad()
     def measure(shape):
         with torch.device("meta"):
-            model = UnifiedModel(shape).to(dtype)
+            model = fuse_norms(UnifiedModel(shape).to(dtype))
             size = (prefix_rows, shape.num_key_value_heads, shape.head_dim)
             pairs = [[torch.empty(size, dtype=dtype) for _ in "kv"] for _ in model.blocks]
         cache, prefix = Cache(model, slots) if slots else None, pairs if prefix_rows else None

@@ -100,7 +100,7 @@ SFT = TRAINING | dict(
     train=change("weights", "gen", init="model"),
     lora_rank=change("weights", 2, init="model", train="lora"),
     lora_alpha=change("weights", 999.0, init="model", train="lora"),
-    weights=change("exit", "nf4", init="model", train="lora", memory=True, gpu_memory=1.0964),
+    weights=change("exit", "nf4", init="model", train="lora", memory=True, gpu_memory=1.0934),
     # what is seen of a sample
     tokens_per_pack=change("passes", 600, samples_per_step=6),
     sum_every_pass=change("summed", True, samples_per_step=6, tokens_per_pack=600),

@@ -60,7 +60,7 @@ def test_what_stands_always(shape, train):
 def test_activations(shape, checkpointing):
     """What autograd keeps in a real forward pass of the prompt, and of the members against it."""
     shape = ModelConfig(**shape)
-    model = UnifiedModel(shape)
+    model = memory.fuse_norms(UnifiedModel(shape))
     model.checkpointing = checkpointing
     shared, members = memory.packs(shape, CASE, CONFIG)
     with memory.kept_bytes(model.parameters()) as prompt:

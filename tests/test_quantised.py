@@ -244,12 +244,13 @@ def test_what_trains_on_small_cards():
     """Computed: README's settings for 24 GB, and the advice to others."""
     how = dict(config="full", train="lora", weights="nf4", gpus=1, gpu_memory=24)
     one = sft.Config(init="BAGEL-7B-MoT", max_references=1, tokens_per_pack=13_498, **how)
-    assert not walk.walk_sft(one, FULL).fits(24)
-    assert walk.walk_sft(dataclasses.replace(one, lora_rank=16), FULL).fits(24)
+    assert walk.walk_sft(one, FULL).fits(24)
+    assert not walk.walk_sft(dataclasses.replace(one, weights="int8"), FULL).fits(24)
     few = dict(max_references=1, picture_side=512, pictures_at_once=1, tokens_per_pack=16_384)
     assert walk.walk_grpo(grpo.Config(lora_rank=16, **few, **how), FULL).fits(24)
-    asked = dataclasses.replace(one, max_references=4, tokens_per_pack=45_056)
-    expected = "--tokens_per_pack 13498 --max_references 1 --lora_rank 16"
+    much = dict(weights="full", max_references=4, tokens_per_pack=45_056)
+    asked = dataclasses.replace(one, **much)
+    expected = "--tokens_per_pack 13498 --max_references 1 --weights nf4"
     assert advice.remedies(walk.walk_sft, asked, FULL) == [expected]
 
 

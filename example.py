@@ -120,9 +120,8 @@ def drops(config, references, generator):
 class Dealer:
     """Which samples of a step each process takes: as many as the others, and about as many tokens.
 
-    The longest go to the processes one by one, the next longest back, and so on. Lengths are those
-    of pictures of the largest size: how many there are, and what of them is dropped, is known
-    before anything is read. Every process finds the same. One alone takes all, in their order.
+    Lengths are those of references of the largest size: how many there are, and what of them is
+    dropped, is known before anything is read. Every process finds the same.
     """
 
     def __init__(self, config, shape, source):
@@ -141,13 +140,8 @@ class Dealer:
 
     def _shares(self, step, size):
         each = self.config.samples_per_step
-        numbers = range(step * each, (step + 1) * each)
-        if size == 1:
-            return [list(numbers)]
-        ranked = sorted(numbers, key=self.tokens, reverse=True)
-        rows = [ranked[i : i + size] for i in range(0, each, size)]
-        rows[1::2] = [row[::-1] for row in rows[1::2]]
-        return [sorted(share) for share in zip(*rows)]
+        shares = processes.dealt(range(step * each, (step + 1) * each), self.tokens, size)
+        return [sorted(own) for own in shares]  # as they lie on disk
 
     def tokens(self, number):
         """What the references of a sample will take, if they are of the largest size."""

@@ -290,7 +290,7 @@ def iteration(learner, clip, source, *, config, step):
         clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
 
     lap()
-    numbers, asked = share.numbers(step), learner.stop and learner.stop.here
+    asked, numbers = learner.stop and learner.stop.here, share.numbers(step, source.references)
     samples, how = [source[i] for i in numbers], dict(config=share.config, first=share.first)
     with suppress(Interrupted), sharding.gathered(model), learner.engine.until(asked):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
@@ -364,7 +364,8 @@ def train(config):
             run.leave(step)
         if run.measurement_is_due(step):
             values |= measured_together(learner.engine, config.held_out, metric)
-        how = dict(finite=finite, decay=config.average, made_of=share.numbers(step))
+        numbers = share.numbers(step, source.references)
+        how = dict(finite=finite, decay=config.average, made_of=numbers)
         run.end_step(step, values, **how)
         if run.strip_is_due(step):
             save_strip(folder, step + 1, learner.engine, held_out=config.held_out)

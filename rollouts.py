@@ -26,7 +26,7 @@ import torch
 import flow
 import iccot
 from engine import Branch, Group, Sampler, Thinking, draw_noise
-from runtime.processes import generator, joined, rank, share, size
+from runtime.processes import dealt, generator, joined, rank, share, size
 
 LISTS = ("prompts", "plans", "captions", "images")  # of a Rollout
 PLANS, WINDOW, NOISES, STARTS, SCORES = 1, 2, 3, 4, 5  # purposes of a group's random numbers
@@ -52,10 +52,17 @@ class Share:
         """The first member here."""
         return self.part * self.config.group_size
 
-    def numbers(self, step):
-        """Of the samples of a step whose groups are here; the first are for the first update."""
-        begin, end = (at * self.config.prompts_per_step for at in (step, step + 1))
-        return list(range(begin + rank() // self.ranks, end, size() // self.ranks))
+    def numbers(self, step, references):
+        """Of the samples of a step whose groups are here; the first are for the first update.
+
+        references(number): how many a sample has. They decide how long a group takes, so those of
+        an update are dealt by them, and all processes begin with their longest.
+        """
+        each, own = self.config.prompts_per_step // self.config.updates, []
+        for update in range(step * self.config.updates, (step + 1) * self.config.updates):
+            some = range(update * each, (update + 1) * each)
+            own += dealt(some, references, size() // self.ranks)[rank() // self.ranks]
+        return own
 
     def whole_groups(self, e, u, valid):
         """What reward.embed_groups gave of the members here, of all members."""

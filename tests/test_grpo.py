@@ -26,7 +26,7 @@ from runtime.config import UserError
 from runtime.processes import generator
 from runtime.state import TrainingState
 from sequence import Sequence
-from toy.tasks import draw_sample
+from toy.tasks import Drawn, draw_sample
 from toy.tokenizer import train_tokenizer
 
 SDE = dict(likelihood="sde", window=2, kl_beta=0.0, updates=2)
@@ -602,7 +602,7 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
 def test_a_signal_ends_the_rollout_and_the_iteration(toy):
     """Also on a process without a signal of its own: it finishes its rollout, then hears of it."""
     engine, samples = toy
-    source, clip = dict(enumerate(samples)), types.SimpleNamespace(truncated=0)
+    source, clip = Drawn("train", 0, 4), types.SimpleNamespace(truncated=0)
     config = dataclasses.replace(CONFIG, prompts_per_step=2)
     for here in (True, False):
         one, before = learner(engine, None), engine.model.tokens
@@ -635,7 +635,7 @@ def test_every_member_of_a_step_is_on_one_process(monkeypatch, world, options, r
         monkeypatch.setattr(rollouts, "rank", lambda rank=rank: rank)
         share = rollouts.share_of(config)
         assert share.ranks == ranks
-        numbers = torch.tensor(share.numbers(0))
+        numbers = torch.tensor(share.numbers(0, lambda number: number % 4))
         here = share.own_members(
             images.view(groups, -1)[numbers].flatten(), plans.view(groups, -1)[numbers].flatten()
         )
@@ -645,6 +645,21 @@ def test_every_member_of_a_step_is_on_one_process(monkeypatch, world, options, r
         assert torch.equal(of_plan, here[0] // config.pictures_per_plan)
         found += here[0].tolist()
     assert sorted(found) == images.tolist()
+
+
+def test_groups_of_an_update_are_dealt_by_their_references(monkeypatch):
+    config = grpo.Config(config="full", prompts_per_step=16, updates=2)
+    references = [1, 4, 2, 4, 3, 1, 2, 1, *[2] * 7, 1]  # of the samples of step 5
+    count = dict(zip(range(80, 96), references)).get
+    monkeypatch.setattr(rollouts, "size", lambda: 4)
+    found = []
+    for rank in range(4):
+        monkeypatch.setattr(rollouts, "rank", lambda rank=rank: rank)
+        found.append(rollouts.share_of(config).numbers(5, count))
+    assert [[count(number) for number in own] for own in found] == [
+        *([4, 1, 2, 1], [4, 1, 2, 2], [3, 1, 2, 2], [2, 2, 2, 2])
+    ]
+    assert all(max(own[:2]) < 88 <= min(own[2:]) for own in found)  # the first for the first update
 
 
 def test_members_that_cannot_be_shared_are_refused(monkeypatch):

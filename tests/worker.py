@@ -76,6 +76,11 @@ def uneven(config, i):
     return dataclasses.replace(config, **some)
 
 
+def alike(number):
+    """No sample is longer than another: two go to two processes as they come."""
+    return 1
+
+
 def least_and_most(passes):
     """(2, groups): the fewest and the most passes that any process has to make."""
     return torch.tensor([processes.reduced(passes, how) for how in ("min", "max")])
@@ -107,7 +112,7 @@ def grpo_gradients(folder, bare=False, **options):
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     learner = grpo.build(config)
     share = rollouts.share_of(config)
-    engine, numbers, size = learner.engine, share.numbers(0), config.group_size
+    engine, numbers, size = learner.engine, share.numbers(0, alike), config.group_size
     samples = [draw(i, bare) for i in numbers]
     texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [

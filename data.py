@@ -51,6 +51,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,31 @@ FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sam
 
 # --------------------------------------------------------------------------------------------------
 # reading
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The tar shards at `path`, or its records.jsonl. UserError: there are none."""
+    lines = path / "records.jsonl"
+    if path.suffix == ".tar" and path.is_file():
+        return [path]
+    if lines.is_file():
+        return [lines]
+    shards = [one for one in path.glob("*.tar") if not files.is_hidden(one.name)]
+    if shards:
+        return sorted(shards)
+    raise UserError(
+        f"no samples at {path}: expected a .tar file, a folder of them, "
+        "or a folder with records.jsonl"
+    )
+
+
+def make_indexes(path: Path) -> None:
+    """Scan the shards at `path` that have no index, each process its share. All take part."""
+    for part in parts_of(path)[processes.rank() :: processes.size()]:
+        with suppress(UserError):  # which all processes will find when they read it
+            if part.suffix == ".tar":
+                index_of(part)
+    processes.barrier()
 
 
 def lines_of(part: Path) -> list[tuple[str, bytes]]:
@@ -119,7 +145,7 @@ class Source(torch.utils.data.Dataset):
         """UserError: there are none. limit: of references; a sample with more is skipped."""
         self.path, self.seed, self.buffer, self.limit = Path(path), seed, buffer, limit
         self.entries = []  # (part, key, where its files are or its line)
-        for part in self._parts():
+        for part in parts_of(self.path):
             found = index_of(part) if part.suffix == ".tar" else lines_of(part)
             self.entries += [(part, *entry) for entry in found]
         if not self.entries:
@@ -129,20 +155,6 @@ class Source(torch.utils.data.Dataset):
         self.orders = {}  # of the last two epochs that were asked for
         self.recent = deque(maxlen=WINDOW)  # what was wrong with the last ones read; "": nothing
         self.broken = multiprocessing.RawArray("b", len(self))  # 1: skipped; shared with workers
-
-    def _parts(self):
-        lines = self.path / "records.jsonl"
-        if self.path.suffix == ".tar" and self.path.is_file():
-            return [self.path]
-        if lines.is_file():
-            return [lines]
-        shards = [path for path in self.path.glob("*.tar") if not files.is_hidden(path.name)]
-        if shards:
-            return sorted(shards)
-        raise UserError(
-            f"no samples at {self.path}: expected a .tar file, a folder of them, "
-            "or a folder with records.jsonl"
-        )
 
     def _keep(self, split):
         """Forget the samples of the other split."""
@@ -339,11 +351,12 @@ def open_source(
 ):
     """What --data names, to train on: "toy" draws samples, else the train split of those there.
 
-    painter: of the toy's targets, if they are not to be right.
+    painter: of the toy's targets, if they are not to be right. All processes take part.
     """
     if path == "toy":
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)
+    make_indexes(Path(path))
     return Source(path, seed, "train", limit=max_references)
 
 

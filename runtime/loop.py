@@ -17,10 +17,11 @@ The bookkeeping of a training run: its folder, log, average, states, signals and
     out/<name>/model/             the finished model in BAGEL's layout (runtime/pretrained.py)
 
 The same command continues a run from its newest state, which is never older than `save_minutes`
-and a step. Nothing random is carried from step to step:
-data, noise and times depend on (seed, step, sample) alone, so a resumed run equals an uninterrupted
-one bit for bit, and no state of a random generator is stored. On SIGTERM or SIGUSR1 a run ends its
-step, or gives up a rollout, saves, and leaves with status 85. Not a concept of the paper.
+and a step, unless writing states would take more than a twentieth of the time. Nothing random is
+carried from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed
+run equals an uninterrupted one bit for bit, and no state of a random generator is stored. On
+SIGTERM or SIGUSR1 a run ends its step, or gives up a rollout, saves, and leaves with status 85.
+Not a concept of the paper.
 Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
@@ -95,7 +96,7 @@ class Options:
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     keep: int = 2  # training states that stay
-    save_minutes: float = 10.0  # a state is also due this long after the last one; 0: off
+    save_minutes: float = 10.0  # a state is also due then, if quickly written (SAVING); 0: off
     async_save: bool = False  # write states while training goes on; one more copy on the host
     tracker: Literal["", "tensorboard", "wandb"] = ""  # write the log there too; both optional
     eval_every: int = 0  # steps between measurements on held-out prompts; 0: at the end alone
@@ -121,6 +122,7 @@ MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a
 # of the log, for a person
 SHOWN = ("held_out_Overall", "reward", "reward_std", "kl", "ce", "mse", "grad_norm")
 BAD_STEPS = 3  # in a row without a finite gradient: the run stops
+SAVING = 20  # times as long as a state takes to write, at least, until one is due by time
 SILENT = 20  # in a row without a signal: worth a warning
 
 
@@ -138,7 +140,7 @@ class Run:
         if self.first:
             state.load(folder, self.first)
         cut_log(folder, self.first)
-        self.saved, self.saved_at = self.first, time.perf_counter()
+        self.saved, self.saved_at, self.writing = self.first, time.perf_counter(), 0.0
         self.stop, self.saver = Stop(), Saver(folder, config.keep, config.async_save)
         kind = config.tracker if is_main() and not config.export else ""
         self.tracker = Tracker(kind, folder, self.first, options=to_dict(config))
@@ -196,15 +198,19 @@ class Run:
         say(f"{self.desc}: step {step + 1} of {self.config.steps}, {words}, {spent:.1f} s")
 
     def save_is_due(self):
-        """Whether `save_minutes` have passed since the last state; the same answer on all."""
-        minutes = (time.perf_counter() - self.saved_at) / 60
-        late = bool(self.config.save_minutes) and minutes > self.config.save_minutes
-        return bool(reduced([float(late)], "max")[0])
+        """Whether `save_minutes` have passed since the last state, and SAVING times what it took to
+        write; the same answer on all."""
+        passed = time.perf_counter() - self.saved_at
+        wait = max(60 * self.config.save_minutes, SAVING * self.writing)
+        late = bool(self.config.save_minutes) and passed > wait
+        return bool(reduced([float(late)], "min")[0])
 
     def save(self, step):
         """Write the state after `step` steps."""
+        begun = time.perf_counter()
         self.saver.save(step, self.state.tensors())
         self.saved, self.saved_at = step, time.perf_counter()
+        self.writing = self.saved_at - begun  # in the background: what training waited for
 
     def leave(self, step):
         """Asked to stop after `step` whole steps: save what is not saved yet, and go."""

@@ -195,6 +195,24 @@ def test_states_are_saved_by_time_too(run, minutes, saved):
     assert not (folder / "state-000002").is_dir()  # the clock starts again
 
 
+def test_states_by_time_take_a_twentieth_of_it_at_most(run, monkeypatch):
+    make, _, folder = run
+    one, now = make(save_every=100, save_minutes=1.0, steps=9), [1000.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    save, one.saved_at = one.saver.save, now[0]
+
+    def slowly(*words):
+        save(*words)
+        now[0] += 30  # seconds
+
+    one.saver.save, saved = slowly, []
+    for step, passed in enumerate((61, 61, 500, 61, 61)):
+        now[0] += passed
+        one.end_step(step, {"step": step}, finite=True, decay=0.0, made_of=[])
+        saved.append((folder / f"state-{step + 1:06d}").is_dir())
+    assert saved == [True, False, False, True, False]  # the second 622 seconds after the first
+
+
 def test_a_signal_saves_what_is_not_saved_yet(run, capsys):
     make, _, folder = run
     one = make(save_every=100)

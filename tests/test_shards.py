@@ -22,7 +22,7 @@ import data
 import iccot
 import sft
 from data import Source
-from runtime import files, loop
+from runtime import files, loop, processes
 from runtime.config import UserError
 from runtime.shards import ShardWriter
 from studies.metrics import held_out
@@ -74,6 +74,22 @@ def test_round_trip(folder, samples):
     assert len(source) == 23 and all(same(source.sample(i), one) for i, one in enumerate(samples))
     assert source.record(3)["scores"] == {"clip": 0.3}
     assert same(Source(folder / "samples-000001.tar").sample(0), samples[10])
+
+
+def test_processes_share_the_scanning_of_shards(folder, monkeypatch):
+    """And one that finds a broken shard waits for the others, who will find it too."""
+    (folder / "samples-000002.tar").write_bytes(b"no tar" * 1000)
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    seen = []
+    monkeypatch.setattr(
+        processes, "barrier", lambda: seen.append(sorted(one.stem for one in folder.glob("*.json")))
+    )
+    for rank in (1, 0):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        with pytest.raises(UserError, match="samples-000002.tar cannot be read"):
+            data.open_source(str(folder), 0, 4)
+    assert seen[0] == ["samples-000001.index"]
+    assert seen[1] == ["samples-000000.index", "samples-000001.index"]
 
 
 def test_references_are_counted_without_reading(folder, monkeypatch):

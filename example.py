@@ -134,7 +134,7 @@ class Dealer:
         return self.shares(step, processes.size())[processes.rank()]
 
     def ahead(self, step):
-        """The numbers of this process from a step to the last one, without end known."""
+        """The numbers of this process from a step to the last one, each found when asked for."""
         for later in range(step, self.config.steps):
             yield from self.own(later)
 

@@ -56,7 +56,8 @@ class Share:
         """Of the samples of a step whose groups are here; the first are for the first update.
 
         references(number): how many a sample has. They decide how long a group takes, so those of
-        an update are dealt by them, and all processes begin with their longest.
+        an update are dealt by them, and where that leaves several to a process it begins with its
+        longest.
         """
         each, own = self.config.prompts_per_step // self.config.updates, []
         for update in range(step * self.config.updates, (step + 1) * self.config.updates):

@@ -43,7 +43,7 @@ class Config:
     seed: int = 0
     json: bool = False  # end with one line of JSON
     init: str = "out/toy-sft"  # of signal: the stage 1 model
-    gpus: int = 8  # of the memory table
+    gpus: int = 8  # of memory, and of packing in stage 1
     gpu_memory: float = 80.0  # GB of each, 10^9 bytes
 
 

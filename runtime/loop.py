@@ -54,7 +54,7 @@ from runtime.processes import (
     size,
     warn,
 )
-from runtime.quantised import count
+from runtime.quantised import count, library
 from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
 from runtime.tracker import Tracker
@@ -96,7 +96,7 @@ class Options:
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster
     keep: int = 2  # training states that stay
-    save_minutes: float = 10.0  # a state is also due then, if quickly written (SAVING); 0: off
+    save_minutes: float = 10.0  # a state is due so long after the last; 0: off; see SAVING
     async_save: bool = False  # write states while training goes on; one more copy on the host
     tracker: Literal["", "tensorboard", "wandb"] = ""  # write the log there too; both optional
     eval_every: int = 0  # steps between measurements on held-out prompts; 0: at the end alone
@@ -242,16 +242,19 @@ class Run:
         config, whole, moved, lost = self.config, {}, 0, 0
         weights = dict(engine.model.named_parameters()) | self.state.average
         dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
-        changed = self.changed() if dtype != torch.float32 else ()
+        before = self.before()
+        changed = self.changed() if before and dtype != torch.float32 else ()
         for name in (name for name in weights if ".lora_" not in name):
             known, base = name in changed, weights[name]
             if not base.is_floating_point():
-                base = self.weight_before(name, base).to(base.device)
+                if not is_main() and f"{name.removesuffix('.weight')}.lora_b" not in weights:
+                    continue  # whole as it is, and the first process alone writes it
+                base = self.weight_before(before, name, base).to(base.device)
             tensor = merged_weight(weights, name, config.lora_alpha / config.lora_rank, base=base)
             found = whole_weights({name: tensor}, torch.float32 if known else dtype)
             whole |= {key: value.to(dtype) for key, value in found.items()}
             if known:
-                old = self.weight_before(name, weights[name]).float()
+                old = self.weight_before(before, name, weights[name]).float()
                 is_new = found[name] != old
                 moved += int(is_new.sum())
                 lost += int((is_new & (whole[name] == old.to(dtype))).sum())
@@ -265,27 +268,29 @@ class Run:
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
 
-    def changed(self):
-        """Names of the weights that training has changed, by adapters too, and that can be compared
-        with those before; none on other processes than the first."""
-        if not (is_main() and self.config.init):
-            return set()
+    def before(self):
+        """The folder of the weights from which training began; None if it is gone, or if there is
+        none. UserError if a model cannot be written without it."""
         try:
-            find_model(self.config.init)
-        except FileNotFoundError:
-            return set()
-        return {re.sub(r"\.lora_[ab]$", ".weight", name) for name in self.state.parameters}
-
-    def weight_before(self, name, held):
-        """A weight of `init` when training began: of the type that it is `held` as, or rounded to
-        few bits from. UserError if the checkpoint is gone."""
-        dtype = held.dtype if held.is_floating_point() else getattr(torch, self.config.precision)
-        try:
-            return stored_tensor(find_model(self.config.init), name).to(dtype)
+            return find_model(self.config.init) if self.config.init else None
         except FileNotFoundError as error:
+            if self.config.weights == "full":
+                return None
             raise UserError(
                 f"{error}; weights={self.config.weights} needs the checkpoint to write a model"
             ) from None
+
+    def changed(self):
+        """Names of the weights that training has changed, by adapters too; none on other processes
+        than the first."""
+        names = self.state.parameters if is_main() else ()
+        return {re.sub(r"\.lora_[ab]$", ".weight", name) for name in names}
+
+    def weight_before(self, folder, name, held):
+        """A weight as it was when training began: of the type that it is `held` as, or where that
+        is a few bits, what was rounded to them."""
+        dtype = held.dtype if held.is_floating_point() else getattr(torch, self.config.precision)
+        return stored_tensor(folder, name).to(dtype)
 
     def pace(self, model):
         """tokens/s and MFU of this command, as text to append."""
@@ -305,6 +310,8 @@ def start(config):
     folder = Path(config.out)
     if config.eval_batch < 1:
         raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
+    if config.weights != "full":
+        library(config.weights)  # UserError before there is a folder
     _ = config.held_out  # ValueError for prompts that cannot be drawn
     check_writable(folder / "samples")
     options = json.loads(to_json(to_dict(config)))

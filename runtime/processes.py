@@ -229,13 +229,14 @@ def dealt(numbers, weight, among):
 
     The heaviest go to one taker after another, the next heaviest back, and so on. Each has its own
     in that order; a single taker has all as they come. weight(number): alike on all processes.
+    ValueError if `among` does not divide them.
     """
     if among == 1:
         return [list(numbers)]
     ranked = sorted(numbers, key=weight, reverse=True)
     rows = [ranked[i : i + among] for i in range(0, len(ranked), among)]
     rows[1::2] = [row[::-1] for row in rows[1::2]]
-    return [list(own) for own in zip(*rows)]
+    return [list(own) for own in zip(*rows, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------

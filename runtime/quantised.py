@@ -6,8 +6,8 @@ Frozen weights in 8 or 4 bits, for a model that is too large for a card otherwis
 
 The linear layers of both experts, nine tenths of BAGEL's weights, become those of bitsandbytes:
 
-    int8    LLM.int8 (arXiv 2208.07339): a scale a row; activations too are rounded to 8 bits, but
-            for features above 6
+    int8    LLM.int8 (arXiv 2208.07339): a scale a row; on a GPU activations too are rounded to 8
+            bits, but for features above 6 (and, on a CPU, in evaluation mode alone)
     nf4     4 bits by the quantiles of a normal distribution (QLoRA, arXiv 2305.14314), a scale for
             each 64 values
 
@@ -19,6 +19,8 @@ rounded weight would be lost where it is rounded again.
 Not a concept of the paper. Left out: 8-bit states of the optimiser, weights rounded on disk.
 It needs bitsandbytes: pip install bitsandbytes
 """
+
+import logging
 
 import torch
 import torch.nn as nn
@@ -39,6 +41,8 @@ def load_quantised(path, device, dtype, *, kind):
     library(kind)  # before 7B are read
     model, tokenizer = load_model(path, "cpu", dtype)
     quantise(model, kind)
+    if model.config.codec == "flux":  # no part of the module
+        model.codec.weights.to(device)
     return model.to(device), tokenizer
 
 
@@ -48,6 +52,8 @@ def library(kind):
         import bitsandbytes
     except ImportError:
         raise UserError(f"--weights {kind} needs bitsandbytes: pip install bitsandbytes") from None
+    # LLM.int8 says at every call that it works in float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
 
@@ -74,6 +80,7 @@ def quantise(model, kind):
         if kind == "int8":
             made = bnb.nn.Linear8bitLt(*sizes, layer.bias is not None, False, threshold=6.0)
             made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            made.register_forward_hook(let_go)
         else:
             made = bnb.nn.Linear4bit(
                 *sizes, layer.bias is not None, weight.dtype, quant_type="nf4", device="meta"
@@ -81,3 +88,11 @@ def quantise(model, kind):
             made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         made.bias = layer.bias
         setattr(expert, name, made)
+
+
+def let_go(layer, inputs, y):
+    """Of a layer of 8 bits: let autograd forget its input, which is for a gradient of its weight,
+    and which bitsandbytes keeps where recomputing blocks (checkpointing) would not free it."""
+    for name in ("tensors", "A"):  # of its kernel on a GPU, of that on a CPU
+        if hasattr(y.grad_fn, name):
+            setattr(y.grad_fn, name, (None, None, None) if name == "tensors" else None)

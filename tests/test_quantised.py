@@ -8,12 +8,14 @@ Skipped without bitsandbytes: pip install bitsandbytes
 import copy
 import dataclasses
 import sys
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
+from option_rows import FLUX
 from torch.optim import AdamW
 
 import bench.model as case
@@ -23,7 +25,7 @@ from bench import advice, memory, walk
 from bench.memory import values_of
 from engine import Branch, Group, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import loop
+from runtime import loop, quantised
 from runtime.config import UserError
 from runtime.lora import add_adapter, load_trained, trained_parameters
 from runtime.pretrained import load_model, save_model
@@ -148,6 +150,54 @@ def smoke(script, checkpoint, out, **options):
     return module.Config(config="smoke", **values)
 
 
+def kernel_of_a_gpu(bnb, monkeypatch):
+    """LLM.int8 as a GPU has it, which rounds activations too; a CPU takes another for training."""
+    functions = sys.modules["bitsandbytes.autograd._functions"]
+
+    def matmul(a, b, out=None, state=None, threshold=0.0, bias=None):
+        state.threshold = threshold or state.threshold
+        return functions.MatMul8bitLt.apply(a, b, out, bias, state)
+
+    monkeypatch.setattr(bnb, "matmul", matmul)
+
+
+@pytest.mark.parametrize("kind, on_gpu", [("nf4", False), ("int8", False), ("int8", True)])
+def test_blocks_that_are_computed_again_keep_no_inputs(bitsandbytes, monkeypatch, kind, on_gpu):
+    """Of any layer, and the gradients are those without."""
+    if on_gpu:
+        kernel_of_a_gpu(bitsandbytes, monkeypatch)
+    torch.manual_seed(0)
+    expert = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("q_proj", "o_proj")})
+    quantise(SimpleNamespace(blocks=[SimpleNamespace(und=expert, gen=torch.nn.Module())]), kind)
+    layers, kept = list(expert.to("cpu").values()), []
+    for layer in layers:
+        layer.requires_grad_(False)
+        add_adapter(layer, 4, 8.0)
+        torch.nn.init.normal_(layer.lora_a), torch.nn.init.normal_(layer.lora_b)
+
+    def block(x):
+        for layer in layers:
+            x = torch.sin(x)
+            kept.append(weakref.ref(x))
+            x = layer(x)
+        return x
+
+    found, x = [], torch.randn(10, 64)
+    for again in (True, False):
+        for layer in layers:
+            layer.lora_a.grad = layer.lora_b.grad = None
+        leaf, before = x.clone().requires_grad_(), len(kept)
+        y = (
+            torch.utils.checkpoint.checkpoint(block, leaf, use_reentrant=False)
+            if again
+            else block(leaf)
+        )
+        assert again == all(one() is None for one in kept[before:])
+        y.square().sum().backward()
+        found.append([leaf.grad, *(p.grad for one in layers for p in (one.lora_a, one.lora_b))])
+    assert all(torch.equal(one, two) for one, two in zip(*found))
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_stage_1_trains_adapters_goes_on_and_merges_into_the_checkpoint(
     bitsandbytes, checkpoint, tmp_path, kind
@@ -205,10 +255,30 @@ def test_what_cannot_be_trained_is_refused(bitsandbytes, checkpoint, tmp_path, c
     config = smoke("sft", checkpoint, tmp_path / "run", weights="nf4")
     sft.train(config)
     run = loop.Run(config.out, config, TrainingState({}, None, {}), desc="sft")
-    gone = dataclasses.replace(config, init=str(tmp_path / "gone"))
-    run.config = gone
+    run.config = dataclasses.replace(config, init=str(tmp_path / "gone"))
     with pytest.raises(UserError, match="gone.*weights=nf4 needs the checkpoint"):
-        run.weight_before("blocks.0.gen.q_proj.weight", torch.empty(2, dtype=torch.uint8))
+        run.before()
+    run.config = dataclasses.replace(run.config, weights="full")
+    assert run.before() is None
+
+
+def test_without_the_library_no_folder_is_made(monkeypatch, checkpoint, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
+    for script, stage in (("sft", sft), ("grpo", grpo)):
+        with pytest.raises(SystemExit) as refused:
+            stage.train(smoke(script, checkpoint, tmp_path / "run", weights="nf4"))
+        assert refused.value.code == 2 and "pip install bitsandbytes" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_codec_goes_where_the_weights_go(bitsandbytes, monkeypatch, tmp_path):
+    """It is no part of the module."""
+    monkeypatch.setattr(quantised, "quantise", lambda *_: None)  # such weights cannot be on meta
+    shape = ModelConfig(**(SMOKE | FLUX))
+    model = UnifiedModel(shape).initialise(0)
+    save_model(model, toy_tokenizer(tmp_path, shape.vocab_size), tmp_path / "model")
+    found, _ = load_quantised(tmp_path / "model", torch.device("meta"), torch.bfloat16, kind="nf4")
+    assert all(p.is_meta for p in found.codec.weights.parameters())
 
 
 def test_what_is_walked_is_held(bitsandbytes, checkpoint, world_of_one):

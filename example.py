@@ -31,7 +31,7 @@ from sequence import Packed, Sequence
 from vision import transform
 
 WORDS = 400  # tokens of an instruction and a plan with four references, generously
-WORDS_OF_ONE = 60  # more, for each reference more
+WORDS_OF_ONE = 60  # more, for each reference beyond four
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
     tokens_per_pack: int = 45_056  # at most in one pass: bounds the memory, not the result
     noise_copies: int = 1  # noised copies of each target, sharing prompt and plan
     in_context: bool = True  # false: several references become text to image with the caption
-    plan_dropout: float = 0.2  # share of samples without IC-CoT (unpublished in the paper)
+    plan_dropout: float = 0.2  # share without IC-CoT of samples with text (unpublished)
     text_dropout: float = 0.1  # share of samples that lose instruction and plan (BAGEL)
     vae_dropout: float = 0.3  # share of references that lose their latents
     vit_dropout: float = 0.3  # share of references that lose their ViT tokens

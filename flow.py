@@ -53,7 +53,7 @@ Time = float | Tensor
 class Sde:
     """The noise of an SDE step: its kind and noise_level, the a of the equations above.
 
-    Usual are 0.7 for "flow", and 0.8 for "cps", which ends at 1.
+    Usual are 0.7 for "flow", and 0.8 for "cps", whose largest value is 1.
     """
 
     kind: str = "flow"

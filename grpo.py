@@ -247,13 +247,14 @@ def group_backward(learner, group, actions, *, passes, last, config):
             nothing = [x.sum() * 0 for x in (new.log_prob, new.text) if x is not None]
             sum(nothing).backward()
             continue
-        if i == len(group.old):
+        if i == len(group.old):  # of the first optimiser step, p_old is this very pass
             group.old.append(new.detached(config.guard))
         found = objective(new, group.old[i], anchors[i], actions=actions[i], config=config)
         found.total.backward()
         done.append(found.detached())
-    both = [both for pairs in zip(prefix, leaves) for both in zip(*pairs)]
-    reached = [(x, leaf.grad) for x, leaf in both if leaf.grad is not None]
+    # the chain rule through the prompt, once: keys and values, and their gradients of all batches
+    pairs = [pair for layer in zip(prefix, leaves) for pair in zip(*layer)]
+    reached = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
     sharding.sum_gradients(model, config.sum_every_pass or last)
     if reached:
         torch.autograd.backward(*zip(*reached))
@@ -283,6 +284,7 @@ def summary(health, norms, clip_range):
 
 def iteration(learner, clip, source, *, config, step):
     """One rollout and its update: the log's line, whether all was finite. May be Interrupted."""
+    # of share.config G and J count the members and plans here, of config those of a group
     model, share = learner.engine.model, rollouts.share_of(config)
     clock, truncated = [], clip.truncated
 

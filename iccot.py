@@ -120,7 +120,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class ICCoT:
-    """One plan. relations[i] belongs to reference image i + 1; "" is one that `salvage` missed."""
+    """One plan. relations[i] belongs to reference image i + 1; "" where `salvage` found none."""
 
     caption: str
     relations: tuple[str, ...] = ()

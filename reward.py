@@ -130,7 +130,7 @@ def group_rewards(
 ) -> Tensor:
     """The rewards of all groups of a step, (P, G) on the CPU.
 
-    With an unparsable plan it is the lowest reward of the group.
+    A picture whose plan does not parse gets the lowest reward of its group.
     images: P * G pictures; captions: of P * J plans, "" where one did not parse; plan j of a group
     has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
     group in place of its own, and the mean counts. A group without any caption has rewards of 0.
@@ -244,6 +244,11 @@ def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
 def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.nn.Module:
     """An open_clip model with its weights and the activation those weights were trained with."""
     if open_clip.get_model_config(name) is None:
+        if name == "toy":
+            raise FileNotFoundError(
+                f"there is no CLIP of the toy world at {pretrained}; python grpo.py --config toy "
+                f"trains one, or --config smoke"
+            )
         raise ValueError(f"open_clip has no architecture {name!r}; see open_clip.list_models()")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag and not pretrained.endswith(".safetensors"):

@@ -130,9 +130,9 @@ class Options:
     image_guidance: float = 1.0
     train_text: bool = False  # policy gradient on the plans too, with their mean reward
     # memory, not the result
-    groups_at_once: int = 1  # rolled out together, and
-    pictures_at_once: int = 4  # of their members painted together: both bound memory alone
-    tokens_per_pack: int = 37_888  # of plans and pictures in one pass, here 9: bounds memory alone
+    groups_at_once: int = 1  # rolled out in the same passes
+    pictures_at_once: int = 4  # of each of them painted in the same passes
+    tokens_per_pack: int = 37_888  # in one pass of an update, at most: nine pictures of 1024 pixels
 
     def __post_init__(self):
         _ = self.sampler, self.thinking  # they check their own values
@@ -229,7 +229,7 @@ class Finished:
 
     def of(self, rows, steps):
         """Scored of these pictures (I,) of the rollout, each at a time (I,)."""
-        groups = rows * len(self.times) // len(self.x0)  # (I,)
+        groups = rows // (len(self.x0) // len(self.times))  # (I,), of G rows each
         x0, noise, t = self.x0[rows], self.noise[groups, steps], self.times[groups, steps]
         x = flow.interpolate(x0.flatten(1), noise.flatten(1), t).view_as(x0)  # (I, T, C)
         return Scored(x, flow.velocity(x0, noise), t, t)
@@ -288,22 +288,23 @@ def roll_out(engine, samples, numbers, *, config, step, first=0):
 
 def roll_out_together(engine, samples, numbers, *, config, step, first):
     """Roll out these groups in the same forward passes."""
-    many, each = config.group_size, config.plans_per_group
+    many, plans_each = config.group_size, config.plans_per_group
     how = dict(config=config, first=first)
     prompts = [engine.prompt(one.references, one.instruction) for one in samples]
     prefix = engine.prefill(prompts)
     plans, ended = engine.think(
         prompts,
         config.thinking,
-        count=each,
-        generators=sum(generators(PLANS, numbers, each, same=not config.rid, **how), []),
+        count=plans_each,
+        generators=sum(generators(PLANS, numbers, plans_each, same=not config.rid, **how), []),
         prefix=prefix,
     )
-    references = [len(one.references) for one in samples for _ in range(each)]
+    references = [len(one.references) for one in samples for _ in range(plans_each)]
     grid = engine.model.config.picture_grid(config.picture_side, config.picture_side)
     starts = generators(STARTS, numbers, many, same=config.same_start, **how)
+    of_group = [plans[i : i + plans_each] for i in range(0, len(plans), plans_each)]
     groups = [
-        group_of(engine, prompt, plans[i * each : (i + 1) * each], starts=starts[i], grid=grid)
+        group_of(engine, prompt, of_group[i], starts=starts[i], grid=grid)
         for i, prompt in enumerate(prompts)
     ]
     window = draw_window(config, step) if config.likelihood == "sde" else None
@@ -402,7 +403,7 @@ def paint_groups(engine, groups, noises, *, window, prefix, config):
     if window is None:
         return final, None
 
-    def of_all(i):  # (S, P * G, ...)
+    def of_all(i):  # of all chunks: (S, P * G, ...) of their (P, members, ...), step by step
         steps = zip(*([step[i] for step in of_part] for of_part in taken))
         return torch.stack([torch.cat(parts, 1).flatten(0, 1) for parts in steps]).cpu()
 

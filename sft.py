@@ -141,7 +141,7 @@ def losses(model, packed, target):
     if len(packed.labels):
         ce = model.cross_entropy(und, packed).sum()
     else:
-        ce = model.lm_head(und[:1]).sum() * 0
+        ce = model.lm_head(und[:1]).sum() * 0  # so that its weights have a gradient here too
     velocity = model.velocity(packed, gen).float()
     return ce, F.mse_loss(velocity, target, reduction="sum") / target.shape[-1]
 
@@ -254,7 +254,7 @@ def train(config):
     samples = stream(source, dealer.ahead(step), config.workers)
     for step in run.steps():
         numbers, decay = dealer.own(step), min(config.average, (step + 1) / (step + 10))
-        taken = zip(numbers, samples)
+        taken = zip(numbers, samples)  # in this order: it asks for no sample behind the last number
         values, finite = iteration(engine, optimizer, taken, config=config, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before

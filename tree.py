@@ -65,8 +65,8 @@ class Tree:
 
 def plant(layout, rollout, group, *, config):
     """The Tree of group number `group`, each batch within `tokens_per_pack`."""
-    each = config.plans_per_group
-    plans = rollout.plans[group * each : (group + 1) * each]
+    per_group = config.plans_per_group
+    plans = rollout.plans[group * per_group : (group + 1) * per_group]
     batches = split_members([len(plan) + 2 for plan in plans], rollout, config)
     prompt = rollout.prompts[group]
     cuts = [  # the prompt's content is laid out once, in the first
@@ -103,26 +103,27 @@ def split_members(plan_tokens, rollout, config):
 
 def cut_batch(layout, rollout, group, *, pictures, prompt, config):
     """(pack of the prompt, Batch) of these noised pictures of a group, (member, step) in order."""
-    each = config.pictures_per_plan
+    per_plan = config.pictures_per_plan
     members, steps = torch.tensor(pictures).unbind(1)  # (I,) each
     rows = members + group * config.group_size  # (I,) of the rollout
     scored = rollout.pictures.of(rows, steps)
-    plans = list(dict.fromkeys(member // each for member, _ in pictures))
+    plans = list(dict.fromkeys(member // per_plan for member, _ in pictures))
     noised = {plan: [] for plan in plans}
     for (member, _), x, t in zip(pictures, scored.x, scored.t):
-        noised[member // each].append(Noised(x, t))
+        noised[member // per_plan].append(Noised(x, t))
     texts = rollout.plans[group * config.plans_per_group :]
     branches = [Branch(texts[plan], tuple(noised[plan])) for plan in plans]
     whole = Group(prompt, rollout.grid, tuple(branches))
     packed, context_rows = lay_out(layout, [whole], config.sampler.contexts, loss=config.train_text)
-    prompt, rest = packed.cut()
+    prompt_pack, rest = packed.cut()
     image_of_token = torch.arange(len(rows)).repeat_interleave(scored.x.shape[1])  # (Z,)
     of_rollout = torch.tensor(plans) + group * config.plans_per_group  # (plans,)
     lengths = rollout.plan_lengths[of_rollout]  # (plans,)
     token_plans = of_rollout.repeat_interleave(lengths)  # (labels,)
     place = torch.cat([torch.arange(int(length)) for length in lengths])  # (labels,) in its plan
-    # a plan whose pictures are in several batches counts where the first of them is
-    here = torch.isin(token_plans * each, rows[steps == 0])
+    # a plan whose pictures are in several batches counts where the first of them is, whose row is
+    # plan * per_plan
+    here = torch.isin(token_plans * per_plan, rows[steps == 0])
     batch = Batch(
         rest,
         context_rows,
@@ -137,7 +138,7 @@ def cut_batch(layout, rollout, group, *, pictures, prompt, config):
         token_plans,
         (place < rollout.written[token_plans]) & here,
     )
-    return prompt, batch
+    return prompt_pack, batch
 
 
 @dataclass

@@ -9,11 +9,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grpo
 from bench import memory, walk
 from bench.__main__ import Config, bench_memory
-from model import SMOKE, TOY, Cache, ModelConfig, UnifiedModel
+from model import SMOKE, TOY, Cache, ModelConfig, RMSNorm, UnifiedModel
 from runtime.lora import add_lora, load_trained, trained_parameters
 from runtime.pretrained import save_model
 from runtime.sharding import gathered
@@ -80,6 +82,21 @@ def test_activations(shape, checkpointing):
     # keeps q, k and v
     assert computed == pytest.approx(measured, rel=0.05 if checkpointing else 0.35)
     assert all(a <= b * 1.05 for a, b in zip(computed, measured))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch with CUDA")
+def test_norms_keep_what_the_kernel_of_a_gpu_keeps():
+    """By what autograd saves of tensors that are said to be on one."""
+    how = dict(dtype=torch.bfloat16, requires_grad=True)
+    with FakeTensorMode():
+        x, weight = (torch.empty(*some, device="cuda", **how) for some in ((6, 8), (8,)))
+        node = F.rms_norm(x, (8,), weight, 1e-6).grad_fn
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved = [one for one in saved if isinstance(one, torch.Tensor)]
+    norm = memory.fuse_norms(torch.nn.ModuleList([RMSNorm(8, 1e-6).bfloat16()]))[0]
+    with memory.kept_bytes() as kept:
+        norm(torch.randn(6, 8, **how))
+    assert kept.total == size(saved) == 2 * 48 + 2 * 8 + 4 * 6
 
 
 def test_cache():

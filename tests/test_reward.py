@@ -170,6 +170,12 @@ def test_loading_mistakes_give_one_clear_sentence(tmp_path, folder, caplog):
     unfit = "safetensors does not hold weights of CLIP ViT-S-32-alt"
     for error, sentence, name, pretrained in [
         (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9", "openai"),
+        (
+            FileNotFoundError,
+            "no CLIP of the toy world at out/gone; python grpo.py",
+            "toy",
+            "out/gone",
+        ),
         (ValueError, tags, base, "opnai"),
         (ValueError, "w.pt': expected a .safetensors file", base, pickle),
         (FileNotFoundError, f"not found at {missing}", base, missing),

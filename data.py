@@ -135,6 +135,17 @@ def held_out_keys(keys) -> set[str]:
     return set(ranked[: min(count, max(1, len(ranked) - 1))])
 
 
+def references_of(part: Path, key: str, content) -> int:
+    """How many a sample has, by the index of its shard or by its line, which may be wrong in other
+    ways. 0 where a line is torn."""
+    if part.suffix == ".tar":
+        return sum(name.startswith("ref_") for name in content)
+    try:
+        return len(files.object_of(content)["references"])
+    except FAULTS:
+        return 0
+
+
 class Source(torch.utils.data.Dataset):
     """The samples at `path`: a tar shard, a folder of tar shards, or one with records.jsonl.
 
@@ -142,8 +153,8 @@ class Source(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, seed: int = 0, split: str = "all", *, buffer=1000, limit=math.inf):
-        """UserError: there are none. limit: of references; a sample with more is skipped."""
-        self.path, self.seed, self.buffer, self.limit = Path(path), seed, buffer, limit
+        """UserError: there are none. limit: of references; samples with more are left out."""
+        self.path, self.seed, self.buffer = Path(path), seed, buffer
         self.entries = []  # (part, key, where its files are or its line)
         for part in parts_of(self.path):
             found = index_of(part) if part.suffix == ".tar" else lines_of(part)
@@ -152,6 +163,8 @@ class Source(torch.utils.data.Dataset):
             raise UserError(f"{path} holds no samples")
         if split != "all":
             self._keep(split)
+        if limit < math.inf:
+            self._leave_out(limit)
         self.orders = {}  # of the last two epochs that were asked for
         self.recent = deque(maxlen=WINDOW)  # what was wrong with the last ones read; "": nothing
         self.broken = multiprocessing.RawArray("b", len(self))  # 1: skipped; shared with workers
@@ -168,6 +181,21 @@ class Source(torch.utils.data.Dataset):
         wanted = {"train": False, "held_out": True}[split]
         pairs = zip(self.entries, keys)
         self.entries = [entry for entry, key in pairs if (key in chosen) == wanted]
+
+    def _leave_out(self, limit):
+        """Forget the samples with more references, by what is known before they are read."""
+        before = len(self)
+        self.entries = [one for one in self.entries if references_of(*one) <= limit]
+        if not self.entries:
+            raise UserError(
+                f"all {before} samples of {self.path} have more than max_references={limit} "
+                f"references; raise --max_references"
+            )
+        if len(self) < before:
+            processes.warn(
+                f"{before - len(self)} of {before} samples of {self.path} have more than "
+                f"max_references={limit} references and are left out"
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -271,10 +299,6 @@ class Source(torch.utils.data.Dataset):
         for name in ("task", "instruction"):
             if not isinstance(record[name], str):
                 raise TypeError(f"its {name} is {record[name]!r}; expected a text")
-        if len(pictures) - 1 > self.limit:
-            raise ValueError(
-                f"it has {len(pictures) - 1} references, more than max_references={self.limit}"
-            )
         iccot.arranged(pictures[:-1], record["instruction"])  # ValueError: <image> too often
         plan = iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1)
         return Sample(
@@ -287,16 +311,9 @@ class Source(torch.utils.data.Dataset):
         )
 
     def references(self, position: int) -> int:
-        """How many the sample at a position has, by the index of its shard or its line: nothing
-        else is read, so whether it can be is not known. 0 where a line is torn."""
+        """How many the sample at a position has; nothing is read for it."""
         epoch, rest = divmod(position, len(self))
-        part, _, content = self.entries[self.order(epoch)[rest]]
-        if part.suffix == ".tar":
-            return sum(name.startswith("ref_") for name in content)
-        try:
-            return len(files.object_of(content)["references"])
-        except FAULTS:
-            return 0
+        return references_of(*self.entries[self.order(epoch)[rest]])
 
     def record(self, number: int) -> dict:
         """The record of a sample, without its pictures."""
@@ -383,6 +400,8 @@ def stream(source, positions, workers: int = 0):
         prefetch_factor=8 if workers else None,
         collate_fn=as_it_is,
         worker_init_fn=outlive_the_signal,
+        # they inherit how signals are treated; no thread of this process holds what they need
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     return samples_of(iter(loader))
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import flow
 import iccot
 from model import Cache, UnifiedModel
-from runtime.processes import generator
+from runtime.processes import Interrupted, generator
 from sequence import Layout, Packed, Sequence
 from vision import Reference, to_pil, unpatchify
 
@@ -331,10 +331,6 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
 
 # --------------------------------------------------------------------------------------------------
 # the engine
-
-
-class Interrupted(Exception):
-    """Somebody asked for an end while the engine was at work (`Engine.until`)."""
 
 
 class Engine:

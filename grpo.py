@@ -43,7 +43,7 @@ import tree
 from bench.advice import dry_run
 from bench.walk import walk_grpo
 from data import open_source
-from engine import Engine, Interrupted, Thinking
+from engine import Engine, Thinking
 from kernels.attention import describe_backend
 from objective import Actions, advantages, objective
 from reward import Clip, embed_groups, reward_statistics, rewards_of
@@ -232,6 +232,7 @@ def group_backward(learner, group, actions, *, passes, last, config):
     one with weight 0; last: of this optimiser step. Returns the Objective of each batch, detached.
     """
     model, anchor = learner.engine.model, learner.anchor
+    stop = None if group.old else learner.stop  # once weights have moved, the step is ended
     prompt, anchors, done = group.prompt.to(processes.device()), [None] * len(group.batches), []
     if anchor is not None:  # before any graph is built, since the weights are exchanged
         with sharding.exchanged(model, anchor), sharding.gathered(model):
@@ -241,6 +242,8 @@ def group_backward(learner, group, actions, *, passes, last, config):
     prefix = model.keys_and_values(prompt)
     leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in pair) for pair in prefix]
     for i in range(passes):
+        if stop:
+            stop.check()
         at = min(i, len(group.batches) - 1)
         new = tree.policy(model, leaves, group.batches[at], config=config)
         if i > at:
@@ -294,10 +297,10 @@ def iteration(learner, clip, source, *, config, step):
     lap()
     asked, numbers = learner.stop and learner.stop.here, share.numbers(step, source.references)
     samples, how = [source[i] for i in numbers], dict(config=share.config, first=share.first)
-    with suppress(Interrupted), sharding.gathered(model), learner.engine.until(asked):
+    with suppress(processes.Interrupted), sharding.gathered(model), learner.engine.until(asked):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
-    if learner.stop and learner.stop.wanted():
-        raise Interrupted
+    if learner.stop:
+        learner.stop.check()
     lap()
     kind = dict(kind=config.reward, cross_score=config.cross_score)
     embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
@@ -348,7 +351,8 @@ def train(config):
         prepare(config)
         source = open_source(config.data, seed, config.max_references, scale=config.scale)
         learner = build(config)
-        clip = Clip(config.clip_name, config.clip, processes.device())
+        with processes.first_alone():
+            clip = Clip(config.clip_name, config.clip, processes.device())
         asked = config.metric_name, config.metric, config.clip_steps
         metric = metric_clip_of_all(*asked) if config.eval_every else None
     run = loop.Run(folder, config, learner.state, desc="grpo")
@@ -360,10 +364,8 @@ def train(config):
         f"step {run.first} of {config.steps}"
     )
     for step in run.steps():
-        try:
+        with run.attempt(step):
             values, finite = iteration(learner, clip, source, config=config, step=step)
-        except Interrupted:
-            run.leave(step)
         if run.measurement_is_due(step):
             values |= measured_together(learner.engine, config.held_out, metric)
         numbers = share.numbers(step, source.references)

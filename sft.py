@@ -146,17 +146,20 @@ def losses(model, packed, target):
     return ce, F.mse_loss(velocity, target, reduction="sum") / target.shape[-1]
 
 
-def backward(model, packs, config):
+def backward(model, packs, config, *, stop=None):
     """Gradients of one step over all packs of all processes. Returns the means: L_cot, L_img.
 
     Sharding averages gradients over the processes, hence the factor. A process with fewer packs
     than another repeats its last one with weight 0, so that all make the same number of passes.
+    Before each of them `stop` is checked.
     """
     counts = [sum(len(one.packed.labels) for one in packs), sum(len(one.target) for one in packs)]
     labels, latents = processes.reduced(counts)
     passes = int(processes.reduced([len(packs)], "max")[0])
     means = torch.zeros(2, dtype=torch.float64)
     for i in range(passes):
+        if stop:
+            stop.check()
         one = packs[min(i, len(packs) - 1)]
         sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
         where = processes.device()
@@ -181,15 +184,16 @@ def learning_rate(step, config):
 # the stage
 
 
-def iteration(engine, optimizer, numbered, *, config, step):
-    """One optimiser step on (number, sample) pairs: the line of the log, and if it was finite."""
-    begun, model = time.perf_counter(), engine.model
+def iteration(engine, optimizer, numbered, *, run, step):
+    """A step on (number, sample) pairs: the log's line, if it was finite. May be Interrupted."""
+    begun, model, config = time.perf_counter(), engine.model, run.config
     examples = [
         example.make_example(engine, one, config, generator=generator(config.seed, number))
         for number, one in numbered
     ]
     packs = example.pack(engine.layout, examples, config.tokens_per_pack)
-    ce, mse = backward(model, packs, config)
+    del examples  # the packs have copies
+    ce, mse = backward(model, packs, config, stop=run.stop)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     norm, finite = sharding.step_if_finite(optimizer, config.max_grad_norm)
@@ -255,7 +259,8 @@ def train(config):
     for step in run.steps():
         numbers, decay = dealer.own(step), min(config.average, (step + 1) / (step + 10))
         taken = zip(numbers, samples)  # in this order: it asks for no sample behind the last number
-        values, finite = iteration(engine, optimizer, taken, config=config, step=step)
+        with run.attempt(step):
+            values, finite = iteration(engine, optimizer, taken, run=run, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before
                 values |= measured_together(engine, measuring, clip)

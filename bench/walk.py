@@ -324,7 +324,17 @@ def walk_sft(config, shape):
         Phase("update", tokens, update),
         *ends(config, model),
     ]
-    return Walk(standing, phases, host_bytes(config, model, standing))
+    host = host_bytes(config, model, standing)
+    each = config.samples_per_step // config.gpus * sample_bytes(config, shape)
+    host["samples of a step, and packs of them"] = 2 * min(8, config.gpus) * each
+    return Walk(standing, phases, host)
+
+
+def sample_bytes(config, shape):
+    """Bytes of what stage 1 keeps of a sample on the host, in float32."""
+    latents = 4 * shape.latent_side**2 * shape.token_channels
+    patches = 4 * shape.vit_side**2 * 3 * shape.vit_patch**2
+    return config.max_references * (latents + patches) + 2 * config.noise_copies * latents
 
 
 def walk_pictures(config, shape):

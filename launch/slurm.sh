@@ -9,14 +9,14 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
-#SBATCH --output=out/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
-# SIGUSR1 comes 300 s before the time is over: the script gives up a rollout or ends its update, saves, and leaves with status 85.
+# SIGUSR1 comes 300 s before the time is over: the script gives up its step after the present pass, saves, and leaves with status 85.
 
 cd "${SLURM_SUBMIT_DIR:-.}"
-srun --kill-on-bad-exit=1 python "${SCRIPT:-grpo.py}" --config "${CONFIG:-full}" "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python "${SCRIPT:-grpo.py}" --config "${CONFIG:-full}" "$@"
 status=$?
 if [ "$status" -eq 85 ]; then
     scontrol requeue "$SLURM_JOB_ID" # the same command goes on from the newest state

@@ -20,7 +20,8 @@ The same command continues a run from its newest state, which is never older tha
 and a step, unless writing states would take more than a twentieth of the time. Nothing random is
 carried from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed
 run equals an uninterrupted one bit for bit, and no state of a random generator is stored. On
-SIGTERM or SIGUSR1 a run ends its step, or gives up a rollout, saves, and leaves with status 85.
+SIGTERM or SIGUSR1 a run gives up its step after the present pass, saves the state before it, and
+leaves with status 85.
 Not a concept of the paper.
 Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
@@ -30,6 +31,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +44,7 @@ from runtime.files import check_writable, lines_of, object_of, read_json, to_jso
 from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
+    Interrupted,
     barrier,
     choose_threads,
     device,
@@ -65,7 +68,7 @@ MAY_CHANGE = (  # between resumptions
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
     "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
     "eval_batch", "export_float32",
-    "memory", "gpus", "gpu_memory",
+    "checkpointing", "sum_every_pass", "memory", "gpus", "gpu_memory",
 )
 # fmt: on
 
@@ -211,6 +214,14 @@ class Run:
         self.saver.save(step, self.state.tensors())
         self.saved, self.saved_at = step, time.perf_counter()
         self.writing = self.saved_at - begun  # in the background: what training waited for
+
+    @contextmanager
+    def attempt(self, step):
+        """A step inside may be Interrupted: it is given up, and the run leaves."""
+        try:
+            yield
+        except Interrupted:
+            self.leave(step)
 
     def leave(self, step):
         """Asked to stop after `step` whole steps: save what is not saved yet, and go."""
@@ -396,6 +407,11 @@ class Stop:
         """Whether any process was asked to stop; the same answer on all."""
         return bool(reduced([float(self.flag)], "max")[0])
 
+    def check(self):
+        """Interrupted on all processes if any was asked to stop."""
+        if self.wanted():
+            raise Interrupted
+
 
 def stop_here(step):
     """Leave with the status that asks for another go; the state has been saved.
@@ -404,6 +420,7 @@ def stop_here(step):
     that, or the job's status would be that of a killed process and nothing would be requeued.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    barrier()  # the first process has published the state, and deleted the oldest
     say(f"stopped by a signal after step {step}; the same command goes on from here")
     finish()
     sys.exit(REQUEUE)

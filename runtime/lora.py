@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import distribute_tensor
 
-from runtime.pretrained import load_model
-from runtime.processes import device
+from runtime.pretrained import find_model, load_model
+from runtime.processes import device, first_alone
 from runtime.quantised import load_quantised
 from runtime.sharding import shard, whole
 
@@ -104,6 +104,8 @@ def load_trained(config):
     `config.weights` says.
     """
     narrow = getattr(torch, config.precision)
+    with first_alone():
+        find_model(config.init)
 
     def prepare(model):
         if config.train == "lora":

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -89,7 +90,7 @@ def placement(environment):
         }
     if (e.get("SLURM_STEP_NUM_TASKS") or "1") != "1":
         check_launcher(e, "srun", SRUN[0], words=SRUN[1])
-        port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 20_000
+        port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 12_000
         host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
         return {
             "rank": int(e["SLURM_PROCID"]),
@@ -239,6 +240,10 @@ def dealt(numbers, weight, among):
     return [list(own) for own in zip(*rows, strict=True)]
 
 
+class Interrupted(Exception):
+    """Somebody asked for an end while the work was under way."""
+
+
 # --------------------------------------------------------------------------------------------------
 # numbers of all processes
 
@@ -300,6 +305,16 @@ def barrier():
     """Wait until all processes are here."""
     if size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_alone():
+    """The first process does what is inside before the others do: they find what it downloads."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 # --------------------------------------------------------------------------------------------------

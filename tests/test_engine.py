@@ -6,20 +6,9 @@ import pytest
 import torch
 
 import flow
-from engine import (
-    Branch,
-    Engine,
-    Group,
-    Interrupted,
-    Noised,
-    Sampler,
-    Thinking,
-    choose,
-    draw_uniform,
-    lay_out,
-)
+from engine import Branch, Engine, Group, Noised, Sampler, Thinking, choose, draw_uniform, lay_out
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime.processes import generator
+from runtime.processes import Interrupted, generator
 from toy.prepare import toy_tokenizer
 
 SAMPLING = Thinking(8, 1.0)

@@ -4,6 +4,7 @@ Stage 2: what must hold of the loop before any learning curve means something.
 The mathematics of a step is tested in test_flow.py, the reward of a group in test_reward.py.
 """
 
+import contextlib
 import dataclasses
 import types
 
@@ -17,13 +18,13 @@ import iccot
 import objective
 import rollouts
 import tree
-from engine import Branch, Engine, Group, Interrupted, Prompt
+from engine import Branch, Engine, Group, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
 from objective import clipped, group_advantage
 from reward import group_rewards
-from runtime import lora
+from runtime import loop, lora
 from runtime.config import UserError
-from runtime.processes import generator
+from runtime.processes import Interrupted, generator
 from runtime.state import TrainingState
 from sequence import Sequence
 from toy.tasks import Drawn, draw_sample
@@ -606,11 +607,37 @@ def test_a_signal_ends_the_rollout_and_the_iteration(toy):
     config = dataclasses.replace(CONFIG, prompts_per_step=2)
     for here in (True, False):
         one, before = learner(engine, None), engine.model.tokens
-        one.stop = types.SimpleNamespace(here=lambda here=here: here, wanted=lambda: True)
+        one.stop = stop_after(0, here)
         with pytest.raises(Interrupted):
             grpo.iteration(one, clip, source, config=config, step=0)
         painted = engine.model.tokens - before > 2 * len(samples) * 200
         assert painted != here and engine.asked is None
+
+
+def stop_after(checks, here=False):
+    """A loop.Stop of a run that is asked to stop after so many looks at it."""
+    stop, looks = loop.Stop.__new__(loop.Stop), iter([False] * checks + [True] * 99)
+    stop.here, stop.wanted = lambda: here, lambda: next(looks)
+    return stop
+
+
+def test_a_signal_ends_the_update_between_passes_until_weights_have_moved(toy):
+    """Of the first optimiser step; once it is made, the iteration is ended whatever is asked."""
+    engine, samples = toy
+    config = dataclasses.replace(CONFIG, prompts_per_step=2, updates=2, likelihood="forward")
+    config = dataclasses.replace(config, tokens_per_pack=200)
+    rollout = roll((engine, samples[:2]), config)
+    reward = torch.randn(2, config.group_size)
+    for checks, stopped in ((0, True), (1, True), (99, False)):
+        made = []
+        optimizer = torch.optim.SGD(engine.model.parameters(), 0.0)
+        optimizer.register_step_post_hook(lambda *_, made=made: made.append(1))
+        one = learner(engine, optimizer)
+        one.stop = stop_after(checks)
+        with pytest.raises(Interrupted) if stopped else contextlib.nullcontext():
+            update(one, rollout, reward, config)
+        assert len(made) == (0 if stopped else 2)
+        engine.model.zero_grad()
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_shares_that_are_none_are_refused(shares):
 def test_the_filter_reads_on_the_cpu(monkeypatch):
     """Wherever the model is: a worker that reads samples ahead cannot use a GPU."""
     made = []
-    monkeypatch.setattr(prepare, "metric_clip", lambda *_: None)
+    monkeypatch.setattr(prepare, "train_metric_clip", lambda *_: None)
     monkeypatch.setattr(prepare.processes, "device", lambda: "cuda")
     monkeypatch.setattr(prepare, "Clip", lambda *words: made.append(words))
     config = sft.Config(config="toy", **sft.PRESETS["toy"] | dict(filter_targets=0.2))

@@ -229,6 +229,24 @@ def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack(monkeyp
     assert example.pack(None, examples, 10) == [[8, 2], [3, 5, 2]]
 
 
+@pytest.mark.parametrize("checks", [1, 6])
+def test_a_signal_ends_a_step_between_its_passes(toy, tmp_path, monkeypatch, capsys, checks):
+    """The state before the step is saved, and the next go makes the same model."""
+    how = dict(samples_per_step=4, tokens_per_pack=300, sample_plan_tokens=4, sample_timesteps=2)
+    config = dataclasses.replace(CONFIG, steps=2, threads=1, sample_every=9, **how)
+    sft.train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    looks = iter([False] * checks + [True])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(loop.Stop, "wanted", lambda self: next(looks))
+        sft.train(dataclasses.replace(config, out=str(tmp_path / "half")))
+    assert stopped.value.code == loop.REQUEUE
+    said = capsys.readouterr().out
+    assert f"stopped by a signal after step {0 if checks == 1 else 1};" in said, said
+    sft.train(dataclasses.replace(config, out=str(tmp_path / "half")))
+    whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
 def test_a_dealer_knows_what_references_will_take(toy):
     """Of pictures of the largest size."""
     how = dict(vae_dropout=0.5, vit_dropout=0.5, text_dropout=1.0)

@@ -30,7 +30,7 @@ SMALLER = {  # launch/slurm.sh for this cluster, on stage 1
     "--ntasks-per-node=8": "--ntasks-per-node=1",
     "--gpus-per-node=8": "--comment=x",
     "--cpus-per-task=12": "--comment=x",
-    "--output=out/slurm-%j.log": "--comment=x",
+    "--output=slurm-%j.log": "--comment=x",
     " python ": f" {sys.executable} ",
     "${SCRIPT:-grpo.py}": str(ROOT / "sft.py"),
     '--config "${CONFIG:-full}"': "",

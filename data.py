@@ -74,6 +74,8 @@ LONGEST = 2000  # characters of an instruction; longer ones are a mistake of who
 LANES = 64  # places of the disk that are read in turn
 HELD_OUT = 1 / 50  # share of the keys that no training sees
 WINDOW, BROKEN = 200, 0.1  # reading stops if more than this share of the last reads failed
+# workers inherit how this process treats signals; elsewhere they start as Python has it
+START = "fork" if sys.platform == "linux" else None
 FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sample raises
 
 
@@ -400,8 +402,7 @@ def stream(source, positions, workers: int = 0):
         prefetch_factor=8 if workers else None,
         collate_fn=as_it_is,
         worker_init_fn=outlive_the_signal,
-        # they inherit how signals are treated; no thread of this process holds what they need
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=START if workers else None,
     )
     return samples_of(iter(loader))
 

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 
+import data
 import grpo
 import sft
 from model import SMOKE, ModelConfig, UnifiedModel
@@ -32,8 +33,9 @@ STAGE_1, STAGE_2 = sft.PRESETS["smoke"], grpo.PRESETS["smoke"]
 
 
 @pytest.fixture
-def forkserver():
-    """What starts processes on Linux from Python 3.14 on: they inherit nothing, as with spawn."""
+def forkserver(monkeypatch):
+    """Not on Linux workers start as Python has it: they inherit nothing, with spawn or this."""
+    monkeypatch.setattr(data, "START", None)
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
     yield

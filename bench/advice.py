@@ -99,15 +99,13 @@ def changes(config, wanted):
 
 def frugal(config, found, shape):
     """Changes, each with all that is cheap beside it."""
-    return [
-        {
-            name: value
-            for one in cheap(replace(config, **change), shape)
-            for name, value in one.items()
-        }
-        | change
-        for change in found
-    ]
+    whole = []
+    for change in found:
+        beside = {}
+        for one in cheap(replace(config, **change), shape):
+            beside |= one
+        whole.append(beside | change)
+    return whole
 
 
 def cheap(config, shape):
@@ -159,6 +157,6 @@ def otherwise(config):
     pairs = [a | b for a, b in combinations(contexts, 2)]
     found = [*contexts, *windows, *pairs, *(a | b for a in contexts for b in windows)]
     found += [one | most[0] for one in found if most[0]]
-    ranks = changes(config, [("lora_rank", 16)])
-    adapted = (getattr(config, "train", ""), most[0].get("train")) if ranks else ()
-    return found + [one | ranks[0] for one in found if "lora" in adapted]
+    adapters = "lora" in (getattr(config, "train", ""), most[0].get("train"))
+    ranks = changes(config, [("lora_rank", 16)]) if adapters else []
+    return found + [one | rank for rank in ranks for one in found]

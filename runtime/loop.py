@@ -246,10 +246,7 @@ class Run:
 
     def export(self, engine):
         """Write out/<name>/model: the average where there is one, with adapters merged; where the
-        frozen weights are in few bits, into what they were rounded from.
-
-        Warns if rounding undoes most of what was learned since `init`.
-        """
+        frozen weights are in few bits, into what they were rounded from."""
         config, whole, moved, lost = self.config, {}, 0, 0
         weights = dict(engine.model.named_parameters()) | self.state.average
         dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
@@ -269,15 +266,19 @@ class Run:
                 is_new = found[name] != old
                 moved += int(is_new.sum())
                 lost += int((is_new & (whole[name] == old.to(dtype))).sum())
-        if lost > moved / 2:
-            warn(
-                f"{lost:,} of the {moved:,} weights that training changed are again what they were "
-                f"in {config.init}, rounded to {config.precision}; the same command with --export "
-                f"--export_float32 writes them as they are"
-            )
+        self.say_what_is_lost(lost, moved)
         if is_main():
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
+
+    def say_what_is_lost(self, lost, moved):
+        """A warning where rounding undoes most of what was learned since `init`."""
+        if lost > moved / 2:
+            warn(
+                f"{lost:,} of the {moved:,} weights that training changed are again what they were "
+                f"in {self.config.init}, rounded to {self.config.precision}; the same command with "
+                f"--export --export_float32 writes them as they are"
+            )
 
     def before(self):
         """The folder of the weights from which training began; None if it is gone, or if there is

@@ -165,7 +165,7 @@ GRPO = TRAINING | dict(
     std=change("log", "global", **TWO),
     std_floor=change("log", 10.0),
     max_advantage=change("log", 0.1),
-    clip_kappa=change("weights", 1e-9, **SECOND),
+    clip_kappa=change("weights", 1e-9, **SECOND | dict(group_size=8)),
     guard=change("weights", True, **SECOND),
     kl=change("log", "latent", **KL),
     kl_beta=change("weights", 1.0, **SECOND),

@@ -162,6 +162,9 @@ def test_srun_starts_two_tasks_and_a_batch_script_survives_its_time_limit(cluste
     wait_for("the stop", lambda: "stopped by a signal" in text(), 60)
     step = state.newest_step(folder / "stopped")
     assert 5 < step < 60
+    asked = ["squeue", "--noheader", "--format=%T"]
+    wait_for("the requeue", lambda: output(asked, environment).strip() == "PENDING")
+    time.sleep(3)  # what a job is given in the second of its end, SLURM takes to be revoked
     subprocess.run(["scontrol", "release", job], env=environment)
     # a requeued job waits two minutes otherwise
     begin = ["scontrol", "update", f"JobId={job}", "StartTime=now"]

@@ -285,8 +285,11 @@ def summary(health, norms, clip_range):
 # the stage
 
 
-def iteration(learner, clip, source, *, config, step):
-    """One rollout and its update: the log's line, whether all was finite. May be Interrupted."""
+def iteration(learner, clip, source, *, numbers, config, step):
+    """One rollout and its update: the log's line, whether all was finite. May be Interrupted.
+
+    numbers: of the samples whose groups are here (rollouts.Share.numbers).
+    """
     # of share.config G and J count the members and plans here, of config those of a group
     model, share = learner.engine.model, rollouts.share_of(config)
     clock, truncated = [], clip.truncated
@@ -295,8 +298,8 @@ def iteration(learner, clip, source, *, config, step):
         clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
 
     lap()
-    asked, numbers = learner.stop and learner.stop.here, share.numbers(step, source.references)
-    samples, how = [source[i] for i in numbers], dict(config=share.config, first=share.first)
+    samples, asked = [source[i] for i in numbers], learner.stop and learner.stop.here
+    how = dict(config=share.config, first=share.first)
     with suppress(processes.Interrupted), sharding.gathered(model), learner.engine.until(asked):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
     if learner.stop:
@@ -364,13 +367,13 @@ def train(config):
         f"step {run.first} of {config.steps}"
     )
     for step in run.steps():
+        numbers = share.numbers(step, source.references)
+        how = dict(numbers=numbers, config=config, step=step)
         with run.attempt(step):
-            values, finite = iteration(learner, clip, source, config=config, step=step)
+            values, finite = iteration(learner, clip, source, **how)
         if run.measurement_is_due(step):
             values |= measured_together(learner.engine, config.held_out, metric)
-        numbers = share.numbers(step, source.references)
-        how = dict(finite=finite, decay=config.average, made_of=numbers)
-        run.end_step(step, values, **how)
+        run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):
             save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()

@@ -21,8 +21,7 @@ and a step, unless writing states would take more than a twentieth of the time. 
 carried from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed
 run equals an uninterrupted one bit for bit, and no state of a random generator is stored. On
 SIGTERM or SIGUSR1 a run gives up its step after the present pass, saves the state before it, and
-leaves with status 85.
-Not a concept of the paper.
+leaves with status 85. Not a concept of the paper.
 Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 

@@ -189,8 +189,8 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=N
     also the pictures of the grid.
     held_as: the weights' precision on a GPU (a CPU takes float32), and what the experts are rounded
     to, as load_quantised has it. Whatever nobody holds any more is freed first: cycles keep a model
-    that was trained. Prints the table, writes table.json and grid.png
-    (pictures of all, side by side) into `folder`, and returns the rows {name: measure(...)}.
+    that was trained. Prints the table, writes table.json and grid.png (pictures of all, side by
+    side) into `folder`, and returns the rows {name: measure(...)}.
     score(pictures, captions): the reward that stage 2 trained with; it stands in the grid.
     """
     gc.collect()

@@ -609,7 +609,7 @@ def test_a_signal_ends_the_rollout_and_the_iteration(toy):
         one, before = learner(engine, None), engine.model.tokens
         one.stop = stop_after(0, here)
         with pytest.raises(Interrupted):
-            grpo.iteration(one, clip, source, config=config, step=0)
+            grpo.iteration(one, clip, source, numbers=[0, 1], config=config, step=0)
         painted = engine.model.tokens - before > 2 * len(samples) * 200
         assert painted != here and engine.asked is None
 

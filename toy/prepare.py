@@ -41,19 +41,17 @@ def toy_tokenizer(folder, vocab_size):
     return load_tokenizer(path)
 
 
-def metric_clip(name, weights, steps):
-    """The CLIP of CLIP_out. The toys' is trained if it is missing."""
+def metric_clip(name, weights, steps, *, where="cpu"):
+    """The CLIP of CLIP_out, on a device. The toys' is trained if it is missing."""
     if name == "toy":
         train_metric_clip(weights, steps)
-    return Clip(name, weights)
+    return Clip(name, weights, where)
 
 
 def metric_clip_of_all(name, weights, steps, *, where=None):
     """The same, for all processes together; each computes on its own device, or on `where`."""
     with processes.first_alone():
-        if name == "toy":
-            train_metric_clip(weights, steps)
-        return Clip(name, weights, where or processes.device())
+        return metric_clip(name, weights, steps, where=where or processes.device())
 
 
 def painter_of(config):

@@ -392,14 +392,15 @@ class Answers(torch.utils.data.Dataset):
             return error
 
 
-def stream(source, positions, workers: int = 0):
-    """An iterator of the samples at these positions, in order; `workers` processes read ahead."""
+def stream(source, positions, workers: int = 0, *, ahead: int = 32):
+    """An iterator of what `source` has at these positions, in order; `workers` processes read so
+    many `ahead`."""
     loader = torch.utils.data.DataLoader(
         Answers(source),
         batch_size=None,
         sampler=positions,
         num_workers=workers,
-        prefetch_factor=8 if workers else None,
+        prefetch_factor=math.ceil(ahead / workers) if workers else None,
         collate_fn=as_it_is,
         worker_init_fn=outlive_the_signal,
         multiprocessing_context=START if workers else None,

@@ -11,8 +11,13 @@ What is dropped, the noise and its times depend on (seed, sample) alone.
 
 All processes wait for the one with the largest pack, in every pass. So `Dealer` deals the samples
 of a step by the tokens that their pictures will take, which are known before they are read, and
-`pack` fills sequences of at most `tokens_per_pack` tokens with whole examples, the longest first,
+`fill` puts whole examples into sequences of at most `tokens_per_pack` tokens, the longest first,
 without padding. Neither changes a mean over the step.
+
+    numbers -> Examples (loader workers: decode, resize) -> fill -> pack_of (codec, noise) -> a pass
+
+A step's examples are kept as they come, with the pixels of their pictures, 8 bits each. What is
+larger, patches, latents and noise in float32, is made pack by pack, before the pass that needs it.
 Stage 2's trees, which do fork, are in tree.py. Letters: sequence.py.
 Left out: dealing samples of several steps at once (a step's samples are part of the recipe).
 """
@@ -21,14 +26,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from PIL import Image
 
 import flow
 import iccot
-from engine import Prompt
+from engine import is_text
 from runtime import processes
 from runtime.config import UserError
 from sequence import Packed, Sequence
-from vision import transform
+from vision import resize, to_tensor
 
 WORDS = 400  # tokens of an instruction and a plan with four references, generously
 WORDS_OF_ONE = 60  # more, for each reference beyond four
@@ -79,42 +85,36 @@ def check_budget(shape, config):
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Example:
-    """One sample as the model trains on it."""
+    """One sample as the model trains on it; its pictures are still pixels."""
 
-    prompt: Prompt
+    number: int  # of the sample: with the seed, what is drawn for it
+    prompt: tuple  # in order: token ids, and vision.Resized
     plan: list | None  # token ids; None: paint directly
-    noised: list  # (x_t (T, C), t) of each copy of the target
-    grid: tuple  # (h, w) tokens of the target
-    target: torch.Tensor  # (copies * T, C) velocities
+    target: Image.Image  # at the size that the codec takes
+    tokens: int  # in a pack, markers included
+    noised: int  # of them latents of the target's copies
 
-    def __len__(self):
-        """Tokens in a pack, markers included."""
-        text = len(self.plan) + 2 if self.plan is not None else 0
-        return len(self.prompt) + text + sum(len(x) + 2 for x, _ in self.noised)
-
-    def write(self, sequence):
-        with sequence.document():
-            self.prompt.write(sequence)
-            if self.plan is not None:
-                sequence.text(self.plan, loss=True)
-            for x_t, t in self.noised:
-                sequence.noise(x_t, self.grid, t)
+    @property
+    def labels(self):
+        """Tokens that carry L_cot: the plan's, and its end."""
+        return 0 if self.plan is None else len(self.plan) + 1
 
 
-def drops(config, references, generator):
-    """What a sample with so many references loses: its text, its plan; and of each reference
-    whether latents and ViT tokens are kept."""
+def drops(config, number, references):
+    """What sample `number` with so many references loses: (its text, its plan); of each reference
+    whether (latents, ViT tokens) are kept; and the generator that its times and noise come from."""
+    drawn = processes.generator(config.seed, number)
 
     def chance(probability):
-        return float(torch.rand((), generator=generator)) < probability
+        return float(torch.rand((), generator=drawn)) < probability
 
-    without_text, without_plan = chance(config.text_dropout), chance(config.plan_dropout)
+    lost = chance(config.text_dropout), chance(config.plan_dropout)
     kept = [
         (not chance(config.vae_dropout), not chance(config.vit_dropout)) for _ in range(references)
     ]
-    return without_text, without_plan, kept
+    return lost, kept, drawn
 
 
 class Dealer:
@@ -148,34 +148,49 @@ class Dealer:
         references = self.source.references(number)
         if references > 1 and not self.config.in_context:
             references = 0
-        drawn = processes.generator(self.config.seed, number)
-        _, _, kept = drops(self.config, references, drawn)
+        _, kept, _ = drops(self.config, number, references)
         latents, patches = picture_tokens(self.shape)
         return sum(vae * latents + vit * patches for vae, vit in kept)
 
 
-def make_example(engine, one, config, *, generator):
-    """iccot.Sample -> Example. What is dropped, the noise and its times come from the generator."""
-    model, tokenizer = engine.model, engine.tokenizer
+class Examples:
+    """The Examples of a source, by the numbers of the samples: a source for `data.stream`, whose
+    workers then decode and resize. shape: of the model."""
+
+    def __init__(self, source, tokenizer, shape, config):
+        self.source, self.tokenizer, self.shape, self.config = source, tokenizer, shape, config
+
+    def __getitem__(self, number):
+        one = self.source[number]
+        return make_example(one, number, self.tokenizer, shape=self.shape, config=self.config)
+
+
+def make_example(one, number, tokenizer, *, shape, config):
+    """iccot.Sample -> Example. What is dropped depends on (seed, number); shape: of the model."""
     if len(one.references) > 1 and not config.in_context:
         one = replace(one, references=(), instruction=one.plan.caption)
-    without_text, without_plan, kept = drops(config, len(one.references), generator)
-    items, kept = [], iter(kept)
+    (without_text, without_plan), kept, _ = drops(config, number, len(one.references))
+    prompt, kept = [], iter(kept)
     for item in iccot.arranged(one.references, one.instruction):
         if not isinstance(item, str):
             vae, vit = next(kept)
-            items.append(model.encode_reference(item, vae=vae, vit=vit))
+            prompt.append(shape.resized(item, vae=vae, vit=vit))
         elif not without_text:
-            items.append(tokenizer.encode(item))
+            prompt.append(tokenizer.encode(item))
     no_plan = without_text or without_plan
     plan = None if no_plan else tokenizer.encode(iccot.render(one.plan))
-    clean, grid = model.to_latents(transform(one.target, model.config.image_rule))  # (T, C)
-    noised, targets = [], []
-    for t in flow.sample_timesteps(config.noise_copies, config.timestep_shift, generator).tolist():
-        noise = torch.randn(clean.shape, generator=generator)  # (T, C)
-        noised.append((flow.interpolate(clean, noise, t), t))
-        targets.append(flow.velocity(clean, noise))
-    return Example(Prompt(tuple(items)), plan, noised, grid, torch.cat(targets))
+    height, width = shape.picture_grid(*one.target.size)
+    texts = sum(len(ids) + 2 for ids in (*prompt, plan) if is_text(ids))
+    pictures = sum(shape.tokens_of(item) for item in prompt if not is_text(item))
+    noised = config.noise_copies * height * width
+    return Example(
+        number=number,
+        prompt=tuple(prompt),
+        plan=plan,
+        target=resize(one.target, shape.image_rule),
+        tokens=texts + pictures + noised + 2 * config.noise_copies,
+        noised=noised,
+    )
 
 
 @dataclass
@@ -186,10 +201,36 @@ class Pack:
     target: torch.Tensor
 
 
-def pack(layout, examples, tokens_per_pack):
-    """Fill packs with whole examples: a list of Pack."""
-    chosen = fill([len(one) for one in examples], tokens_per_pack)
-    return [pack_of(layout, [examples[number] for number in numbers]) for numbers in chosen]
+def pack_of(engine, examples, config):
+    """The Pack of these examples. Latents and velocities are where the model is, the rest is not.
+
+    So the CPU prepares a picture while a GPU encodes the one before.
+    """
+    sequence = Sequence(engine.layout)
+    velocities = [v for one in examples for v in write(one, sequence, engine, config=config)]
+    return Pack(sequence.pack(), torch.cat(velocities))  # (M, C)
+
+
+def write(one, sequence, engine, *, config):
+    """Append an Example to a sequence. Returns the velocities (T, C) of its noised copies."""
+    model, where, velocities = engine.model, engine.device, []
+    references = sum(not is_text(item) for item in one.prompt)
+    with sequence.document():
+        for item in one.prompt:
+            if is_text(item):
+                sequence.text(item)
+            else:
+                sequence.image(model.encode(item, device=where))
+        if one.plan is not None:
+            sequence.text(one.plan, loss=True)
+        clean, grid = model.to_latents(to_tensor(one.target).to(where))  # (T, C)
+        *_, drawn = drops(config, one.number, references)
+        times = flow.sample_timesteps(config.noise_copies, config.timestep_shift, drawn)
+        for t in times.tolist():
+            noise = torch.randn(clean.shape, generator=drawn).to(where)  # (T, C)
+            sequence.noise(flow.interpolate(clean, noise, t), grid, t)
+            velocities.append(flow.velocity(clean, noise))
+    return velocities
 
 
 def fill(lengths, tokens_per_pack):
@@ -213,11 +254,3 @@ def fill(lengths, tokens_per_pack):
         chosen[place].append(number)
         room[place] -= length
     return [sorted(some) for some in chosen]
-
-
-def pack_of(layout, examples):
-    """The Pack of these examples."""
-    sequence = Sequence(layout)
-    for example in examples:
-        example.write(sequence)
-    return Pack(sequence.pack(), torch.cat([example.target for example in examples]))  # (M, C)

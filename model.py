@@ -49,11 +49,12 @@ from vision import (
     EyeConfig,
     FluxCodec,
     Reference,
+    Resized,
     ResizeRule,
     SpaceToDepth,
     patchify,
     resize,
-    transform,
+    to_tensor,
 )
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
@@ -173,6 +174,31 @@ class ModelConfig:
         """(h, w) tokens of a picture of this size in pixels, after the codec's resize."""
         width, height = self.image_rule.size(width, height)
         return height // self.token_pixels, width // self.token_pixels
+
+    def resized(
+        self, image: Image.Image, as_inferencer: bool = False, *, vae: bool = True, vit: bool = True
+    ) -> Resized:
+        """PIL RGB -> Resized. Each encoder resizes the picture by its own rule in training.
+
+        vae, vit: whether it has latents, and patches; what it lacks is None and costs nothing.
+
+        BAGEL's inferencer resizes for the codec first and shows the eye the result, so small
+        pictures get more ViT tokens than in training (docs/BAGEL.md §9, §16.7); `as_inferencer`
+        does the same.
+        """
+        if as_inferencer:
+            image = resize(image, self.image_rule)
+        return Resized(
+            resize(image, self.image_rule) if vae else None,
+            resize(image, self.vit_rule) if vit else None,
+        )
+
+    def tokens_of(self, picture: Resized) -> int:
+        """Tokens of a reference in a packed sequence, markers included."""
+        parts = (picture.for_codec, self.token_pixels), (picture.for_eye, self.vit_patch)
+        return sum(
+            (one.width // side) * (one.height // side) + 2 for one, side in parts if one is not None
+        )
 
     def position_table(self, side: int) -> Tensor:
         """The sin-cos table (side * side, W) of this model, see `sincos_table`."""
@@ -575,31 +601,20 @@ class UnifiedModel(nn.Module):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
     def encode_reference(
-        self,
-        image: Image.Image,
-        name: str | None = None,
-        as_inferencer: bool = False,
-        *,
-        vae: bool = True,
-        vit: bool = True,
+        self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
     ) -> Reference:
-        """PIL RGB -> Reference. Each encoder resizes the picture by its own rule in training.
+        """PIL RGB -> Reference, resized as `ModelConfig.resized` says."""
+        return self.encode(self.config.resized(image, as_inferencer), name)
 
-        vae, vit: whether it has latents, and patches; what it lacks is None and costs nothing.
-
-        BAGEL's inferencer resizes for the codec first and shows the eye the result, so small
-        pictures get more ViT tokens than in training (docs/BAGEL.md §9, §16.7); `as_inferencer`
-        does the same.
-        """
-        if as_inferencer:
-            image = resize(image, self.config.image_rule)
+    def encode(self, picture: Resized, name: str | None = None, *, device=None) -> Reference:
+        """Resized -> Reference, its latents on `device` (none: on the CPU)."""
         latents = grid = patches = patch_grid = None
-        if vae:
-            latents, grid = self.to_latents(transform(image, self.config.image_rule))
-        if vit:
-            pixels, patch = transform(image, self.config.vit_rule), self.config.vit_patch
-            patches = patchify(pixels, patch)
-            patch_grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+        if picture.for_codec is not None:
+            latents, grid = self.to_latents(to_tensor(picture.for_codec).to(device))
+        if picture.for_eye is not None:
+            patch = self.config.vit_patch
+            patches = patchify(to_tensor(picture.for_eye), patch)
+            patch_grid = (picture.for_eye.height // patch, picture.for_eye.width // patch)
         return Reference(latents, grid, patches, patch_grid, name)
 
     def to_latents(

@@ -27,6 +27,7 @@ Run the same command again to resume. Then look at out/toy-sft/curves.png, or at
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,6 @@ from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of, shape_with
-from runtime.processes import generator
 from runtime.quantised import count
 from runtime.state import TrainingState, new_average, newest_step
 from studies.curves import save_story, save_strip
@@ -146,30 +146,34 @@ def losses(model, packed, target):
     return ce, F.mse_loss(velocity, target, reduction="sum") / target.shape[-1]
 
 
-def backward(model, packs, config, *, stop=None):
-    """Gradients of one step over all packs of all processes. Returns the means: L_cot, L_img.
+def backward(engine, examples, config, *, stop=None):
+    """Gradients of one step over all Examples of all processes. Returns the means: L_cot, L_img.
 
     Sharding averages gradients over the processes, hence the factor. A process with fewer packs
     than another repeats its last one with weight 0, so that all make the same number of passes.
-    Before each of them `stop` is checked.
+    Before each of them `stop` is checked. A pack is made while a GPU still works on the one before.
     """
-    counts = [sum(len(one.packed.labels) for one in packs), sum(len(one.target) for one in packs)]
-    labels, latents = processes.reduced(counts)
+    model, where, means = engine.model, engine.device, 0
+    labels, latents = processes.reduced(
+        [sum(one.labels for one in examples), sum(one.noised for one in examples)]
+    )
+    filled = example.fill([one.tokens for one in examples], config.tokens_per_pack)
+    packs = [[examples[number] for number in numbers] for numbers in filled]
     passes = int(processes.reduced([len(packs)], "max")[0])
-    means = torch.zeros(2, dtype=torch.float64)
+    pack = example.pack_of(engine, packs[0], config)
     for i in range(passes):
         if stop:
             stop.check()
-        one = packs[min(i, len(packs) - 1)]
         sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
-        where = processes.device()
-        ce, mse = losses(model, one.packed.to(where), one.target.to(where))
+        ce, mse = losses(model, pack.packed.to(where), pack.target.to(where))
         ce = ce if config.train == "all" else ce.detach()
         weight = float(i < len(packs))
         loss = config.ce_weight * ce / max(1, labels) + config.mse_weight * mse / latents
         (loss * weight * processes.size()).backward()
         parts = torch.stack([ce.detach() / max(1, labels), mse.detach() / latents])  # (2,)
-        means += weight * parts.cpu()
+        means = means + weight * parts.double()
+        if i + 1 < len(packs):
+            pack = example.pack_of(engine, packs[i + 1], config)
     return processes.reduced(means.tolist())
 
 
@@ -184,20 +188,14 @@ def learning_rate(step, config):
 # the stage
 
 
-def iteration(engine, optimizer, numbered, *, run, step):
-    """A step on (number, sample) pairs: the log's line, if it was finite. May be Interrupted."""
-    begun, model, config = time.perf_counter(), engine.model, run.config
-    examples = [
-        example.make_example(engine, one, config, generator=generator(config.seed, number))
-        for number, one in numbered
-    ]
-    packs = example.pack(engine.layout, examples, config.tokens_per_pack)
-    del examples  # the packs have copies
-    ce, mse = backward(model, packs, config, stop=run.stop)
+def iteration(engine, optimizer, examples, *, run, step):
+    """A step on Examples, read here: the log's line, if it was finite. May be Interrupted."""
+    begun, config, examples = time.perf_counter(), run.config, list(examples)
+    ce, mse = backward(engine, examples, config, stop=run.stop)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     norm, finite = sharding.step_if_finite(optimizer, config.max_grad_norm)
-    tokens, spent = sum(len(one.packed) for one in packs), time.perf_counter() - begun
+    tokens, spent = sum(one.tokens for one in examples), time.perf_counter() - begun
     # fmt: off
     return {
         "step": step, "ce": ce, "mse": mse, "grad_norm": norm, "skipped": float(not finite),
@@ -254,13 +252,15 @@ def train(config):
         f"step, {each} on each of {processes.size()} processes, {torch.get_num_threads()} threads, "
         f"{describe_backend()}, step {step} of {config.steps}"
     )
-    dealer = example.Dealer(config, engine.model.config, source)
-    samples = stream(source, dealer.ahead(step), config.workers)
+    shape = engine.model.config
+    dealer = example.Dealer(config, shape, source)
+    made = example.Examples(source, engine.tokenizer, shape, config)
+    examples = stream(made, dealer.ahead(step), config.workers, ahead=each)
     for step in run.steps():
         numbers, decay = dealer.own(step), min(config.average, (step + 1) / (step + 10))
-        taken = zip(numbers, samples)  # in this order: it asks for no sample behind the last number
+        own = islice(examples, each)
         with run.attempt(step):
-            values, finite = iteration(engine, optimizer, taken, run=run, step=step)
+            values, finite = iteration(engine, optimizer, own, run=run, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before
                 values |= measured_together(engine, measuring, clip)

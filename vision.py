@@ -73,6 +73,15 @@ class ResizeRule:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """A reference picture, PIL RGB, at the sizes of both encoders. A half that is None was dropped
+    as a condition."""
+
+    for_codec: Image.Image | None
+    for_eye: Image.Image | None
+
+
+@dataclass(frozen=True)
 class Reference:
     """One reference picture as tokens. A half that is None was dropped as a condition."""
 

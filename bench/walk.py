@@ -326,15 +326,15 @@ def walk_sft(config, shape):
     ]
     host = host_bytes(config, model, standing)
     each = config.samples_per_step // config.gpus * sample_bytes(config, shape)
-    host["samples of a step, and packs of them"] = 2 * min(8, config.gpus) * each
+    host["samples of this step and of the next"] = 2 * min(8, config.gpus) * each
     return Walk(standing, phases, host)
 
 
 def sample_bytes(config, shape):
-    """Bytes of what stage 1 keeps of a sample on the host, in float32."""
-    latents = 4 * shape.latent_side**2 * shape.token_channels
-    patches = 4 * shape.vit_side**2 * 3 * shape.vit_patch**2
-    return config.max_references * (latents + patches) + 2 * config.noise_copies * latents
+    """Bytes of what stage 1 keeps of a sample on the host: pixels, 8 bits each."""
+    for_codec = 3 * (shape.latent_side * shape.token_pixels) ** 2
+    for_eye = 3 * (shape.vit_side * shape.vit_patch) ** 2
+    return config.max_references * (for_codec + for_eye) + for_codec
 
 
 def walk_pictures(config, shape):

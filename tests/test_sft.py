@@ -38,60 +38,62 @@ def shape(config):
 
 
 def examples_of(toy, count=6, **options):
-    config = dataclasses.replace(CONFIG, **options)
-    return [
-        example.make_example(
-            toy[0], draw_sample("train", i), config, generator=processes.generator(0, i)
-        )
-        for i in range(count)
-    ]
+    return [made(toy, draw_from_train(i), i, **options) for i in range(count)]
 
 
-def pack(toy, examples, budget=10**9):
-    return example.pack(toy[0].layout, examples, budget)
+def made(toy, sample, number, **options):
+    """The Example of a sample."""
+    config, shape = dataclasses.replace(CONFIG, **options), toy[0].model.config
+    return example.make_example(sample, number, toy[0].tokenizer, shape=shape, config=config)
 
 
-def gradients(model, packs):
-    model.zero_grad()
-    means = sft.backward(model, packs, CONFIG)
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
+def pack(toy, examples, **options):
+    return example.pack_of(toy[0], examples, dataclasses.replace(CONFIG, **options))
+
+
+def gradients(engine, examples, **options):
+    engine.model.zero_grad()
+    means = sft.backward(engine, examples, dataclasses.replace(CONFIG, **options))
+    found = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
+    engine.model.zero_grad()
     return means, found
 
 
 def test_losses_and_gradients_do_not_depend_on_the_packing(toy):
-    model = toy[0].model
-    examples = examples_of(toy, plan_dropout=0.3, noise_copies=2)
+    how = dict(plan_dropout=0.3, noise_copies=2)
+    examples = examples_of(toy, **how)
     assert {one.plan is None for one in examples} == {True, False}
-    longest = max(map(len, examples))
-    packings = [pack(toy, examples, budget) for budget in (10**9, 2 * longest, longest)]
-    assert 1 == len(packings[0]) < len(packings[1]) < len(packings[2])
-    (ce, mse), expected = gradients(model, packings[0])
-    for packs in packings[1:]:
-        assert all(len(one.packed) <= 2 * longest for one in packs)
-        means, found = gradients(model, packs)
-        assert means == pytest.approx([ce, mse], rel=1e-5)
+    longest = max(one.tokens for one in examples)
+    budgets = 10**9, 2 * longest, longest
+    packs = [len(example.fill([one.tokens for one in examples], budget)) for budget in budgets]
+    assert 1 == packs[0] < packs[1] < packs[2]
+    wanted, expected = gradients(toy[0], examples, **how, tokens_per_pack=budgets[0])
+    for budget in budgets[1:]:
+        means, found = gradients(toy[0], examples, **how, tokens_per_pack=budget)
+        assert means == pytest.approx(wanted, rel=1e-5)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_an_example_knows_its_length(toy):
+def test_an_example_knows_what_it_will_take(toy):
     for options in (
         {},
         dict(vae_dropout=1.0),
         dict(vit_dropout=1.0),
         dict(plan_dropout=1.0),
         dict(text_dropout=1.0),
+        dict(noise_copies=2),
     ):
         for one in examples_of(toy, **options):
-            (found,) = pack(toy, [one])
-            assert len(found.packed) == len(one)
-            assert len(found.target) == len(found.packed.noised)
+            found = pack(toy, [one], **options)
+            assert len(found.packed) == one.tokens
+            assert len(found.packed.labels) == one.labels
+            assert len(found.target) == len(found.packed.noised) == one.noised
 
 
 def test_a_sample_over_the_budget_is_named(toy):
     with pytest.raises(UserError, match="tokens_per_pack=50"):
-        pack(toy, examples_of(toy), 50)
+        gradients(toy[0], examples_of(toy), tokens_per_pack=50)
 
 
 def test_a_budget_that_cannot_hold_four_references_is_refused_at_the_start():
@@ -103,10 +105,15 @@ def test_a_budget_that_cannot_hold_four_references_is_refused_at_the_start():
 
 
 def test_randomness_belongs_to_the_sample_not_to_the_step(toy):
-    first, again = examples_of(toy, 6), examples_of(toy, 3)
-    for a, b in zip(first, again):
-        assert all(torch.equal(x, y) and s == t for (x, s), (y, t) in zip(a.noised, b.noised))
-    assert not torch.equal(first[0].noised[0][0], first[1].noised[0][0])
+    """Nor to the pack, nor to how often it is made."""
+    latents, times = [], []
+    for count in (1, 2, 2):
+        packed = pack(toy, examples_of(toy, count)).packed
+        latents.append(packed.latents[packed.noised])  # (M, C)
+        times.append(packed.timesteps[packed.image_of_latent[packed.noised]])  # (M,)
+    alone = len(latents[0])
+    assert torch.equal(latents[1], latents[2]) and torch.equal(latents[0], latents[1][:alone])
+    assert torch.equal(times[0], times[1][:alone]) and times[1][0] != times[1][alone]
 
 
 def test_dropped_conditions(toy):
@@ -115,8 +122,8 @@ def test_dropped_conditions(toy):
     variants = [examples_of(toy, **options) for options in ({}, without_text, without_eye)]
     for i, (full, no_text, no_eye) in enumerate(zip(*variants)):
         references = len(draw_sample("train", i).references)
-        packs = [pack(toy, [one])[0].packed for one in (full, no_text, no_eye)]
-        texts = len(full.prompt.items[-1]) + 2 + (0 if full.plan is None else len(full.plan) + 2)
+        packs = [pack(toy, [one]).packed for one in (full, no_text, no_eye)]
+        texts = len(full.prompt[-1]) + 2 + (0 if full.plan is None else len(full.plan) + 2)
         at = [int(packed.positions[packed.latent_index[packed.noised[0]]]) for packed in packs]
         assert at == [2 * references + texts, 2 * references, 2 * references + texts]
         assert no_text.plan is None and len(packs[2].vit_index) == 0 and len(packs[0].vit_index) > 0
@@ -136,8 +143,7 @@ def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
     where = dict(init=str(toy[1] / "model"), out=str(tmp_path / "run"))
     config = dataclasses.replace(CONFIG, **where, steps=1, threads=1, painter_errors=0.0)
     sft.train(config)
-    examples = examples_of(toy, config.samples_per_step)
-    means, _ = gradients(toy[0].model, pack(toy, examples, config.tokens_per_pack))
+    means, _ = gradients(toy[0], examples_of(toy, config.samples_per_step))
     line = loop.read_log(tmp_path / "run")[0]
     assert [line["ce"], line["mse"]] == pytest.approx(means, rel=1e-5)
     assert (tmp_path / "run/model/ema.safetensors").is_file()
@@ -159,13 +165,13 @@ def test_fresh_weights_are_trained_whole(capsys, train):
 def test_the_text_loss_trains_the_writer_alone(toy, train):
     """Through the latents of references it would reach the painter of a frozen writer too."""
     model = toy[0].model
-    packs = pack(toy, examples_of(toy, vae_dropout=0.0, plan_dropout=0.0, text_dropout=0.0))
+    examples = examples_of(toy, vae_dropout=0.0, plan_dropout=0.0, text_dropout=0.0)
     means, found = [], []
     try:
         trained = lora.trained_parameters(model, train)
         for ce_weight in (1.0, 0.0):
             config = dataclasses.replace(CONFIG, train=train, init="-", ce_weight=ce_weight)
-            means.append(sft.backward(model, packs, config))
+            means.append(sft.backward(toy[0], examples, config))
             found.append([p.grad.clone() for p in trained.values()])
             model.zero_grad()
     finally:
@@ -222,11 +228,9 @@ def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train)
     assert moved_only_the_painter(toy, tmp_path / "wide", train)
 
 
-def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack(monkeypatch):
+def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack():
     """In the order they come these would take three packs."""
-    monkeypatch.setattr(example, "pack_of", lambda layout, some: [len(one) for one in some])
-    examples = [range(n) for n in (3, 8, 5, 2, 2)]
-    assert example.pack(None, examples, 10) == [[8, 2], [3, 5, 2]]
+    assert example.fill([3, 8, 5, 2, 2], 10) == [[1, 3], [0, 2, 4]]
 
 
 @pytest.mark.parametrize("checks", [1, 6])
@@ -250,15 +254,16 @@ def test_a_signal_ends_a_step_between_its_passes(toy, tmp_path, monkeypatch, cap
 def test_a_dealer_knows_what_references_will_take(toy):
     """Of pictures of the largest size."""
     how = dict(vae_dropout=0.5, vit_dropout=0.5, text_dropout=1.0)
-    for config in (dataclasses.replace(CONFIG, **how, in_context=flag) for flag in (True, False)):
-        dealer = example.Dealer(config, toy[0].model.config, Drawn("train", 0, 4))
+    engine = toy[0]
+    for options in (dict(how, in_context=flag) for flag in (True, False)):
+        config = dataclasses.replace(CONFIG, **options)
+        dealer = example.Dealer(config, engine.model.config, Drawn("train", 0, 4))
         for number in range(20):
-            drawn = processes.generator(config.seed, number)
             one = draw_from_train(number)
             large = tuple(image.resize((world.SIZE, world.SIZE)) for image in one.references)
-            one = dataclasses.replace(one, references=large)
-            made = example.make_example(toy[0], one, config, generator=drawn)
-            assert dealer.tokens(number) == len(made.prompt)
+            found = made(toy, dataclasses.replace(one, references=large), number, **options)
+            pictures = [item for item in found.prompt if not is_text(item)]
+            assert dealer.tokens(number) == sum(map(engine.model.config.tokens_of, pictures))
 
 
 def test_samples_of_a_step_are_dealt_by_their_length(toy, monkeypatch):
@@ -299,14 +304,13 @@ def test_pictures_stand_where_the_instruction_puts_them(toy):
     how = dict(plan_dropout=0.0, text_dropout=0.0, vae_dropout=1.0, vit_dropout=0.0)
 
     def items(sample, **options):
-        config, generator = dataclasses.replace(CONFIG, **how | options), processes.generator(0)
-        return example.make_example(toy[0], sample, config, generator=generator).prompt.items
+        return made(toy, sample, 0, **how | options).prompt
 
     assert [is_text(item) for item in items(one)] == [False, False, True]
     assert [is_text(item) for item in items(placed)] == [True, False, True, False, True]
     assert [is_text(item) for item in items(placed, text_dropout=1.0)] == [False, False]
     pictures = [item for item in items(placed) if not is_text(item)]
-    assert all(item.latents is None and item.patches is not None for item in pictures)
+    assert all(one.for_codec is None and one.for_eye is not None for one in pictures)
     asked = toy[0].prompt(placed.references, placed.instruction).items
     assert [item for item in asked if is_text(item)] == [i for i in items(placed) if is_text(i)]
 

@@ -93,16 +93,17 @@ def sft_gradients(folder, is_uneven=False, **options):
     model = engine.model
     examples = [
         example.make_example(
-            engine,
             draw_sample("train", i),
-            uneven(config, i) if is_uneven else config,
-            generator=processes.generator(0, i),
+            i,
+            engine.tokenizer,
+            shape=model.config,
+            config=uneven(config, i) if is_uneven else config,
         )
         for i in range(processes.rank(), config.samples_per_step, processes.size())
     ]
-    packs = example.pack(engine.layout, examples, config.tokens_per_pack)
-    means = sft.backward(model, packs, config)
+    means = sft.backward(engine, examples, config)
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    packs = example.fill([one.tokens for one in examples], config.tokens_per_pack)
     passes = least_and_most([len(packs)])
     return found | {"means": torch.tensor(means), "passes": passes}
 

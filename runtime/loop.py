@@ -315,8 +315,9 @@ class Run:
 def start(config):
     """Make or reopen the folder of a run, and set the number of CPU threads.
 
-    UserError for a folder made with other options. A run keeps the number of threads that it began
-    with, unless told otherwise: sums round differently with another.
+    UserError for a folder made with other options; one that was not there yet had its default. A
+    run keeps the number of threads that it began with, unless told otherwise: sums round
+    differently with another.
     """
     folder = Path(config.out)
     if config.eval_batch < 1:
@@ -325,11 +326,11 @@ def start(config):
         library(config.weights)  # UserError before there is a folder
     _ = config.held_out  # ValueError for prompts that cannot be drawn
     check_writable(folder / "samples")
-    options = json.loads(to_json(to_dict(config)))
+    options, defaults = (json.loads(to_json(to_dict(one))) for one in (config, type(config)()))
     path, threads = folder / "config.json", config.threads
     if path.is_file():
         before = read_json(path)
-        refuse_other_options(folder, before["options"], options)
+        refuse_other_options(folder, defaults | before["options"], options)
         threads = threads or before["threads"]
     threads = choose_threads(threads or (1 if size() > 1 else 0))
     if is_main():
@@ -341,9 +342,9 @@ def start(config):
 def refuse_other_options(folder, before, options):
     """UserError that names the first option with which the folder was not made."""
     for key, value in options.items():
-        if key not in MAY_CHANGE and before.get(key) != value:
+        if key not in MAY_CHANGE and before[key] != value:
             raise UserError(
-                f"{folder} was made with {key}={before.get(key)}, now {key}={value}; "
+                f"{folder} was made with {key}={before[key]}, now {key}={value}; "
                 f"choose another --out, or delete the folder to start again (what may change: "
                 f"{', '.join(MAY_CHANGE)})"
             )

@@ -53,6 +53,20 @@ def test_what_bounds_memory_alone_may_change_and_the_refusal_says_so(tmp_path, b
     assert all(name in str(refused.value) for name in change)
 
 
+@pytest.mark.parametrize("base", [GRPO, SFT])
+def test_a_run_goes_on_after_an_option_was_added(tmp_path, base):
+    """By the code of before it had what is the option's default now, and nothing else."""
+    config = dataclasses.replace(base, out=str(tmp_path / "run"))
+    loop.start(config)
+    path = tmp_path / "run/config.json"
+    about = json.loads(path.read_text())
+    del about["options"]["max_grad_norm"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="was made with max_grad_norm=1.0, now max_grad_norm=2.0"):
+        loop.start(dataclasses.replace(config, max_grad_norm=2.0))
+    loop.start(config)
+
+
 # --------------------------------------------------------------------------------------------------
 # stage 1 before stage 2
 

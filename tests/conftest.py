@@ -40,3 +40,22 @@ def world_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def loop_bounds_in_the_interpreter(monkeypatch):
+    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.5 refuses."""
+    from kernels.triton_attention import interpreted
+
+    if not interpreted():
+        return
+    from triton.runtime import interpreter as I
+
+    patch = I._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        # the scope, which set it, takes it away again
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(I, "_patch_lang_tensor", patch_lang_tensor)

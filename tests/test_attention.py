@@ -32,6 +32,7 @@ from kernels.mask import Mask  # noqa: E402
 from kernels.triton_kernels import triton  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("loop_bounds_in_the_interpreter")
 needs_kernel = pytest.mark.skipif(
     not CUDA and not T.interpreted(), reason="no Triton, or imported without interpreter"
 )
@@ -45,23 +46,6 @@ def small_tiles(monkeypatch):
     """A hundred tokens fill several tiles, unequal so that rows and keys cannot be confused."""
     sizes = {"forward": (64, 32), "few": (32, 16), "dq": (32, 64), "dkdv": (32, 64)}
     monkeypatch.setattr(T, "tile_config", lambda kernel, *rest: T.Tiling(*sizes[kernel], 4, 1))
-
-
-@pytest.fixture(autouse=True)
-def loop_bounds_in_the_interpreter(monkeypatch):
-    """Triton 3.6 makes a loop's bounds int(array of one number), which NumPy 2.5 refuses."""
-    if CUDA or triton is None:
-        return
-    from triton.runtime import interpreter as I
-
-    patch = I._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        # the scope, which set it, takes it away again
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    monkeypatch.setattr(I, "_patch_lang_tensor", patch_lang_tensor)
 
 
 @pytest.fixture

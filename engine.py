@@ -17,8 +17,9 @@ forward pass serves all of them (`lay_out`):
     document 1    pictures | {noise: no_text} | instruction | branch a plan: plan {noise: full}
     document 2    texts {noise: no_image}
 
-The contexts are those of the official inferencer: "no_text" lacks the last text and what follows
-it, "no_image" has all texts but the plan. GRPO's update packs its trees with the same function, so
+The contexts are those of the official inferencer: "no_text" is what stands before the last text (if
+a picture stands last, the whole prompt without the plan), "no_image" all texts but the plan. GRPO's
+update packs its trees with the same function, so
 rollout and update compute the same thing.
 
     engine = Engine(model, tokenizer)

@@ -3,10 +3,11 @@ One sample as stage 1 trains on it: prompt, plan, and noised copies of the targe
 
     pictures | instruction | plan (carries L_cot) | {noised copy: x_t = (1 - t) x_0 + t noise} ...
 
-A document is a tree without forks; the noised copies are leaves that nobody sees, at different
-times, so that one prompt and one plan serve them all. Conditions are dropped as in BAGEL
-(docs/BAGEL.md §13.3), so that guidance has its contexts: all text, the latents or the ViT tokens of
-a reference; and a share of the samples has no plan, so that the model can still draw directly.
+A document is a chain of prompt and plan; the noised copies are leaves at its end that nobody sees,
+at different times, so that one prompt and one plan serve them all. Conditions are dropped as in
+BAGEL (docs/BAGEL.md §13.3), so that guidance has its contexts: all text, the latents or the ViT
+tokens of a reference; and a share of the samples has no plan, so that the model can still draw
+directly.
 What is dropped, the noise and its times depend on (seed, sample) alone.
 
 All processes wait for the one with the largest pack, in every pass. So `Dealer` deals the samples

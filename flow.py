@@ -1,32 +1,36 @@
 """
 Rectified flow: noise becomes latents along straight lines, and every step has a probability.
 
-Time runs as in BAGEL, everywhere in this repository:
-    t = 0 is the clean latent x0, t = 1 is Gaussian noise e, sampling goes t -> t' < t; D = t - t'
-    path         x_t = (1 - t) x0 + t e
-    velocity     v   = e - x0                                    what the network predicts
-    estimates    x0^ = x - t v,   e^ = x + (1 - t) v             what x and v say about both ends
-    ODE step     x'  = x - v D                                   (Euler)
+Time runs as in BAGEL, everywhere in this repository: t = 0 is the clean latent x0, t = 1 is
+Gaussian noise, sampling goes from t to t' < t; dt = t - t'.
+
+    path         x_t = (1 - t) x0 + t noise
+    velocity     v   = noise - x0                                what the network predicts
+    estimates    x0_hat = x - t v,   noise_hat = x + (1 - t) v   of both ends, by x and v
+    ODE step     x'  = x - v dt                                  (Euler)
     cache        v(t) = polynomial through v at the last passes of the model   (`extrapolate`)
-    SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise e^, put in as much new
-      flow         mean = x - v D - s^2 D / (2 t) e^,    std = s sqrt(D),   s = a sqrt(t / (1 - t))
-      cps          mean = x - v D - t' (1 - cos b) e^,   std = t' sin b,    b = a pi / 2
+    SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise, put in as much new
+      flow         mean = x - v dt - s^2 dt / (2 t) noise_hat      std = s sqrt(dt)
+                   s = a sqrt(t / (1 - t))
+      cps          mean = x - v dt - t' (1 - cos b) noise_hat      std = t' sin b
+                   b = a pi / 2
     `flow` is Flow-GRPO's, `cps` Flow-CPS's. With a = 0 both are the Euler step, bit for bit.
     `flow` keeps the marginals of the ODE as the steps get smaller; `cps` keeps the path's
-    coefficients instead: mean = (1 - t') x0^ + t' cos(b) e^.
+    coefficients instead: mean = (1 - t') x0_hat + t' cos(b) noise_hat.
     log-prob     mean over all numbers of an image of log Normal(x'; mean, std)
                  (a sum would overflow the ratio)
 
 A finished picture x0 has a likelihood without any steps of a sampler: the forward process noises
 it again. With SNR = ((1 - t) / t)^2, the bound of a diffusion model is, up to a constant,
 
-    log p(x0) >= 1/2 int d(log SNR)/dt E_e |e - e^|^2 dt = - int w(t) E_e |v - (e - x0)|^2 dt
-    w(t) = (1 - t) / t    since d(log SNR)/dt = -2 / (t (1 - t)), e - e^ = (1 - t) (e - x0 - v)
+    log p(x0) >= 1/2 int d(log SNR)/dt E |noise - noise_hat|^2 dt
+               = - int w(t) E |v - (noise - x0)|^2 dt            w(t) = (1 - t) / t
+    since d(log SNR)/dt = -2 / (t (1 - t)) and noise - noise_hat = (1 - t) (noise - x0 - v)
 
-`forward_log_prob` estimates it at drawn (t, e), with w = 1 as stage 1 has: the times are drawn
+`forward_log_prob` estimates it at drawn (t, noise), with w = 1 as stage 1 has: the times are drawn
 where a picture is decided, whereas the bound's own weight counts its last, invisible digits most.
 Any weight that is above zero has its best model where the bound has it. The difference of two
-models is what counts; at the same (t, e) most of the estimate's chance cancels in it.
+models is what counts; at the same (t, noise) most of the estimate's chance cancels in it.
 
 Latents are packed, without padding: N tokens of I images, C values each; image_of_token (N,) says
 whose each is. A time (t, t_next) is a number, a 0-dim tensor, or one value a token, (N,) or (N, 1).
@@ -78,7 +82,7 @@ class Guidance:
                      (the official code always does the former, so a batch of images couples)
       "channel"      one a token
       "text_channel" one a token, and before the image term
-    renorm_min   the most it may shrink; 1 turns it off
+    renorm_min   the least factor that it may be shrunk by; 1: not at all
     """
 
     text_scale: float = 1.0
@@ -306,8 +310,8 @@ def kl_divergence(
 ) -> Tensor:
     """KL between two steps of one std, mean over the numbers of each image. (N, C) -> (I,).
 
-    ||mean - mean_reference||^2 / (2 std^2) with the full transition variance std^2 = s^2 D.
-    Flow-GRPO's code divides by 2 s^2 and so drops the step D: its kl_beta of 0.04 is about 0.004
+    ||mean - mean_reference||^2 / (2 std^2) with the full transition variance std^2 = s^2 dt.
+    Flow-GRPO's code divides by 2 s^2 and so drops the step dt: its kl_beta of 0.04 is about 0.004
     here. ValueError: a step without noise.
     """
     mean, mean_reference, std = _float(mean, mean_reference, torch.as_tensor(std))

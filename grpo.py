@@ -9,8 +9,8 @@ with its own caption, CLIP-L2 (reward.py):
     A_i = (r_i - mean r) / std r                           over the group
     L   = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps)) + kl_beta KL
 
-objective.py has L in full. Its ratio is p_new / p_old of score k of member i, and what is scored
-`--likelihood` says (rollouts.py). sde, the paper's: the steps of a window of stochastic ones;
+objective.py has L in full. Its ratio is p_new / p_old of score k of member i; `--likelihood`
+decides what is scored (rollouts.py). sde, the paper's: the steps of a window of stochastic ones;
 forward: the finished picture, at times and noises that its group shares.
 
 One iteration: `roll_out`, `rewards_of`, `advantages`, `update`, which takes the gradient of
@@ -21,8 +21,9 @@ exactly 1; its distance to what an sde rollout saw is `mismatch`. A group is spr
 only where there are too few groups (rollouts.share_of).
 
 Plan tokens get no policy gradient unless `train_text` asks for it: the caption is the target of the
-reward, and easy captions would win. The KL needs no second model: weights are exchanged for what
-they were. Differences from the paper: README.md.
+reward, and easy captions would win. (With train=all the expert that writes moves all the same, by
+the gradient of the pictures through the plans' keys and values.) The KL needs no second model:
+weights are exchanged for what they were. Differences from the paper: README.md.
 Letters: sequence.py. Left out: denoising trees, replay.
 
     python grpo.py --config toy        trains what it needs first; the same command again resumes
@@ -142,7 +143,7 @@ PRESETS = {
         init="out/small-sft", scale=2, picture_side=64, group_size=24, max_plan_tokens=72, lr=1e-4,
         groups_at_once=16, precision="bfloat16", out="out/small-grpo",
     ),
-    "rehearsal": SMOKE | dict(  # the recipe of full on thin weights, 512 x 512
+    "rehearsal": SMOKE | dict(  # the shapes of full on thin weights, 512 x 512; guided
         init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4, group_size=4,
         num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
         eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,

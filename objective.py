@@ -4,13 +4,17 @@ The objective of GRPO, in the order of its equations: advantages, ratio, clipped
     A_i      = (r_i - mean r) / max(std r, std_floor)           over the group, clamped; equal: 0
     ratio_ik = exp(log p_new - log p_old) of score k of member i
     L        = mean_ik max(-A_i ratio_ik, -A_i clip(ratio_ik, 1 - eps, 1 + eps))
-               + kl_beta KL(policy | stage 1 model)             (+ text_weight L_text, train_text)
+               + kl_beta KL                                     (+ text_weight L_text, train_text)
+    KL       = mean |v - v_stage1|^2                            kl=velocity: without the weight that
+                                                                it has in the KL of a step
+               mean |mean - mean_stage1|^2 / (2 std^2)          kl=latent: of an SDE step
 
 Pure functions of tensors, but for std=global, which asks all processes. At ratio 1 the gradient is
 that of -mean A_i log p_new: the policy gradient. What a score is, rollouts.py says: the density of
 an SDE step, or minus the flow error of a finished picture; both are means over a picture's values,
 so that eps = clip_kappa / sqrt(T C) has the same meaning at any resolution. L_text is the same
-surrogate over the tokens of the plans, with the plans' own advantages.
+surrogate over the tokens of the plans, with the plans' own advantages. `guard` takes another ratio
+(`likelihood_ratio`) and divides each term by its step t - t'.
 
 `config` is grpo.Config. Letters: sequence.py. Left out: asymmetric clip ranges, entropy bonuses.
 Run: python -m pytest tests/test_grpo.py

@@ -14,7 +14,8 @@ Any open_clip model can be the judge, with published weights or as a CLIP of one
                         and resize_mode}
     clip.safetensors    the weights
 
-A reward never invents a number: what cannot be loaded or scored raises. Captions longer than the
+A reward never invents a number: what cannot be loaded or scored raises; without a plan to compare
+with, a picture has the lowest reward of its group. Captions longer than the
 CLIP can read are counted in `truncated`. Letters: sequence.py. Left out: gradients through the
 reward, other reward models.
 
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from runtime.files import object_of
 
+LOWEST = {"clip_l2": -2.0, "clip_cos": -1.0}  # of each kind of reward
 # pictures or captions that go through the CLIP at once; bounds the memory, not the result
 BATCH = 64
 
@@ -114,7 +116,7 @@ class Clip:
 
 def compare(e: Tensor, u: Tensor, kind: str) -> Tensor:
     """The reward of unit vectors e of pictures and u of captions: (..., E), broadcast -> (...)."""
-    if kind not in ("clip_l2", "clip_cos"):
+    if kind not in LOWEST:
         raise ValueError(f"unknown reward {kind!r}: expected clip_l2 or clip_cos")
     return -(e - u).norm(dim=-1) if kind == "clip_l2" else (e * u).sum(-1)
 
@@ -130,10 +132,11 @@ def group_rewards(
 ) -> Tensor:
     """The rewards of all groups of a step, (P, G) on the CPU.
 
-    A picture whose plan does not parse gets the lowest reward of its group.
+    A picture whose plan does not parse gets the lowest reward of its group; in a group without any
+    plan all get the lowest that there is (LOWEST).
     images: P * G pictures; captions: of P * J plans, "" where one did not parse; plan j of a group
     has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
-    group in place of its own, and the mean counts. A group without any caption has rewards of 0.
+    group in place of its own, and the mean counts.
     """
     embedded = embed_groups(clip, images, captions, groups=groups)
     return rewards_of(*embedded, kind=kind, cross_score=cross_score)
@@ -142,10 +145,8 @@ def group_rewards(
 def embed_groups(
     clip: Clip, images: list[Image.Image], captions: list[str], *, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pictures e (P, G, E), of captions u (P, J, E), and (P, J) bool: whether there is one.
-
-    As in `group_rewards`. u is 0 where there is none.
-    """
+    """Embeddings e of the pictures (P, G, E) and u of the captions (P, J, E), and (P, J) bool:
+    whether a plan has a caption; u is 0 where it has none. Arguments: as of `group_rewards`."""
     e = clip.embed_images(images)  # (P * G, E)
     valid = torch.tensor([bool(caption) for caption in captions], device=e.device)  # (P * J,)
     u = e.new_zeros(len(captions), e.shape[1])  # (P * J, E)
@@ -167,7 +168,7 @@ def rewards_of(
     else:
         scores = compare(e, u.repeat_interleave(members // each, 1), kind)  # (P, G)
     lowest = scores.masked_fill(~member_valid, float("inf")).amin(1, keepdim=True)  # (P, 1)
-    lowest = lowest.masked_fill(lowest.isinf(), 0)  # a group without any plan: all equal
+    lowest = lowest.masked_fill(lowest.isinf(), LOWEST[kind])  # a group without any plan
     return torch.where(member_valid, scores, lowest).cpu()
 
 

@@ -4,7 +4,7 @@ The rollout of GRPO: what the groups of a step sample, and which process samples
     prompt | branch a plan | leaf a picture      (in all guidance contexts)
 
 The prompt of a group is computed once into a KV cache, plans are decoded as its branches, pictures
-are painted behind them. What the update scores of a picture, `likelihood` says (flow.py):
+are painted behind them. `likelihood` decides what the update scores of a picture (flow.py):
 
     sde        the steps of a window of the denoising, which are stochastic; each of them keeps
                x_k,  x_{k+1} ~ Normal(mean(x_k, v), std^2),  log p(x_{k+1} | x_k)
@@ -13,7 +13,8 @@ are painted behind them. What the update scores of a picture, `likelihood` says 
                (1 - t) x0 + t e, whose velocity should be e - x0
 
 `tree.plant` packs the same tree for the update. What is random depends on the seed, the number of
-the group's sample, and the member alone, so a step comes out the same however it is shared out.
+the group's sample, and the member alone (the window on the step), so a step comes out the same
+however it is shared out.
 Members stand group by group, plan by plan. `config` is grpo.Config, of which `Options` says what
 matters here. Letters: sequence.py. Left out: trees that fork within the denoising.
 """
@@ -53,7 +54,8 @@ class Share:
         return self.part * self.config.group_size
 
     def numbers(self, step, references):
-        """Of the samples of a step whose groups are here; the first are for the first update.
+        """Numbers of this step's samples whose groups this process works on; those of the first
+        update come first.
 
         references(number): how many a sample has. They decide how long a group takes, so those of
         an update are dealt by them, and where that leaves several to a process it begins with its
@@ -66,13 +68,13 @@ class Share:
         return own
 
     def whole_groups(self, e, u, valid):
-        """What reward.embed_groups gave of the members here, of all members."""
+        """Results of reward.embed_groups, gathered from the processes that share a group."""
         if self.config.rid:  # otherwise the one plan of a group is on all its processes
             u, valid = joined(u, self.ranks, 1), joined(valid, self.ranks, 1)
         return joined(e, self.ranks, 1), u, valid
 
     def own_members(self, images, plans):
-        """Those here of numbers of all pictures (P * G,) and plans (P * J,)."""
+        """Of one number a picture (P * G,) and one a plan (P * J,), those of the members here."""
         members = self.config.group_size
         images = images.view(-1, self.ranks, members)[:, self.part].flatten()
         if self.config.rid:
@@ -122,10 +124,10 @@ class Options:
     likelihood: Literal["sde", "forward"] = "forward"  # of steps taken, of the finished picture
     scored_times: int = 3  # forward: times at which a picture is noised again
     scored_shift: float = 3.0  # forward: their time shift; logit-normal as in stage 1
-    sde: Literal["flow", "cps"] = "flow"  # how a step is made stochastic (flow.py)
-    noise_level: float = 0.7  # a of the SDE (Flow-GRPO); for cps 0.8
-    window: int = 3  # stochastic steps of a rollout, which are the trained ones
-    window_end: float = 0.5  # the window lies in this first share of the steps, never in the last
+    sde: Literal["flow", "cps"] = "flow"  # sde: how a step is made stochastic (flow.py)
+    noise_level: float = 0.7  # sde: a of the equations (Flow-GRPO); for cps 0.8
+    window: int = 3  # sde: stochastic steps of a rollout, which are the trained ones
+    window_end: float = 0.5  # sde: the window lies in this first share of the steps, never the last
     text_guidance: float = 1.0  # of rollouts and updates alike; 1: off
     image_guidance: float = 1.0
     train_text: bool = False  # policy gradient on the plans too, with their mean reward
@@ -322,7 +324,7 @@ def roll_out_together(engine, samples, numbers, *, config, step, first):
 
 
 def generators(purpose, numbers, count, *, config, first=0, same=False):
-    """Of each group, one for each of its `count` plans or members; same: one alike for all.
+    """For each group a list of `count` generators, one a plan or member; same: all alike.
 
     first: member of each group at which they begin.
     """

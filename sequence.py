@@ -8,7 +8,7 @@ else sees. Two integers a token say all of this (the proof is in kernels/mask.py
 
     visible(i, j)  <=>  j < q_hi[i]  and  i < k_hi[j]
     q_hi[i] = i + 1 in a causal run, the end of the run in a bidirectional one
-    k_hi[j] = the end of the branch, or of the document, that token j belongs to
+    k_hi[j] = the end of the document, branch or noised image that token j belongs to
 
 RoPE positions are BAGEL's (modeling/bagel, data/data_utils): text takes one position a token; a
 clean image takes one position altogether, markers included; a noised image stands at the current

@@ -3,7 +3,7 @@ Stage 1, supervised fine-tuning (SFT): write the IC-CoT, then paint what it says
 
     L     = ce_weight * L_cot + mse_weight * L_img
     L_cot = mean over plan tokens of  - log p(r_i | prompt, r_<i)        the prompt carries no loss
-    L_img = mean over latents of      | v_theta(x_t, t, prompt, plan) - (noise - x_0) |^2
+    L_img = mean over latent values of  (v_theta(x_t, t, prompt, plan) - (noise - x_0))^2
             with x_t = (1 - t) x_0 + t noise
 
 A step takes `samples_per_step` samples and packs them into sequences of at most `tokens_per_pack`

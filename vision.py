@@ -12,10 +12,10 @@ rule:
     eye    SigLIP with NaViT packing: patches (row, column, channel) -> linear + learned position
            -> pre-LN transformer that attends within each picture -> LayerNorm. No class token, no
            pooling.
-    hand   a codec with encode(image) -> latents and decode(latents) -> image, frozen, no part of
-           the trained model. FluxCodec is BAGEL's, the FLUX.1 autoencoder: 16 channels, 8 x 8
-           pixels a latent. SpaceToDepth is the toys' one: lossless, f x f pixels become one latent
-           of 3 f f channels, in [-1, 1].
+    codec  encode(image) -> latents and decode(latents) -> image; frozen, no part of the trained
+           model. FluxCodec is BAGEL's, the FLUX.1 autoencoder: 16 channels, 8 x 8 pixels a latent.
+           SpaceToDepth is the toys' one: lossless, f x f pixels become one latent of 3 f f
+           channels, in [-1, 1].
 
 Images are float (3, h, w) in [-1, 1]. Latents (c, h, w) enter the transformer as p x p patches in
 raster order, each laid out (patch row, patch column, channel): C = p p c. Letters: sequence.py.

@@ -6,8 +6,8 @@ Who sees whom in one packed sequence, in two integers a token.
 q_hi[i]   query i sees no key at or after this position:      i + 1 for a causal token, the end of
           its run for a token of a bidirectional run (an image), 0 for a padding query, which then
           sees nothing
-k_hi[j]   key j is seen by no query at or after this position: the end of its document, or of its
-          branch; 0 for padding, or for a cache slot that nobody may see
+k_hi[j]   key j is seen by no query at or after this position: the end of its document, branch or
+          noised image; 0 for padding, or for a cache slot that nobody may see
 q_pos[i]  where query i stands among the keys; left out when queries and keys are the same tokens
 
 This is exact for every forest of runs laid out depth first: documents are its roots, a noised image

@@ -39,6 +39,7 @@ Left out: streaming from object stores (mount them), captions in other files, vi
     python data.py --check PATH        every record: pictures, relations, references, lengths
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -50,6 +51,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,6 +79,9 @@ WINDOW, BROKEN = 200, 0.1  # reading stops if more than this share of the last r
 # workers inherit how this process treats signals; elsewhere they start as Python has it
 START = "fork" if sys.platform == "linux" else None
 FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sample raises
+# a file system that is away for a moment, and seconds until it is asked again
+AWAY = {getattr(errno, name, None) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN")} - {None}
+PAUSES = (1, 2, 4, 8, 16, 32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,9 +334,7 @@ class Source(torch.utils.data.Dataset):
             raise ValueError(f"its member json cannot be read: {error}") from None
 
     def _read(self, part, place):
-        with open(part, "rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
+        return read_bytes(part, *place)
 
     def _tar_record(self, part, places):
         """(record, pictures) of a sample, the target last; places: {suffix: (offset, size)}."""
@@ -356,7 +359,23 @@ class Source(torch.utils.data.Dataset):
                 f"its references are {references!r}, its target {target!r}; expected a list of "
                 "paths and a path"
             )
-        return record, [open_image(part.parent / path) for path in paths]
+        places = [part.parent / path for path in paths]
+        return record, [open_image(io.BytesIO(read_bytes(path)), str(path)) for path in places]
+
+
+def read_bytes(path: Path, begin: int = 0, size: int = -1) -> bytes:
+    """A part of a file. While the file system is AWAY it is asked again, for about a minute; then
+    OSError."""
+    for pause in (*PAUSES, None):
+        try:
+            with open(path, "rb") as file:
+                file.seek(begin)
+                return file.read(size)
+        except OSError as error:
+            if pause is None or error.errno not in AWAY:
+                raise
+            print(f"{path}: {error.strerror}; again in {pause} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
 
 
 def in_one_line(error: Exception | str) -> str:
@@ -402,6 +421,7 @@ def stream(source, positions, workers: int = 0, *, ahead: int = 32):
         num_workers=workers,
         prefetch_factor=math.ceil(ahead / workers) if workers else None,
         collate_fn=as_it_is,
+        pin_memory=bool(workers) and torch.cuda.is_available(),  # for its thread, which receives
         worker_init_fn=outlive_the_signal,
         multiprocessing_context=START if workers else None,
     )

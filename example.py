@@ -93,7 +93,7 @@ class Example:
     number: int  # of the sample: with the seed, what is drawn for it
     prompt: tuple  # in order: token ids, and vision.Resized
     plan: list | None  # token ids; None: paint directly
-    target: Image.Image  # at the size that the codec takes
+    target: Image.Image | torch.Tensor  # at the size that the codec takes
     tokens: int  # in a pack, markers included
     noised: int  # of them latents of the target's copies
 
@@ -101,6 +101,11 @@ class Example:
     def labels(self):
         """Tokens that carry L_cot: the plan's, and its end."""
         return 0 if self.plan is None else len(self.plan) + 1
+
+    def as_tensors(self):
+        """The same Example with its pixels as floats."""
+        prompt = tuple(item if is_text(item) else item.as_tensors() for item in self.prompt)
+        return replace(self, prompt=prompt, target=to_tensor(self.target))
 
 
 def drops(config, number, references):
@@ -205,15 +210,15 @@ class Pack:
 def pack_of(engine, examples, config):
     """The Pack of these examples. Latents and velocities are where the model is, the rest is not.
 
-    So the CPU prepares a picture while a GPU encodes the one before.
+    What needs no GPU comes first: the first copy to it waits until it has done all it was given.
     """
-    sequence = Sequence(engine.layout)
+    sequence, examples = Sequence(engine.layout), [one.as_tensors() for one in examples]
     velocities = [v for one in examples for v in write(one, sequence, engine, config=config)]
     return Pack(sequence.pack(), torch.cat(velocities))  # (M, C)
 
 
 def write(one, sequence, engine, *, config):
-    """Append an Example to a sequence. Returns the velocities (T, C) of its noised copies."""
+    """Append an Example, as tensors, to a sequence. Returns the velocities (T, C) of its copies."""
     model, where, velocities = engine.model, engine.device, []
     references = sum(not is_text(item) for item in one.prompt)
     with sequence.document():
@@ -224,7 +229,7 @@ def write(one, sequence, engine, *, config):
                 sequence.image(model.encode(item, device=where))
         if one.plan is not None:
             sequence.text(one.plan, loss=True)
-        clean, grid = model.to_latents(to_tensor(one.target).to(where))  # (T, C)
+        clean, grid = model.to_latents(one.target.to(where))  # (T, C)
         *_, drawn = drops(config, one.number, references)
         times = flow.sample_timesteps(config.noise_copies, config.timestep_shift, drawn)
         for t in times.tolist():

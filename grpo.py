@@ -84,7 +84,7 @@ class Config(loop.Options, rollouts.Options):
     # run; more, and the machine, in runtime/loop.py
     clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
     clip: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
-    eval_data: str = "toy"  # prompts of the final table: toy (held out), or samples on disk
+    eval_data: str = ""  # prompts of strips and tables, held out: toy, or samples on disk; "": data
     eval_samples: int = 200  # how many
     eval_timesteps: int = 50
     eval_plan_tokens: int = 256
@@ -100,10 +100,10 @@ class Config(loop.Options, rollouts.Options):
                 "train_text needs cot_temperature=1, the distribution whose gradient it takes, "
                 "and train=all"
             )
-        if self.target is not None and self.eval_data != "toy":
+        if self.target is not None and (self.eval_data or self.data) != "toy":
             raise ValueError(
                 f"target={self.target} is of Overall, which needs the toy world's exact judge; "
-                f"eval_data={self.eval_data} has none"
+                f"eval_data={self.eval_data or self.data} has none"
             )
         if self.likelihood == "forward" and (self.guard or self.kl == "latent"):
             raise ValueError(
@@ -115,15 +115,16 @@ class Config(loop.Options, rollouts.Options):
     def held_out(self):
         """Prompts of the final table and of the strips, with the guidance of the rollouts."""
         sampler = replace(self.sampler, num_timesteps=self.eval_timesteps)
-        prompts = self.eval_data, self.eval_samples, self.max_references, self.scale
+        prompts = self.eval_data or self.data, self.eval_samples, self.max_references, self.scale
         thinking, batch = Thinking(self.eval_plan_tokens), self.eval_batch
         return HeldOut(*prompts, self.picture_side, sampler, thinking, batch)
 
 
 # fmt: off
 TOY = dict(
-    clip_name="toy", clip="out/toy-clip-reward", metric_name="toy", metric="out/toy-clip-metric",
-    clip_steps=300, scored_shift=5.0, average=0.0, num_timesteps=7, timestep_shift=10.0, lr=2e-4,
+    data="toy", clip_name="toy", clip="out/toy-clip-reward", clip_steps=300, metric_name="toy",
+    metric="out/toy-clip-metric", scored_shift=5.0, average=0.0, num_timesteps=7,
+    timestep_shift=10.0, lr=2e-4,
     std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
     groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
     precision="float32", sum_every_pass=False, eval_batch=50, gpus=1,
@@ -144,10 +145,10 @@ PRESETS = {
         groups_at_once=16, precision="bfloat16", out="out/small-grpo",
     ),
     "rehearsal": SMOKE | dict(  # the shapes of full on thin weights, 512 x 512; guided
-        init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4, group_size=4,
-        num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2, eval_samples=4,
-        eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32", save_every=1,
-        sample_every=2, gpus=1, out="out/rehearsal-grpo",
+        data="toy", init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4,
+        group_size=4, num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2,
+        eval_samples=4, eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32",
+        save_every=1, sample_every=2, gpus=1, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 steps; window and guidance ours
@@ -304,7 +305,7 @@ def iteration(learner, clip, source, *, numbers, config, step):
     with suppress(processes.Interrupted), sharding.gathered(model), learner.engine.until(asked):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
     if learner.stop:
-        learner.stop.check()
+        learner.stop.check()  # raises on all processes, also on those that have a whole rollout
     lap()
     kind = dict(kind=config.reward, cross_score=config.cross_score)
     embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
@@ -348,7 +349,8 @@ def train(config):
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)
-        find_stage_1(config)  # or the folder would belong to a mistyped --init
+        with processes.first_alone():
+            find_stage_1(config)  # or the folder would belong to a mistyped --init
         share = rollouts.share_of(config)  # before there is a folder, for the same reason
         folder, prompts, seed = loop.start(config), config.prompts_per_step, config.seed + 1
         loop.last_step(folder, newest_step(folder), config)
@@ -373,10 +375,12 @@ def train(config):
         with run.attempt(step):
             values, finite = iteration(learner, clip, source, **how)
         if run.measurement_is_due(step):
-            values |= measured_together(learner.engine, config.held_out, metric)
+            how = dict(stop=run.stop)
+            values |= measured_together(learner.engine, config.held_out, metric, **how)
         run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):
-            save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
+            how = dict(held_out=config.held_out, stop=run.stop)
+            save_strip(folder, step + 1, learner.engine, **how)
     run.finish()
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     run.export(learner.engine)

@@ -54,7 +54,6 @@ from vision import (
     SpaceToDepth,
     patchify,
     resize,
-    to_tensor,
 )
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
@@ -604,17 +603,17 @@ class UnifiedModel(nn.Module):
         self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
     ) -> Reference:
         """PIL RGB -> Reference, resized as `ModelConfig.resized` says."""
-        return self.encode(self.config.resized(image, as_inferencer), name)
+        return self.encode(self.config.resized(image, as_inferencer).as_tensors(), name)
 
     def encode(self, picture: Resized, name: str | None = None, *, device=None) -> Reference:
-        """Resized -> Reference, its latents on `device` (none: on the CPU)."""
+        """Resized, as tensors -> Reference, its latents on `device` (none: on the CPU)."""
         latents = grid = patches = patch_grid = None
         if picture.for_codec is not None:
-            latents, grid = self.to_latents(to_tensor(picture.for_codec).to(device))
+            latents, grid = self.to_latents(picture.for_codec.to(device))
         if picture.for_eye is not None:
             patch = self.config.vit_patch
-            patches = patchify(to_tensor(picture.for_eye), patch)
-            patch_grid = (picture.for_eye.height // patch, picture.for_eye.width // patch)
+            patches = patchify(picture.for_eye, patch)
+            patch_grid = tuple(side // patch for side in picture.for_eye.shape[1:])
         return Reference(latents, grid, patches, patch_grid, name)
 
     def to_latents(

@@ -20,7 +20,7 @@ stage teaches to paint by a plan; to write one is learned with train=all.
 Letters: sequence.py. Left out: tricks of large batches (the number of processes changes no mean).
 
     python sft.py --config toy             draws the toy world, trains on a CPU; smoke: in seconds
-    python sft.py --config full --init BAGEL-7B-MoT     fine-tunes it; on one GPU with --train lora
+    python sft.py --config full --init BAGEL-7B-MoT --data shards     fine-tunes it (README.md)
 Run the same command again to resume. Then look at out/toy-sft/curves.png, or at sample.py.
 """
 
@@ -97,7 +97,7 @@ class Config(loop.Options, example.Options, ModelConfig):
 
 # fmt: off
 TOY = dict(
-    text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
+    data="toy", text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
     sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50, plan_dropout=0.1,
     metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45, gpus=1,
@@ -118,7 +118,7 @@ PRESETS = {
         precision="bfloat16", out="out/small-sft", save_every=1000, sample_every=1000,
     ),
     "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
-        scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
+        data="toy", scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
         precision="float32", out="out/rehearsal-sft", save_every=10, sample_every=10,
         sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy", gpus=1,
         metric="out/smoke-clip-metric", clip_steps=20,
@@ -151,7 +151,7 @@ def backward(engine, examples, config, *, stop=None):
 
     Sharding averages gradients over the processes, hence the factor. A process with fewer packs
     than another repeats its last one with weight 0, so that all make the same number of passes.
-    Before each of them `stop` is checked. A pack is made while a GPU still works on the one before.
+    Before each of them `stop` is checked. A pack's pixels are made ready while a GPU still works.
     """
     model, where, means = engine.model, engine.device, 0
     labels, latents = processes.reduced(
@@ -263,11 +263,11 @@ def train(config):
             values, finite = iteration(engine, optimizer, own, run=run, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before
-                values |= measured_together(engine, measuring, clip)
+                values |= measured_together(engine, measuring, clip, stop=run.stop)
         run.end_step(step, values, finite=finite, decay=decay, made_of=numbers)
         if run.strip_is_due(step) or step + 1 == config.steps:
             with sharding.exchanged(engine.model, state.average):
-                save_strip(folder, step + 1, engine, held_out=config.held_out)
+                save_strip(folder, step + 1, engine, held_out=config.held_out, stop=run.stop)
     run.finish()
     run.export(engine)
     save_story(folder)

@@ -74,11 +74,16 @@ class ResizeRule:
 
 @dataclass(frozen=True)
 class Resized:
-    """A reference picture, PIL RGB, at the sizes of both encoders. A half that is None was dropped
-    as a condition."""
+    """A reference picture at the sizes of both encoders: PIL RGB, or both as tensors. A half that
+    is None was dropped as a condition."""
 
-    for_codec: Image.Image | None
-    for_eye: Image.Image | None
+    for_codec: Image.Image | Tensor | None
+    for_eye: Image.Image | Tensor | None
+
+    def as_tensors(self) -> "Resized":
+        """The same pixels as float (3, h, w) in [-1, 1]."""
+        halves = self.for_codec, self.for_eye
+        return Resized(*(None if half is None else to_tensor(half) for half in halves))
 
 
 @dataclass(frozen=True)

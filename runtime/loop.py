@@ -77,7 +77,7 @@ class Options:
     """What the configurations of both stages have in common."""
 
     # data
-    data: str = "toy"  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
+    data: str = ""  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
     scale: int = 1  # of the toy world: pixels for each of its own, each way
     # what is trained (runtime/lora.py)
     train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
@@ -320,6 +320,11 @@ def start(config):
     differently with another.
     """
     folder = Path(config.out)
+    if not config.data:
+        raise UserError(
+            f"config={config.config} has no samples of its own: name yours with --data (a tar "
+            f"shard, a folder of them or of records.jsonl), or --data toy for drawn ones"
+        )
     if config.eval_batch < 1:
         raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
     if config.weights != "full":

@@ -39,6 +39,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model import MODELS, ModelConfig, UnifiedModel
 from runtime.config import UserError
 from runtime.files import check_name, object_of, published
+from runtime.processes import first_alone
 
 # --------------------------------------------------------------------------------------------------
 # names: ours and BAGEL's
@@ -259,13 +260,14 @@ def shape_with(config, preset):
     """The shape that `config` asks for, or with `init` that of the checkpoint.
 
     config: has the fields of ModelConfig; preset: {option: value} that it started from. UserError
-    for an option that contradicts the checkpoint.
+    for an option that contradicts the checkpoint. All processes take part.
     """
     names = [field.name for field in fields(ModelConfig)]
     options = ModelConfig(**{name: getattr(config, name) for name in names})
     if not config.init:
         return options
-    found = load_config(find_model(config.init))
+    with first_alone():  # it may be downloaded
+        found = load_config(find_model(config.init))
     default = replace(ModelConfig(), **{k: v for k, v in preset.items() if k in names})
     for name in names:
         given = getattr(options, name)

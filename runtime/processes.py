@@ -9,6 +9,10 @@ Every process runs the same script, and `launch` joins them. What is one for all
 the model) is written by the first, `is_main()`. Losses are sums divided by counts over all
 processes (`reduced`), so the number of processes changes no mean.
 
+Collective, so all have to come to them in one order: `launch`, `reduced`, `joined`, `spread`,
+`merged`, `barrier`, `first_alone`; and of others what calls them: loop.Stop's `wanted` and `check`,
+Run's `save_is_due` and `save`, sharding's `whole_weights`, `step_if_finite`, `gathered`.
+
 Nothing random is carried from step to step: data, noise and times come from `generator(seed, step,
 sample, ...)` and depend on these numbers alone. So a resumed run equals an uninterrupted one bit
 for bit, whoever does which part of it, and no state of a generator has to be stored.
@@ -33,6 +37,8 @@ from runtime.config import UserError
 # tensors on a CPU in pages of 2 MB where the kernel lends them, with far fewer page faults: PyTorch
 # reads it before its first tensor
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# packs of every length follow each other on a GPU: freed memory grows together again
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # the variables that make a process one of several
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -312,9 +318,11 @@ def first_alone():
     """The first process does what is inside before the others do: they find what it downloads."""
     if not is_main():
         barrier()
-    yield
-    if is_main():
-        barrier()
+    try:
+        yield
+    finally:  # what it raises the others find too
+        if is_main():
+            barrier()
 
 
 # --------------------------------------------------------------------------------------------------

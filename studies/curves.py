@@ -19,6 +19,7 @@ Left out: TensorBoard and W&B, which `--tracker` serves.
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ from PIL import Image
 from engine import Engine
 from runtime import files, loop
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.processes import barrier, is_main, joined, rank, size
+from runtime.processes import Interrupted, barrier, is_main, joined, rank, size
 from runtime.sharding import gathered
 from studies.metrics import COLUMNS
 from studies.pictures import GREY, LINE, PAD, SIDE, save_png, sheet_of, some
@@ -193,17 +194,20 @@ def save_story(folder):
         save_lapse(folder)
 
 
-def save_strip(folder, step, engine: Engine, *, held_out):
+def save_strip(folder, step, engine: Engine, *, held_out, stop=None):
     """Pictures of the same eight prompts from the same noise after `step` steps of training.
 
-    All processes take part: each paints its share, more than eight of them some twice.
+    All processes take part: each paints its share, more than eight of them some twice. None where
+    `stop` (loop.Stop) was wanted by any of them meanwhile.
     """
     eight = replace(held_out, count=8)
     samples = eight.samples()
     each = -(-len(samples) // size())
     mine = [(rank() * each + i) % len(samples) for i in range(each)]
-    with gathered(engine.model):
+    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
         results = eight.paint(engine, [samples[number] for number in mine], mine)
+    if stop and stop.wanted():
+        return
     own = torch.stack([torch.from_numpy(np.array(one.image)) for one in results])  # (each, h, w, 3)
     pictures = joined(own, size(), 0)[: len(samples)].cpu().numpy()
     if is_main():

@@ -18,7 +18,9 @@ Left out: confidence intervals (the ablation repeats training instead), FID.
 
 import gc
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from iccot import TASKS
 from reward import compare
 from runtime.config import UserError
 from runtime.files import to_json, write_text
-from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
+from runtime.processes import Interrupted, barrier, device, is_main, rank, reduced, size, warn
 from runtime.quantised import load_quantised
 from runtime.sharding import gathered
 from studies.pictures import save_grid
@@ -106,12 +108,18 @@ def held_out(path, count, *, max_references=4, seed=0, scale=1, split="held_out"
     if path == "toy":
         source = Drawn("held_out", seed, max_references, scale)
         return [source[i] for i in range(count)]
-    source = data.Source(path, split=split, limit=max_references)
+    source = opened(path, split, max_references)
     if len(source) < count:
         share = f"one sample in {round(1 / data.HELD_OUT)}, all with --split all"
         which = f"held out ({share})" if split == "held_out" else "samples"
         warn(f"{path} has {len(source)} {which}; {count} were asked for")
     return source.first(count)
+
+
+@lru_cache(2)
+def opened(path, split, limit):
+    """The data.Source, opened once: of 400,000 samples the indexes alone take 20 s."""
+    return data.Source(path, split=split, limit=limit)
 
 
 def measure(samples, results, clip):
@@ -145,17 +153,20 @@ def means(samples, results, clip):
     }
 
 
-def measured_together(engine, held_out, clip):
+def measured_together(engine, held_out, clip, *, stop=None):
     """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
 
-    All processes take part and get the same numbers; a column without a value is left out.
+    All processes take part and get the same numbers; a column without a value is left out. Nothing
+    where `stop` (loop.Stop) was wanted by any of them meanwhile.
     """
     samples = held_out.samples()
     numbers = range(rank(), len(samples), size())
     mine, found = [samples[number] for number in numbers], {}
-    with gathered(engine.model):
+    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
         if mine:
             found = means(mine, held_out.paint(engine, mine, numbers), clip)
+    if stop and stop.wanted():
+        return {}
     row = of_all(found)
     return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
 

@@ -1,12 +1,14 @@
 """Stage 1: packing changes nothing, dropped conditions leave positions, a checkpoint its shape."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 import example
+import grpo
 import sft
 from bench import packing
 from engine import Engine, is_text
@@ -249,6 +251,39 @@ def test_a_signal_ends_a_step_between_its_passes(toy, tmp_path, monkeypatch, cap
     sft.train(dataclasses.replace(config, out=str(tmp_path / "half")))
     whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
     assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_a_signal_ends_a_measurement(toy, tmp_path, monkeypatch, capsys):
+    """The step before it is saved, and nothing is measured or painted of what was begun."""
+    how = dict(samples_per_step=4, sample_plan_tokens=40, sample_timesteps=3, eval_samples=4)
+    how |= dict(out=str(tmp_path / "run"), eval_every=1, sample_every=1, steps=3, threads=1)
+    embedded, metric = [], types.SimpleNamespace(embed_images=lambda images: embedded.append(1))
+    monkeypatch.setattr(sft, "metric_clip_of_all", lambda *_: metric)
+    tokens = iter(range(99))
+
+    def asked(self):
+        self.flag = self.flag or next(tokens) == 5  # while the sixth token is drawn
+        return self.flag
+
+    monkeypatch.setattr(loop.Stop, "here", asked)
+    with pytest.raises(SystemExit) as stopped:
+        sft.train(dataclasses.replace(CONFIG, **how))
+    assert stopped.value.code == loop.REQUEUE and next(tokens) == 6 and not embedded
+    assert "stopped by a signal after step 1;" in capsys.readouterr().out
+    assert (tmp_path / "run/state-000001").is_dir()
+    assert not list((tmp_path / "run/samples").iterdir())
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_full_has_no_samples_of_its_own(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage.processes, "launch", lambda *_: None)
+    monkeypatch.setattr(grpo, "find_stage_1", lambda _: None)
+    with pytest.raises(SystemExit) as refused:
+        stage.train(parse(stage.Config, stage.PRESETS, ["--config", "full", "--out", "here"]))
+    assert refused.value.code == 2 and not (tmp_path / "here").exists()
+    assert (
+        "config=full has no samples of its own: name yours with --data" in capsys.readouterr().err
+    )
 
 
 def test_a_dealer_knows_what_references_will_take(toy):

@@ -1,7 +1,9 @@
 """Samples on disk: written and read back, in an order that can be resumed at any place, and every
 kind of damage named."""
 
+import builtins
 import dataclasses
+import errno
 import gc
 import io
 import json
@@ -503,3 +505,26 @@ def test_sft_trains_on_shards(folder, tmp_path):
     a, b = (loop.read_log(tmp_path / name) for name in "ab")
     assert len(a) == 2 and [line["mse"] for line in a] == [line["mse"] for line in b]
     assert torch.isfinite(torch.tensor([line["ce"] for line in a])).all()
+
+
+@pytest.mark.parametrize("times, code", [(2, errno.EIO), (3, errno.EIO), (1, errno.EACCES)])
+def test_a_file_system_that_is_away_is_asked_again(tmp_path, monkeypatch, capsys, times, code):
+    """And is no fault of the sample; what does not pass is one at once."""
+    (tmp_path / "part").write_bytes(b"0123456789")
+    faults, waited = [OSError(code, "away")] * times, []
+
+    def opened(*how):
+        if faults:
+            raise faults.pop()
+        return builtins.open(*how)
+
+    monkeypatch.setattr(data, "open", opened, raising=False)
+    monkeypatch.setattr(data, "PAUSES", (1, 2))
+    monkeypatch.setattr(data.time, "sleep", waited.append)
+    if code == errno.EIO and times == 2:
+        assert data.read_bytes(tmp_path / "part", 3, 4) == b"3456"
+        assert "away; again in 1 s" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match="away"):
+            data.read_bytes(tmp_path / "part")
+    assert waited == ([1, 2] if code == errno.EIO else [])

@@ -173,7 +173,7 @@ class Source(torch.utils.data.Dataset):
         if limit < math.inf:
             self._leave_out(limit)
         self.orders = {}  # of the last two epochs that were asked for
-        self.recent = deque(maxlen=WINDOW)  # what was wrong with the last ones read; "": nothing
+        self.recent = deque(maxlen=WINDOW)  # (number, what was wrong or "") of the last ones read
         self.broken = multiprocessing.RawArray("b", len(self))  # 1: skipped; shared with workers
 
     def _keep(self, split):
@@ -182,7 +182,8 @@ class Source(torch.utils.data.Dataset):
         chosen = held_out_keys(keys)
         if len(chosen) == len(set(keys)):
             processes.warn(
-                f"{self.path} holds one sample: it is trained on, and it is the held-out one too"
+                f"{self.path} has one key for {len(self)} samples: they are trained on, and they "
+                f"are the held-out ones too"
             )
             return
         wanted = {"train": False, "held_out": True}[split]
@@ -267,16 +268,18 @@ class Source(torch.utils.data.Dataset):
         try:
             sample = self._load(number)
         except FAULTS as error:
-            self.recent.append(in_one_line(error))
+            self.recent.append((number, in_one_line(error)))
         else:
-            self.recent.append("")
+            self.recent.append((number, ""))
             return sample
         if not self.broken[number]:
             self.broken[number] = 1
-            what = f"{self.name(number)}: {self.recent[-1]}"
+            what = f"{self.name(number)}: {self.recent[-1][1]}"
             print(f"skipped ({self.skipped} so far): {what}", file=sys.stderr, flush=True)
-        reasons = Counter(filter(None, self.recent))
-        if reasons.total() > BROKEN * WINDOW:
+        reasons = Counter(reason for _, reason in self.recent if reason)
+        read = dict(self.recent)  # of few samples each comes again and again
+        share = sum(map(bool, read.values())) / len(read)
+        if reasons.total() > BROKEN * WINDOW and share > BROKEN:
             raise UserError(
                 f"{self.path}: {reasons.total()} of the last {len(self.recent)} samples cannot be "
                 f"read, most often: {reasons.most_common(1)[0][0]}; "
@@ -303,7 +306,7 @@ class Source(torch.utils.data.Dataset):
         part, _, content = self.entries[number]
         read = self._tar_record if part.suffix == ".tar" else self._line_record
         record, pictures = read(part, content)
-        for name in ("task", "instruction"):
+        for name in ("key", "task", "instruction"):
             if not isinstance(record[name], str):
                 raise TypeError(f"its {name} is {record[name]!r}; expected a text")
         iccot.arranged(pictures[:-1], record["instruction"])  # ValueError: <image> too often
@@ -392,6 +395,7 @@ def open_source(
     painter: of the toy's targets, if they are not to be right. All processes take part.
     """
     if path == "toy":
+        check_request("train", max_references)
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)
     make_indexes(Path(path))
@@ -437,9 +441,11 @@ def outlive_the_signal(worker):
 
 
 def end_with(parent):
-    """End this process when its parent, and nobody else, asks for it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    """End this process when its parent, and nobody else, asks for it, or is there no more."""
+    while os.getppid() == parent:
+        asked = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if asked and asked.si_pid == parent:
+            break
     os._exit(0)
 
 
@@ -491,6 +497,8 @@ def check(path: str) -> None:
     source = Source(path)
     bar = tqdm(range(len(source)), disable=None, desc="check")
     problems = [problem for number in bar for problem in problems_of(source, number)]
+    keys = Counter(source.key(number) for number in range(len(source)))
+    problems += [f"{path}: {n} samples have the key {key}" for key, n in keys.items() if n > 1]
     for problem in problems:
         print(problem)
     print(f"{path}: {len(source)} samples, {len(problems)} problems")

@@ -22,9 +22,10 @@ a picture stands last, the whole prompt without the plan), "no_image" all texts 
 update packs its trees with the same function, so
 rollout and update compute the same thing.
 
-    engine = Engine(model, tokenizer)
+    engine = Engine(*load_model("out/toy-grpo"))                     # of runtime/pretrained.py
     result, = engine.generate([engine.request(sample, side=32)], sampler=Sampler(7, 10.0),
                               thinking=Thinking(72), batch=50, seeds=[(0,)])
+    again = replace(request, plan=iccot.render(edited))              # paints a plan of one's own
 
 Letters: sequence.py. Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).
 """

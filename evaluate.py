@@ -191,6 +191,9 @@ def main(config):
             dry_run(walk_pictures, config, shape)
         return
     metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
+    if config.grid:
+        with exit_on_user_error():
+            files.check_writable(Path(config.grid).parent)
 
     def load_engine():
         place = processes.placed(config.device, config.dtype)

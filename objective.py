@@ -37,9 +37,10 @@ def group_advantage(reward, std_floor, max_advantage, *, std=None):
     std: divide by this number in place of each group's own standard deviation.
     """
     equal = (reward == reward[:, :1]).all(1, keepdim=True)
-    centred = (reward - reward.mean(1, keepdim=True)).masked_fill(equal, 0)
+    centred = reward - reward.mean(1, keepdim=True)
     std = reward.std(1, correction=0, keepdim=True) if std is None else std
-    return (centred / std.clamp_min(std_floor)).clamp(-max_advantage, max_advantage)
+    found = (centred / std.clamp_min(std_floor)).clamp(-max_advantage, max_advantage)
+    return found.masked_fill(equal, 0)
 
 
 def advantages(reward, config):

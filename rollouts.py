@@ -158,6 +158,8 @@ class Options:
                 f"images_per_cot={self.images_per_cot} must divide group_size={self.group_size}, "
                 f"with rid on"
             )
+        if self.likelihood == "sde" and self.noise_level <= 0:
+            raise ValueError(f"noise_level={self.noise_level}: steps without noise have no density")
         if self.scored_times < 1 or self.scored_shift <= 0:
             raise ValueError(
                 f"scored_times={self.scored_times}, scored_shift={self.scored_shift}: at least one "

@@ -215,6 +215,7 @@ def request_of(config, model, job):
             f"leave some out or raise --max_references"
         )
     try:
+        iccot.arranged(job.references, job.prompt)
         doubts = iccot.check_instruction(job.prompt, len(job.references))
     except ValueError as error:
         raise UserError(f"{job.out}: {error}") from None
@@ -306,6 +307,10 @@ def main(config):
             request_of(config, engine.model, job)
     processes.choose_threads(config.threads)
     several = len(wanted) > 1 or Path(config.out) != wanted[0].out
+    if several and (there := sum(job.out.is_file() for job in wanted)):
+        print(
+            f"{there} of {len(wanted)} pictures are there and stay; another --out paints them anew"
+        )
     for job in tqdm(wanted, disable=None if several else True, desc="sample"):
         if not several or not job.out.is_file():
             paint(engine, job, config)

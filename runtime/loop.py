@@ -72,6 +72,25 @@ MAY_CHANGE = (  # between resumptions
 # fmt: on
 
 
+# options of both stages, what they may be, and that in words
+POSITIVE = (
+    "samples_per_step prompts_per_step updates noise_copies lora_rank save_every sample_every keep "
+    "eval_samples eval_batch groups_at_once pictures_at_once picture_side tokens_per_pack scale "
+    "max_references replicas gpus timestep_shift"
+)
+NOT_NEGATIVE = (
+    "workers seed threads lr weight_decay warmup eval_every save_minutes ce_weight mse_weight "
+    "kl_beta std_floor clip_steps pretraining_steps"
+)
+SHARES = "plan_dropout text_dropout vae_dropout vit_dropout decay painter_errors filter_targets"
+BOUNDS = (
+    (POSITIVE, lambda value: value > 0, "a number above 0"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (SHARES, lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+    ("average beta2", lambda value: 0 <= value < 1, "0 or more, and below 1"),
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """What the configurations of both stages have in common."""
@@ -111,6 +130,10 @@ class Options:
     clip_steps: int = 0  # training steps of the toys' CLIPs, where they are missing
 
     def __post_init__(self):
+        for names, allowed, words in BOUNDS:
+            for name in names.split():
+                if hasattr(self, name) and not allowed(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)}: expected {words}")
         super().__post_init__()  # of the stage's own options
         if self.weights != "full" and self.train != "lora":
             raise ValueError(
@@ -325,8 +348,6 @@ def start(config):
             f"config={config.config} has no samples of its own: name yours with --data (a tar "
             f"shard, a folder of them or of records.jsonl), or --data toy for drawn ones"
         )
-    if config.eval_batch < 1:
-        raise UserError(f"eval_batch={config.eval_batch}: expected at least 1")
     if config.weights != "full":
         library(config.weights)  # UserError before there is a folder
     _ = config.held_out  # ValueError for prompts that cannot be drawn

@@ -110,7 +110,7 @@ def held_out(path, count, *, max_references=4, seed=0, scale=1, split="held_out"
         return [source[i] for i in range(count)]
     source = opened(path, split, max_references)
     if len(source) < count:
-        share = f"one sample in {round(1 / data.HELD_OUT)}, all with --split all"
+        share = f"one sample in {round(1 / data.HELD_OUT)}; all: evaluate.py --split all"
         which = f"held out ({share})" if split == "held_out" else "samples"
         warn(f"{path} has {len(source)} {which}; {count} were asked for")
     return source.first(count)

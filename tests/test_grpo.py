@@ -267,6 +267,11 @@ def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch)
     assert (rewards([""] * 8) == -1).all()  # the lowest cosine
 
 
+def test_a_group_of_equal_rewards_has_no_advantage_without_a_floor():
+    found = group_advantage(torch.tensor([[1.0, 1.0], [1.0, 2.0]]), 0.0, 5.0)
+    assert found.tolist() == [[0, 0], [-1, 1]]
+
+
 def test_cross_scores_are_means_over_the_captions_of_the_group(toy, monkeypatch):
     def unit(angle):
         return torch.stack([angle.cos(), angle.sin()], 1)

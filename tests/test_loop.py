@@ -347,12 +347,29 @@ def test_toys_paint_fifty_prompts_at_once_and_larger_models_one():
     assert parse(grpo.Config, grpo.PRESETS, ["--eval_batch", "3"]).held_out.batch == 3
 
 
-@pytest.mark.parametrize("module, option", [(sft, "eval_batch"), (grpo, "eval_batch")])
-def test_a_batch_of_nothing_is_refused_before_anything_is_written(tmp_path, module, option):
-    config = dataclasses.replace({sft: SFT, grpo: GRPO}[module], out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match=f"{option}=0"):
-        loop.start(dataclasses.replace(config, **{option: 0}))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("module, config", [(sft, SFT), (grpo, GRPO)])
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("eval_batch", 0, "a number above 0"),
+        ("save_every", 0, "a number above 0"),
+        ("workers", -1, "0 or more"),
+        ("lr", -1.0, "0 or more"),
+        ("plan_dropout", 2.0, "a share from 0 to 1"),
+        ("average", 2.0, "0 or more, and below 1"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(capsys, module, config, option, value, words):
+    """Before anything is written: the folder of a run would keep the mistake."""
+    if not hasattr(config, option):
+        return
+    with pytest.raises(SystemExit) as refused:
+        parse(module.Config, module.PRESETS, ["--config", "smoke", f"--{option}", str(value)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and f"{option}={value}: expected {words}" in line
+
+
+def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="batch=0"):
         evaluate.Config(batch=0)
 

@@ -9,11 +9,13 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import tarfile
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from runtime import files, loop, processes
 from runtime.config import UserError
 from runtime.shards import ShardWriter
 from studies.metrics import held_out
-from toy.tasks import draw_sample
+from toy.tasks import Drawn, draw_sample
 from vision import to_png
 
 
@@ -241,7 +243,7 @@ def test_training_never_sees_what_is_held_out(sorted_by_task):
 def test_the_commands_split_what_is_on_disk(folder, samples, capsys):
     train, held = data.open_source(str(folder), 0, 4), held_out(str(folder), 5)
     assert (
-        "has 1 held out (one sample in 50, all with --split all); 5 were asked for"
+        "has 1 held out (one sample in 50; all: evaluate.py --split all); 5 were asked for"
         in capsys.readouterr().err
     )
     assert len(train) == 22 and len(held) == 1 and held[0].key not in keys_of(train)
@@ -528,3 +530,47 @@ def test_a_file_system_that_is_away_is_asked_again(tmp_path, monkeypatch, capsys
         with pytest.raises(OSError, match="away"):
             data.read_bytes(tmp_path / "part")
     assert waited == ([1, 2] if code == errno.EIO else [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="workers end as Python ends them")
+def test_workers_do_not_outlive_a_process_that_is_killed():
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        inherited = set(multiprocessing.active_children())
+        samples = data.stream(Drawn("train", 0, 4), range(10**6), 2)
+        next(samples)
+        workers = [child.pid for child in set(multiprocessing.active_children()) - inherited]
+        os.write(writing, json.dumps(workers).encode())
+        time.sleep(99)
+        os._exit(0)
+    workers = json.loads(os.read(reading, 99))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    until = time.monotonic() + 20
+    while any(map(runs, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(workers) == 2 and not any(map(runs, workers))
+
+
+def runs(pid):
+    """Whether a process is there, and not only its name."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_two_broken_samples_of_23_do_not_end_a_run(folder, monkeypatch):
+    """Read again in every epoch, they are sooner or later more than a tenth of the last 200 reads;
+    but not of the samples."""
+    source, broken = Source(folder), {3, 17}
+
+    def load(number):
+        if number in broken:
+            raise ValueError("broken")
+        return number
+
+    monkeypatch.setattr(source, "_load", load)
+    assert not broken & {source[position] for position in range(20_000)}
+    broken.add(4)  # three of 23 are more than a tenth
+    with pytest.raises(UserError, match="cannot be read"):
+        [source[position] for position in range(20_000)]

@@ -29,8 +29,8 @@ ranks and workers take positions, nothing is stored.
 
 A sample is held out if a hash of its key is in the lowest HELD_OUT of its range (of a few, the
 lowest one): `open_source` never trains on it, studies/metrics.py measures on nothing else. A sample
-that cannot be read is skipped and named on stderr, the next position stands in for it; among the
-last WINDOW that were read at most a share of BROKEN may be like that.
+that cannot be read is skipped and named on stderr, the next position stands in for it; of the last
+WINDOW reads, and of the samples among them, at most a share of BROKEN may be like that.
 
 Left out: streaming from object stores (mount them), captions in other files, video.
 

@@ -66,13 +66,13 @@ MAY_CHANGE = (  # between resumptions
     "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
     "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
-    "eval_batch", "export_float32",
+    "eval_batch", "eval_data", "export_float32",
     "checkpointing", "sum_every_pass", "memory", "gpus", "gpu_memory",
 )
 # fmt: on
 
 
-# options of both stages, what they may be, and that in words
+# options of the stages, what they may be, and that in words
 POSITIVE = (
     "samples_per_step prompts_per_step updates noise_copies lora_rank save_every sample_every keep "
     "eval_samples eval_batch groups_at_once pictures_at_once picture_side tokens_per_pack scale "

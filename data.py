@@ -182,8 +182,7 @@ class Source(torch.utils.data.Dataset):
         chosen = held_out_keys(keys)
         if len(chosen) == len(set(keys)):
             processes.warn(
-                f"{self.path} has one key for {len(self)} samples: they are trained on, and they "
-                f"are the held-out ones too"
+                f"{self.path}: one key for all ({len(self)}), so what is trained on is held out too"
             )
             return
         wanted = {"train": False, "held_out": True}[split]
@@ -332,12 +331,9 @@ class Source(torch.utils.data.Dataset):
 
     def _json(self, part, places):
         try:
-            return files.object_of(self._read(part, places["json"]))
+            return files.object_of(read_bytes(part, *places["json"]))
         except ValueError as error:
             raise ValueError(f"its member json cannot be read: {error}") from None
-
-    def _read(self, part, place):
-        return read_bytes(part, *place)
 
     def _tar_record(self, part, places):
         """(record, pictures) of a sample, the target last; places: {suffix: (offset, size)}."""
@@ -349,7 +345,7 @@ class Source(torch.utils.data.Dataset):
         suffixes += [name for name in places if name.startswith("target.")]
         if len(suffixes) != len(numbers) + 1:
             raise ValueError("it has no target picture, or several")
-        contents = {name: io.BytesIO(self._read(part, places[name])) for name in suffixes}
+        contents = {name: io.BytesIO(read_bytes(part, *places[name])) for name in suffixes}
         return record, [open_image(content, name) for name, content in contents.items()]
 
     def _line_record(self, part, line):
@@ -395,7 +391,6 @@ def open_source(
     painter: of the toy's targets, if they are not to be right. All processes take part.
     """
     if path == "toy":
-        check_request("train", max_references)
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)
     make_indexes(Path(path))

@@ -19,12 +19,12 @@ forward pass serves all of them (`lay_out`):
 
 The contexts are those of the official inferencer: "no_text" is what stands before the last text (if
 a picture stands last, the whole prompt without the plan), "no_image" all texts but the plan. GRPO's
-update packs its trees with the same function, so
-rollout and update compute the same thing.
+update packs its trees with the same function, so rollout and update compute the same thing.
 
     engine = Engine(*load_model("out/toy-grpo"))                     # of runtime/pretrained.py
-    result, = engine.generate([engine.request(sample, side=32)], sampler=Sampler(7, 10.0),
-                              thinking=Thinking(72), batch=50, seeds=[(0,)])
+    request = engine.request(sample, side=32)
+    result, = engine.generate([request], sampler=Sampler(7, 10.0), thinking=Thinking(72), batch=50,
+                              seeds=[(0,)])
     again = replace(request, plan=iccot.render(edited))              # paints a plan of one's own
 
 Letters: sequence.py. Left out: top-k and beam search; answers about pictures (see `Prompt.vae`).

@@ -32,7 +32,6 @@ Letters: sequence.py. Left out: denoising trees, replay.
 import math
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -124,10 +123,9 @@ class Config(loop.Options, rollouts.Options):
 TOY = dict(
     data="toy", clip_name="toy", clip="out/toy-clip-reward", clip_steps=300, metric_name="toy",
     metric="out/toy-clip-metric", scored_shift=5.0, average=0.0, num_timesteps=7,
-    timestep_shift=10.0, lr=2e-4,
-    std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72, picture_side=world.SIZE,
-    groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192, checkpointing=False,
-    precision="float32", sum_every_pass=False, eval_batch=50, gpus=1,
+    timestep_shift=10.0, lr=2e-4, std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72,
+    picture_side=world.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
+    checkpointing=False, precision="float32", sum_every_pass=False, eval_batch=50, gpus=1,
 )
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
@@ -300,9 +298,9 @@ def iteration(learner, clip, source, *, numbers, config, step):
         clock.append((time.perf_counter(), model.tokens, model.trained_tokens))
 
     lap()
-    samples, asked = [source[i] for i in numbers], learner.stop and learner.stop.here
+    samples = [source[i] for i in numbers]
     how = dict(config=share.config, first=share.first)
-    with suppress(processes.Interrupted), sharding.gathered(model), learner.engine.until(asked):
+    with loop.painting(learner.engine, learner.stop):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
     if learner.stop:
         learner.stop.check()  # raises on all processes, also on those that have a whole rollout
@@ -375,12 +373,10 @@ def train(config):
         with run.attempt(step):
             values, finite = iteration(learner, clip, source, **how)
         if run.measurement_is_due(step):
-            how = dict(stop=run.stop)
-            values |= measured_together(learner.engine, config.held_out, metric, **how)
+            values |= measured_together(learner.engine, config.held_out, metric, stop=run.stop)
         run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):
-            how = dict(held_out=config.held_out, stop=run.stop)
-            save_strip(folder, step + 1, learner.engine, **how)
+            save_strip(folder, step + 1, learner.engine, held_out=config.held_out, stop=run.stop)
     run.finish()
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     run.export(learner.engine)

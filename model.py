@@ -599,13 +599,11 @@ class UnifiedModel(nn.Module):
     def _cross_entropy(self, und, rows, labels):
         return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
-    def encode_reference(
-        self, image: Image.Image, name: str | None = None, as_inferencer: bool = False
-    ) -> Reference:
+    def encode_reference(self, image: Image.Image, as_inferencer: bool = False) -> Reference:
         """PIL RGB -> Reference, resized as `ModelConfig.resized` says."""
-        return self.encode(self.config.resized(image, as_inferencer).as_tensors(), name)
+        return self.encode(self.config.resized(image, as_inferencer).as_tensors())
 
-    def encode(self, picture: Resized, name: str | None = None, *, device=None) -> Reference:
+    def encode(self, picture: Resized, device=None) -> Reference:
         """Resized, as tensors -> Reference, its latents on `device` (none: on the CPU)."""
         latents = grid = patches = patch_grid = None
         if picture.for_codec is not None:
@@ -614,7 +612,7 @@ class UnifiedModel(nn.Module):
             patch = self.config.vit_patch
             patches = patchify(picture.for_eye, patch)
             patch_grid = tuple(side // patch for side in picture.for_eye.shape[1:])
-        return Reference(latents, grid, patches, patch_grid, name)
+        return Reference(latents, grid, patches, patch_grid)
 
     def to_latents(
         self, image: Tensor, generator: torch.Generator | None = None

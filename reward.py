@@ -15,9 +15,9 @@ Any open_clip model can be the judge, with published weights or as a CLIP of one
     clip.safetensors    the weights
 
 A reward never invents a number: what cannot be loaded or scored raises; without a plan to compare
-with, a picture has the lowest reward of its group. Captions longer than the
-CLIP can read are counted in `truncated`. Letters: sequence.py. Left out: gradients through the
-reward, other reward models.
+with, a picture has the lowest reward of its group. Captions longer than the CLIP can read are
+counted in `truncated`. Letters: sequence.py. Left out: gradients through the reward, other reward
+models.
 
     clip = Clip("ViT-L-14", "openai");   clip.score(pictures, captions)                     # (B,)
 """

@@ -9,8 +9,8 @@ are painted behind them. `likelihood` decides what the update scores of a pictur
     sde        the steps of a window of the denoising, which are stochastic; each of them keeps
                x_k,  x_{k+1} ~ Normal(mean(x_k, v), std^2),  log p(x_{k+1} | x_k)
     forward    the finished picture x0. All steps are the sampler's own, none is kept. S times t and
-               noises e, the same for all members of a group, say where x0 is noised again:
-               (1 - t) x0 + t e, whose velocity should be e - x0
+               noises, the same for all members of a group, say where x0 is noised again:
+               (1 - t) x0 + t noise, whose velocity should be noise - x0
 
 `tree.plant` packs the same tree for the update. What is random depends on the seed, the number of
 the group's sample, and the member alone (the window on the step), so a step comes out the same

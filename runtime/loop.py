@@ -30,7 +30,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,7 +57,7 @@ from runtime.processes import (
     warn,
 )
 from runtime.quantised import count, library
-from runtime.sharding import whole_weights
+from runtime.sharding import gathered, whole_weights
 from runtime.state import Saver, newest_step, update_average
 from runtime.tracker import Tracker
 
@@ -438,6 +438,14 @@ class Stop:
         """Interrupted on all processes if any was asked to stop."""
         if self.wanted():
             raise Interrupted
+
+
+@contextmanager
+def painting(engine, stop):
+    """Inside, weights are whole, and work ends before the next token or step once this process was
+    asked to stop (a Stop, or None). Others may have finished theirs: then ask `stop.wanted`."""
+    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
+        yield
 
 
 def stop_here(step):

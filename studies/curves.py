@@ -19,7 +19,6 @@ Left out: TensorBoard and W&B, which `--tracker` serves.
 """
 
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,8 +30,7 @@ from PIL import Image
 from engine import Engine
 from runtime import files, loop
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.processes import Interrupted, barrier, is_main, joined, rank, size
-from runtime.sharding import gathered
+from runtime.processes import barrier, is_main, joined, rank, size
 from studies.metrics import COLUMNS
 from studies.pictures import GREY, LINE, PAD, SIDE, save_png, sheet_of, some
 from toy.sheets import fitted
@@ -204,7 +202,7 @@ def save_strip(folder, step, engine: Engine, *, held_out, stop=None):
     samples = eight.samples()
     each = -(-len(samples) // size())
     mine = [(rank() * each + i) % len(samples) for i in range(each)]
-    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
+    with loop.painting(engine, stop):
         results = eight.paint(engine, [samples[number] for number in mine], mine)
     if stop and stop.wanted():
         return

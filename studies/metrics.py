@@ -18,7 +18,6 @@ Left out: confidence intervals (the ablation repeats training instead), FID.
 
 import gc
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,13 +31,13 @@ from iccot import TASKS
 from reward import compare
 from runtime.config import UserError
 from runtime.files import to_json, write_text
-from runtime.processes import Interrupted, barrier, device, is_main, rank, reduced, size, warn
+from runtime.loop import painting
+from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
 from runtime.quantised import load_quantised
-from runtime.sharding import gathered
 from studies.pictures import save_grid
 from toy import world
 from toy.judge import judge
-from toy.tasks import Drawn
+from toy.tasks import Drawn, check_request
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
@@ -59,6 +58,10 @@ class HeldOut:
     seed: int = 0  # of the noise
     data_seed: int = 0  # of the prompts
     split: str = "held_out"  # of samples on disk; or all
+
+    def __post_init__(self):
+        if self.data == "toy":
+            check_request("held_out", self.max_references)
 
     def samples(self):
         """The prompts, as samples."""
@@ -162,7 +165,7 @@ def measured_together(engine, held_out, clip, *, stop=None):
     samples = held_out.samples()
     numbers = range(rank(), len(samples), size())
     mine, found = [samples[number] for number in numbers], {}
-    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
+    with painting(engine, stop):
         if mine:
             found = means(mine, held_out.paint(engine, mine, numbers), clip)
     if stop and stop.wanted():

@@ -276,6 +276,7 @@ def test_a_signal_ends_a_measurement(toy, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage", [sft, grpo])
 def test_full_has_no_samples_of_its_own(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage.processes, "launch", lambda *_: None)
     monkeypatch.setattr(grpo, "find_stage_1", lambda _: None)
     with pytest.raises(SystemExit) as refused:

@@ -99,7 +99,7 @@ def test_processes_share_the_scanning_of_shards(folder, monkeypatch):
 def test_references_are_counted_without_reading(folder, monkeypatch):
     source = Source(folder, seed=1, buffer=5)
     expected = [len(source[i].references) for i in range(50)]  # of three epochs
-    monkeypatch.setattr(Source, "_read", None)
+    monkeypatch.setattr(data, "read_bytes", None)
     assert [Source(folder, seed=1, buffer=5).references(i) for i in range(50)] == expected
 
 

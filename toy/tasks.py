@@ -476,6 +476,7 @@ class Drawn(torch.utils.data.Dataset):
     """The toy world as a source: position p is sample p of a split, enlarged `scale` times."""
 
     def __init__(self, split: str, seed: int, max_references: int, scale: int = 1):
+        check_request(split, max_references)
         self.split, self.seed, self.max_references, self.scale = split, seed, max_references, scale
 
     def references(self, position: int) -> int:

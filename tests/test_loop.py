@@ -350,13 +350,12 @@ def test_toys_paint_fifty_prompts_at_once_and_larger_models_one():
 @pytest.mark.parametrize(
     "module, option, value, words",
     [
-        (sft, "eval_batch", 0, "a number above 0"),
-        (grpo, "eval_batch", 0, "a number above 0"),
-        (grpo, "save_every", 0, "a number above 0"),
+        *[(stage, "eval_batch", 0, "a number above 0") for stage in (sft, grpo)],
+        *[(stage, "save_every", 0, "a number above 0") for stage in (sft, grpo)],
         (sft, "workers", -1, "0 or more"),
-        (grpo, "lr", -1.0, "0 or more"),
+        *[(stage, "lr", -1.0, "0 or more") for stage in (sft, grpo)],
+        *[(stage, "average", 2.0, "0 or more, and below 1") for stage in (sft, grpo)],
         (sft, "plan_dropout", 2.0, "a share from 0 to 1"),
-        (sft, "average", 2.0, "0 or more, and below 1"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(capsys, module, option, value, words):

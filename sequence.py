@@ -42,10 +42,9 @@ Left out: what two vectors cannot say, namely siblings that later text sees toge
 cannot say about one image, a clean copy laid out before its noised copy, is refused when both are
 given the same `name`.
 
-    python sequence.py --picture mask.png       the mask of a pack and of a group's tree, drawn
+    python -m studies.masks --out mask.png      the mask of a pack and of a group's tree, drawn
 """
 
-import runpy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -476,7 +475,3 @@ def _spans(parts):
 def _cat(parts, dtype):
     """The parts in one tensor, or an empty one where there are none."""
     return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
-
-
-if __name__ == "__main__":
-    runpy.run_module("studies.masks", run_name="__main__")

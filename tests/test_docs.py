@@ -1,4 +1,4 @@
-"""The documents against the tree: what README, CONTRIBUTING and docs/PAPER.md name is there.
+"""The documents against the tree: what README, CONTRIBUTING, PAPER and TOUR name is there.
 
 That documented commands parse and that logged keys are explained is in test_commands.py.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/PAPER.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/PAPER.md", "docs/TOUR.md")
 FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
 ENTRY = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 

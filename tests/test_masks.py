@@ -1,16 +1,10 @@
 """The picture of a mask: its runs, their names and their colours are those of the pack."""
 
-import runpy
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from runtime.config import parse
 from studies import masks
 
 
@@ -30,7 +24,7 @@ def test_a_square_has_the_colour_of_what_is_seen_there():
     """Against the rule in words: own run, and the prompt; of the own branch the plan."""
     packed = masks.grpo_tree()
     axis = Figure().subplots()
-    masks.draw_mask(axis, packed, masks.LAYOUT, title="")
+    masks.draw_mask(axis, packed, masks.LAYOUT, "")
     drawn = torch.tensor(axis.images[0].get_array())  # (N, N, 3)
     at = {run.name: run for run in reversed(masks.runs_of(packed, masks.LAYOUT))}
     first, plan, other = at["noised, t = 0.80"], at["plan 1"], at["plan 2"]
@@ -42,14 +36,8 @@ def test_a_square_has_the_colour_of_what_is_seen_there():
     assert torch.equal(drawn[plan.begin, plan.begin + 1], white)  # a text is causal
 
 
-def test_the_command_is_that_of_sequence(tmp_path, monkeypatch):
+def test_the_command_writes_both(tmp_path):
     out = tmp_path / "new" / "mask.png"
-    monkeypatch.setattr(sys, "argv", ["sequence.py", "--picture", str(out)])
-    runpy.run_path(str(Path(__file__).parents[1] / "sequence.py"), run_name="__main__")
-    assert Image.open(out).width > 1000
-
-
-def test_another_ending_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(masks.Config, masks.PRESETS, ["--picture", "mask.jpg"])
-    assert stopped.value.code == 2 and "ends in .png" in capsys.readouterr().err
+    masks.main(masks.Config(str(out)))
+    with Image.open(out) as drawn:
+        assert drawn.width > 1000

@@ -35,7 +35,6 @@ import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +45,7 @@ from tqdm import tqdm
 import flow
 import iccot
 from model import Cache, UnifiedModel
-from runtime.processes import Interrupted, generator
+from runtime.processes import generator
 from sequence import Layout, Packed, Sequence
 from vision import Reference, to_pil, unpatchify
 
@@ -341,20 +340,6 @@ class Engine:
     def __init__(self, model: UnifiedModel, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.layout = model.config.layout(tokenizer)
-        self.asked = None  # a function: whether somebody asked for an end
-
-    @contextmanager
-    def until(self, asked: Callable[[], bool] | None):
-        """Inside, `Interrupted` is raised before the next token or step once asked() is true."""
-        self.asked = asked
-        try:
-            yield self
-        finally:
-            self.asked = None
-
-    def _go_on(self):
-        if self.asked is not None and self.asked():
-            raise Interrupted
 
     @property
     def device(self) -> torch.device:
@@ -455,7 +440,6 @@ class Engine:
         open_rows = torch.arange(len(slots), device=self.device)
         look = LOOK.get(self.device.type, 1)
         for step in range(thinking.max_tokens):
-            self._go_on()
             hidden, _ = self.model(packed.decoding(slots[open_rows] + step, fed), cache)  # (B, W)
             logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
             drawn = None if uniform is None else uniform[open_rows, step]
@@ -504,7 +488,6 @@ class Engine:
         active = [one and len(sampler.contexts) > 1 for one in guides]
         past = []  # (t, v) of the last passes of the model
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-            self._go_on()
             if k and active[k] != active[k - 1]:
                 past = []
             if len(past) < CACHED or k % sampler.cache_interval == 0:

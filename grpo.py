@@ -169,7 +169,6 @@ class Learner:
     engine: Engine
     state: TrainingState  # trained parameters, optimiser, average
     anchor: dict | None  # {name: value} of the trained weights in stage 1, for the KL
-    stop: loop.Stop | None = None  # whether the run was asked to end
 
 
 def update(learner, rollout, advantage, *, config):
@@ -232,7 +231,6 @@ def group_backward(learner, group, actions, *, passes, last, config):
     one with weight 0; last: of this optimiser step. Returns the Objective of each batch, detached.
     """
     model, anchor = learner.engine.model, learner.anchor
-    stop = None if group.old else learner.stop  # once weights have moved, the step is ended
     prompt, anchors, done = group.prompt.to(processes.device()), [None] * len(group.batches), []
     if anchor is not None:  # before any graph is built, since the weights are exchanged
         with sharding.exchanged(model, anchor), sharding.gathered(model):
@@ -242,8 +240,6 @@ def group_backward(learner, group, actions, *, passes, last, config):
     prefix = model.keys_and_values(prompt)
     leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in pair) for pair in prefix]
     for i in range(passes):
-        if stop:
-            stop.check()
         at = min(i, len(group.batches) - 1)
         new = tree.policy(model, leaves, group.batches[at], config=config)
         if i > at:
@@ -286,7 +282,7 @@ def summary(health, norms, clip_range):
 
 
 def iteration(learner, clip, source, *, numbers, config, step):
-    """One rollout and its update: the log's line, whether all was finite. May be Interrupted.
+    """One rollout and its update: the log's line, whether all was finite.
 
     numbers: of the samples whose groups are here (rollouts.Share.numbers).
     """
@@ -300,10 +296,8 @@ def iteration(learner, clip, source, *, numbers, config, step):
     lap()
     samples = [source[i] for i in numbers]
     how = dict(config=share.config, first=share.first)
-    with loop.painting(learner.engine, learner.stop):
+    with sharding.gathered(model):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
-    if learner.stop:
-        learner.stop.check()  # raises on all processes, also on those that have a whole rollout
     lap()
     kind = dict(kind=config.reward, cross_score=config.cross_score)
     embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
@@ -360,7 +354,6 @@ def train(config):
         asked = config.metric_name, config.metric, config.clip_steps
         metric = metric_clip_of_all(*asked) if config.eval_every else None
     run = loop.Run(folder, config, learner.state, desc="grpo")
-    learner.stop = run.stop
     processes.say(
         f"grpo: {prompts} prompts x {config.group_size} members = {prompts * config.group_size} "
         f"pictures a step on {processes.size()} processes, {share.ranks} to a group, "
@@ -370,13 +363,12 @@ def train(config):
     for step in run.steps():
         numbers = share.numbers(step, source.references)
         how = dict(numbers=numbers, config=config, step=step)
-        with run.attempt(step):
-            values, finite = iteration(learner, clip, source, **how)
+        values, finite = iteration(learner, clip, source, **how)
         if run.measurement_is_due(step):
-            values |= measured_together(learner.engine, config.held_out, metric, stop=run.stop)
+            values |= measured_together(learner.engine, config.held_out, metric)
         run.end_step(step, values, finite=finite, decay=config.average, made_of=numbers)
         if run.strip_is_due(step):
-            save_strip(folder, step + 1, learner.engine, held_out=config.held_out, stop=run.stop)
+            save_strip(folder, step + 1, learner.engine, held_out=config.held_out)
     run.finish()
     processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(learner.engine.model)}")
     run.export(learner.engine)

@@ -146,12 +146,12 @@ def losses(model, packed, target):
     return ce, F.mse_loss(velocity, target, reduction="sum") / target.shape[-1]
 
 
-def backward(engine, examples, config, *, stop=None):
+def backward(engine, examples, config):
     """Gradients of one step over all Examples of all processes. Returns the means: L_cot, L_img.
 
     Sharding averages gradients over the processes, hence the factor. A process with fewer packs
     than another repeats its last one with weight 0, so that all make the same number of passes.
-    Before each of them `stop` is checked. A pack's pixels are made ready while a GPU still works.
+    A pack's pixels are made ready while a GPU still works.
     """
     model, where, means = engine.model, engine.device, 0
     labels, latents = processes.reduced(
@@ -162,8 +162,6 @@ def backward(engine, examples, config, *, stop=None):
     passes = int(processes.reduced([len(packs)], "max")[0])
     pack = example.pack_of(engine, packs[0], config)
     for i in range(passes):
-        if stop:
-            stop.check()
         sharding.sum_gradients(model, config.sum_every_pass or i == passes - 1)
         ce, mse = losses(model, pack.packed.to(where), pack.target.to(where))
         ce = ce if config.train == "all" else ce.detach()
@@ -189,9 +187,9 @@ def learning_rate(step, config):
 
 
 def iteration(engine, optimizer, examples, *, run, step):
-    """A step on Examples, read here: the log's line, if it was finite. May be Interrupted."""
+    """A step on Examples, read here: the log's line, if it was finite."""
     begun, config, examples = time.perf_counter(), run.config, list(examples)
-    ce, mse = backward(engine, examples, config, stop=run.stop)
+    ce, mse = backward(engine, examples, config)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     norm, finite = sharding.step_if_finite(optimizer, config.max_grad_norm)
@@ -259,15 +257,14 @@ def train(config):
     for step in run.steps():
         numbers, decay = dealer.own(step), min(config.average, (step + 1) / (step + 10))
         own = islice(examples, each)
-        with run.attempt(step):
-            values, finite = iteration(engine, optimizer, own, run=run, step=step)
+        values, finite = iteration(engine, optimizer, own, run=run, step=step)
         if run.measurement_is_due(step):
             with sharding.exchanged(engine.model, state.average):  # of the steps before
-                values |= measured_together(engine, measuring, clip, stop=run.stop)
+                values |= measured_together(engine, measuring, clip)
         run.end_step(step, values, finite=finite, decay=decay, made_of=numbers)
         if run.strip_is_due(step) or step + 1 == config.steps:
             with sharding.exchanged(engine.model, state.average):
-                save_strip(folder, step + 1, engine, held_out=config.held_out, stop=run.stop)
+                save_strip(folder, step + 1, engine, held_out=config.held_out)
     run.finish()
     run.export(engine)
     save_story(folder)

@@ -20,8 +20,8 @@ The same command continues a run from its newest state, which is never older tha
 and a step, unless writing states would take more than a twentieth of the time. Nothing random is
 carried from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed
 run equals an uninterrupted one bit for bit, and no state of a random generator is stored. On
-SIGTERM or SIGUSR1 a run gives up its step after the present pass, saves the state before it, and
-leaves with status 85. Not a concept of the paper.
+SIGTERM or SIGUSR1 a run finishes its step, saves the state, and leaves with status 85.
+Not a concept of the paper.
 Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
@@ -30,7 +30,6 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,7 +42,6 @@ from runtime.files import check_writable, lines_of, object_of, read_json, to_jso
 from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
-    Interrupted,
     barrier,
     choose_threads,
     device,
@@ -57,7 +55,7 @@ from runtime.processes import (
     warn,
 )
 from runtime.quantised import count, library
-from runtime.sharding import gathered, whole_weights
+from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
 from runtime.tracker import Tracker
 
@@ -236,14 +234,6 @@ class Run:
         self.saver.save(step, self.state.tensors())
         self.saved, self.saved_at = step, time.perf_counter()
         self.writing = self.saved_at - begun  # in the background: what training waited for
-
-    @contextmanager
-    def attempt(self, step):
-        """A step inside may be Interrupted: it is given up, and the run leaves."""
-        try:
-            yield
-        except Interrupted:
-            self.leave(step)
 
     def leave(self, step):
         """Asked to stop after `step` whole steps: save what is not saved yet, and go."""
@@ -426,26 +416,9 @@ class Stop:
     def _catch(self, *_):
         self.flag = True
 
-    def here(self):
-        """Whether this process was asked to stop, without asking the others."""
-        return self.flag
-
     def wanted(self):
         """Whether any process was asked to stop; the same answer on all."""
         return bool(reduced([float(self.flag)], "max")[0])
-
-    def check(self):
-        """Interrupted on all processes if any was asked to stop."""
-        if self.wanted():
-            raise Interrupted
-
-
-@contextmanager
-def painting(engine, stop):
-    """Inside, weights are whole, and work ends before the next token or step once this process was
-    asked to stop (a Stop, or None). Others may have finished theirs: then ask `stop.wanted`."""
-    with suppress(Interrupted), gathered(engine.model), engine.until(stop and stop.here):
-        yield
 
 
 def stop_here(step):

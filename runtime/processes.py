@@ -246,10 +246,6 @@ def dealt(numbers, weight, among):
     return [list(own) for own in zip(*rows, strict=True)]
 
 
-class Interrupted(Exception):
-    """Somebody asked for an end while the work was under way."""
-
-
 # --------------------------------------------------------------------------------------------------
 # numbers of all processes
 

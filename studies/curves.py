@@ -31,6 +31,7 @@ from engine import Engine
 from runtime import files, loop
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.processes import barrier, is_main, joined, rank, size
+from runtime.sharding import gathered
 from studies.metrics import COLUMNS
 from studies.pictures import GREY, LINE, PAD, SIDE, save_png, sheet_of, some
 from toy.sheets import fitted
@@ -192,20 +193,17 @@ def save_story(folder):
         save_lapse(folder)
 
 
-def save_strip(folder, step, engine: Engine, *, held_out, stop=None):
+def save_strip(folder, step, engine: Engine, *, held_out):
     """Pictures of the same eight prompts from the same noise after `step` steps of training.
 
-    All processes take part: each paints its share, more than eight of them some twice. None where
-    `stop` (loop.Stop) was wanted by any of them meanwhile.
+    All processes take part: each paints its share, more than eight of them some twice.
     """
     eight = replace(held_out, count=8)
     samples = eight.samples()
     each = -(-len(samples) // size())
     mine = [(rank() * each + i) % len(samples) for i in range(each)]
-    with loop.painting(engine, stop):
+    with gathered(engine.model):
         results = eight.paint(engine, [samples[number] for number in mine], mine)
-    if stop and stop.wanted():
-        return
     own = torch.stack([torch.from_numpy(np.array(one.image)) for one in results])  # (each, h, w, 3)
     pictures = joined(own, size(), 0)[: len(samples)].cpu().numpy()
     if is_main():

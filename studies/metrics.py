@@ -31,9 +31,9 @@ from iccot import TASKS
 from reward import compare
 from runtime.config import UserError
 from runtime.files import to_json, write_text
-from runtime.loop import painting
 from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
 from runtime.quantised import load_quantised
+from runtime.sharding import gathered
 from studies.pictures import save_grid
 from toy import world
 from toy.judge import judge
@@ -156,20 +156,17 @@ def means(samples, results, clip):
     }
 
 
-def measured_together(engine, held_out, clip, *, stop=None):
+def measured_together(engine, held_out, clip):
     """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
 
-    All processes take part and get the same numbers; a column without a value is left out. Nothing
-    where `stop` (loop.Stop) was wanted by any of them meanwhile.
+    All processes take part and get the same numbers; a column without a value is left out.
     """
     samples = held_out.samples()
     numbers = range(rank(), len(samples), size())
     mine, found = [samples[number] for number in numbers], {}
-    with painting(engine, stop):
+    with gathered(engine.model):
         if mine:
             found = means(mine, held_out.paint(engine, mine, numbers), clip)
-    if stop and stop.wanted():
-        return {}
     row = of_all(found)
     return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
 

@@ -8,7 +8,7 @@ import torch
 import flow
 from engine import Branch, Engine, Group, Noised, Sampler, Thinking, choose, draw_uniform, lay_out
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime.processes import Interrupted, generator
+from runtime.processes import generator
 from toy.prepare import toy_tokenizer
 
 SAMPLING = Thinking(8, 1.0)
@@ -94,22 +94,6 @@ def test_ended_rows_leave(engine, monkeypatch):
     assert engine.model.tokens - before == sum(map(len, plans)) + sum(ended)
     monkeypatch.setattr("engine.LOOK", {"cpu": 8})  # as on a GPU: the same plans
     assert engine.think(prompts, Thinking(60, 1.0), generators=draw(), **each) == (plans, ended)
-
-
-def test_work_ends_soon_after_it_is_asked_to(engine):
-    """Before the next token, and before the next step; afterwards the engine works again."""
-    prompts, asked = [engine.prompt((), "Draw a cat.")], iter([False] * 3 + [True] * 9)
-    before = engine.model.tokens
-    with pytest.raises(Interrupted), engine.until(lambda: next(asked)):
-        draw = [generator(5, 0, member) for member in range(4)]
-        engine.think(prompts, Thinking(60, 1.0), count=4, generators=draw)
-    assert len(prompts[0]) + 4 < engine.model.tokens - before <= len(prompts[0]) + 3 * 4
-    group = Group(prompts[0], (2, 2), (Branch(None, (engine.start((2, 2), generator(0)),)),))
-    steps, asked = [], iter([False, True])
-    with pytest.raises(Interrupted), engine.until(lambda: next(asked)):
-        engine.paint([group], Sampler(5, 1.0), step=lambda k, x, v, **times: steps.append(k) or x)
-    assert steps == [0]
-    assert len(engine.paint([group], Sampler(5, 1.0))) == 4
 
 
 def test_velocities_between_passes_are_extrapolated(engine, monkeypatch):

@@ -4,9 +4,7 @@ Stage 2: what must hold of the loop before any learning curve means something.
 The mathematics of a step is tested in test_flow.py, the reward of a group in test_reward.py.
 """
 
-import contextlib
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -22,12 +20,12 @@ from engine import Branch, Engine, Group, Prompt
 from model import SMOKE, ModelConfig, UnifiedModel
 from objective import clipped, group_advantage
 from reward import group_rewards
-from runtime import loop, lora
+from runtime import lora
 from runtime.config import UserError
-from runtime.processes import Interrupted, generator
+from runtime.processes import generator
 from runtime.state import TrainingState
 from sequence import Sequence
-from toy.tasks import Drawn, draw_sample
+from toy.tasks import draw_sample
 from toy.tokenizer import train_tokenizer
 
 SDE = dict(likelihood="sde", window=2, kl_beta=0.0, updates=2)
@@ -603,46 +601,6 @@ def test_a_synthetic_reward_rises(toy, monkeypatch):
         means.append(reward.mean().item())
         update(learner(engine, optimizer), rollout, reward, config)
     assert sum(means[-3:]) / 3 > sum(means[:2]) / 2 + 0.05, means
-
-
-def test_a_signal_ends_the_rollout_and_the_iteration(toy):
-    """Also on a process without a signal of its own: it finishes its rollout, then hears of it."""
-    engine, samples = toy
-    source, clip = Drawn("train", 0, 4), types.SimpleNamespace(truncated=0)
-    config = dataclasses.replace(CONFIG, prompts_per_step=2)
-    for here in (True, False):
-        one, before = learner(engine, None), engine.model.tokens
-        one.stop = stop_after(0, here)
-        with pytest.raises(Interrupted):
-            grpo.iteration(one, clip, source, numbers=[0, 1], config=config, step=0)
-        painted = engine.model.tokens - before > 2 * len(samples) * 200
-        assert painted != here and engine.asked is None
-
-
-def stop_after(checks, here=False):
-    """A loop.Stop of a run that is asked to stop after so many looks at it."""
-    stop, looks = loop.Stop.__new__(loop.Stop), iter([False] * checks + [True] * 99)
-    stop.here, stop.wanted = lambda: here, lambda: next(looks)
-    return stop
-
-
-def test_a_signal_ends_the_update_between_passes_until_weights_have_moved(toy):
-    """Of the first optimiser step; once it is made, the iteration is ended whatever is asked."""
-    engine, samples = toy
-    config = dataclasses.replace(CONFIG, prompts_per_step=2, updates=2, likelihood="forward")
-    config = dataclasses.replace(config, tokens_per_pack=200)
-    rollout = roll((engine, samples[:2]), config)
-    reward = torch.randn(2, config.group_size)
-    for checks, stopped in ((0, True), (1, True), (99, False)):
-        made = []
-        optimizer = torch.optim.SGD(engine.model.parameters(), 0.0)
-        optimizer.register_step_post_hook(lambda *_, made=made: made.append(1))
-        one = learner(engine, optimizer)
-        one.stop = stop_after(checks)
-        with pytest.raises(Interrupted) if stopped else contextlib.nullcontext():
-            update(one, rollout, reward, config)
-        assert len(made) == (0 if stopped else 2)
-        engine.model.zero_grad()
 
 
 @pytest.mark.parametrize(

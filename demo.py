@@ -28,7 +28,7 @@ import torch
 
 import iccot
 from engine import Engine, Sampler, Thinking
-from reward import Clip
+from reward import Clip, source_of
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.quantised import load_quantised
@@ -408,7 +408,9 @@ def open_studio(config):
     shape, side = next(iter(engines.values())).model.config, 0
     if config.square:
         side = shape.latent_side * shape.token_pixels
-    clip = Clip(config.clip_name, config.clip, str(place[0])) if config.clip else None
+    clip = None
+    if config.clip:
+        clip = Clip(source_of(config.clip_name, config.clip), str(place[0]))
     members = replace(config.members, picture_side=side)
     return Studio(engines, clip, members=members, max_references=config.max_references)
 

@@ -33,7 +33,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -46,7 +45,7 @@ from data import open_source
 from engine import Engine, Thinking
 from kernels.attention import describe_backend
 from objective import Actions, advantages, objective
-from reward import Clip, embed_groups, reward_statistics, rewards_of
+from reward import Clip, embed_groups, reward_statistics, rewards_of, source_of
 from runtime import loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
@@ -65,8 +64,6 @@ class Config(loop.Options, rollouts.Options):
     init: str = "out/full-sft"  # checkpoint of stage 1; the model's shape comes from it
     max_references: int = 4
     # objective
-    reward: Literal["clip_l2", "clip_cos"] = "clip_l2"
-    cross_score: bool = False  # mean reward over all captions of the group (a variance study)
     std: Literal["group", "global"] = "group"  # what advantages are divided by
     std_floor: float = 0.003  # of the rewards of a group
     max_advantage: float = 5.0
@@ -299,9 +296,8 @@ def iteration(learner, clip, source, *, numbers, config, step):
     with sharding.gathered(model):
         rollout = rollouts.roll_out(learner.engine, samples, numbers, step=step, **how)
     lap()
-    kind = dict(kind=config.reward, cross_score=config.cross_score)
     embedded = embed_groups(clip, rollout.images, rollout.captions, groups=len(samples))
-    reward = rewards_of(*share.whole_groups(*embedded), **kind)  # (P, G)
+    reward = rewards_of(*share.whole_groups(*embedded))  # (P, G)
     advantage = share.own_members(*advantages(reward, config))
     lap()
     health, finite = update(learner, rollout, advantage, config=share.config)
@@ -350,7 +346,7 @@ def train(config):
         source = open_source(config.data, seed, config.max_references, scale=config.scale)
         learner = build(config)
         with processes.first_alone():
-            clip = Clip(config.clip_name, config.clip, processes.device())
+            clip = Clip(source_of(config.clip_name, config.clip), processes.device())
         asked = config.metric_name, config.metric, config.clip_steps
         metric = metric_clip_of_all(*asked) if config.eval_every else None
     run = loop.Run(folder, config, learner.state, desc="grpo")
@@ -386,7 +382,7 @@ def finish(config, folder, begun):
     metric = metric_clip_of_all(config.metric_name, config.metric, config.clip_steps)
     score = None
     if processes.is_main():
-        score = partial(Clip(config.clip_name, config.clip).score, kind=config.reward)
+        score = Clip(source_of(config.clip_name, config.clip)).score
     both = {"SFT": config.init, "SFT + GRPO": folder}
     how = dict(folder=folder, held_as=(config.precision, config.weights), score=score)
     rows = compare_checkpoints(both, config.held_out, metric, **how)

@@ -4,9 +4,8 @@ plan said?
 
     e = E(x) / |E(x)|      CLIP's embedding of the picture x
     u = T(c) / |T(c)|      CLIP's embedding of c, the text of <out_caption> that the sample wrote
-    clip_cos   s = e . u
-    clip_l2    r = -|e - u| = -sqrt(2 - 2 s)      the same ranking; no task reward model, no labels
-    CLIP_out   100 s, with the true caption       the metric of the paper's ablation, another CLIP
+    clip_l2    r = -|e - u| = -sqrt(2 - 2 e . u)    no task reward model, no labels
+    CLIP_out   100 e . u, with the true caption     the metric of the paper's ablation, another CLIP
 
 Any open_clip model can be the judge, with published weights or as a CLIP of one's own: a folder of
 
@@ -14,12 +13,11 @@ Any open_clip model can be the judge, with published weights or as a CLIP of one
                         and resize_mode}
     clip.safetensors    the weights
 
-A reward never invents a number: what cannot be loaded or scored raises; without a plan to compare
-with, a picture has the lowest reward of its group. Captions longer than the CLIP can read are
-counted in `truncated`. Letters: sequence.py. Left out: gradients through the reward, other reward
-models.
+A reward never invents a number: what cannot be loaded or scored raises. A picture whose plan cannot
+be read has the lowest reward of its group. Captions longer than the CLIP can read are counted in
+`truncated`. Letters: sequence.py. Left out: gradients through the reward, other reward models.
 
-    clip = Clip("ViT-L-14", "openai");   clip.score(pictures, captions)                     # (B,)
+    clip = Clip("ViT-L-14:openai");   clip.score(pictures, captions)                     # (B,)
 """
 
 import json
@@ -37,9 +35,18 @@ from torch import Tensor
 
 from runtime.files import object_of
 
-LOWEST = {"clip_l2": -2.0, "clip_cos": -1.0}  # of each kind of reward
-# pictures or captions that go through the CLIP at once; bounds the memory, not the result
-BATCH = 64
+LOWEST = -2.0  # of any two unit vectors
+BATCH = 64  # pictures or captions at once; bounds the memory, not the result
+
+
+def clip_l2(e: Tensor, u: Tensor) -> Tensor:
+    """The reward of unit vectors e of pictures and u of captions: (..., E), broadcast -> (...)."""
+    return -(e - u).norm(dim=-1)
+
+
+def cosine(e: Tensor, u: Tensor) -> Tensor:
+    """The cosine of the same."""
+    return (e * u).sum(-1)
 
 
 class Clip:
@@ -48,32 +55,30 @@ class Clip:
     truncated: how many captions were cut so far.
     """
 
-    def __init__(
-        self, name: str, pretrained: str, device: str = "cpu", *, cache_dir: str | None = None
-    ):
+    def __init__(self, source: str, device: str = "cpu"):
         """Load it.
 
-        name         an open_clip architecture, e.g. "ViT-B-32"
-        pretrained   a tag of it ("openai", ...), or a local .safetensors file in open_clip's layout
-                     (name="ViT-B-32-quickgelu" for OpenAI's weights, or open_clip_config.json
-                     beside them), or the folder of a CLIP of one's own (the name is then free)
-        cache_dir    where downloads go
+        source   "architecture:weights" of open_clip: the weights are a tag ("ViT-L-14:openai") or a
+                 .safetensors file in open_clip's layout ("ViT-B-32-quickgelu:file.safetensors" for
+                 OpenAI's, or with their open_clip_config.json beside it);
+                 or the folder of a CLIP of one's own
         ValueError, FileNotFoundError: unknown name or tag, missing or unsuitable file; OSError: a
         download failed.
         """
-        if Path(pretrained).is_dir():
-            self.model, preprocess = _load_folder(Path(pretrained))
+        name, colon, weights = source.partition(":")
+        if Path(source).is_dir() or not colon:
+            self.model, preprocess = _load_folder(Path(source))
             self.tokenizer = open_clip.SimpleTokenizer()
         else:
-            self.model = _load_open_clip(name, pretrained, cache_dir)
+            self.model = _load_open_clip(name, weights)
             preprocess = self.model.visual.preprocess_cfg
-            self.tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+            self.tokenizer = open_clip.get_tokenizer(name)
         self.model.to(device).float().eval().requires_grad_(False)
         self.device, self.preprocess, self.truncated = device, preprocess, 0
 
     @torch.no_grad()
-    def embed_images(self, images: list[Image.Image] | Tensor) -> Tensor:
-        """PIL pictures of any size and mode, or floats (B, 3, h, w) in [-1, 1] -> (B, E)."""
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        """PIL pictures of any size and mode -> (B, E)."""
         features = []
         for start in range(0, len(images), BATCH):
             batch = _pixels(images[start : start + BATCH], self.preprocess, self.device)
@@ -83,11 +88,8 @@ class Clip:
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> Tensor:
         """Captions -> (B, E). Those that are longer than the CLIP can read are cut and counted."""
-        for index, caption in enumerate(captions):
-            if not caption.strip():
-                raise ValueError(
-                    f"caption {index} is empty: there is nothing to compare the picture with"
-                )
+        if "" in map(str.strip, captions):
+            raise ValueError("a caption is empty: there is nothing to compare the picture with")
         length, features = self.model.context_length, []
         for start in range(0, len(captions), BATCH):
             batch = captions[start : start + BATCH]
@@ -98,48 +100,33 @@ class Clip:
             features.append(self.model.encode_text(tokens.to(self.device)))
         return _unit(features, "caption")
 
-    def score(self, images, captions: list[str], kind: str = "clip_l2") -> Tensor:
-        """The reward of each picture under its own caption, (B,).
+    def score(self, images: list[Image.Image], captions: list[str]) -> Tensor:
+        """The reward of each picture under its own caption, (B,)."""
+        return clip_l2(*self._embed(images, captions))
 
-        images: as in `embed_images`; kind: "clip_l2" (from -2 to 0) or "clip_cos" (from -1 to 1).
-        """
+    def clip_out(self, images: list[Image.Image], captions: list[str]) -> Tensor:
+        """100 * cosine, (B,): the paper's CLIP_out when the captions are the true ones."""
+        return 100 * cosine(*self._embed(images, captions))
+
+    def _embed(self, images, captions):
         if len(images) != len(captions):
             raise ValueError(
                 f"{len(images)} pictures and {len(captions)} captions: each picture needs its own"
             )
-        return compare(self.embed_images(images), self.embed_captions(captions), kind)
-
-    def clip_out(self, images, captions: list[str]) -> Tensor:
-        """100 * cosine, (B,): the paper's CLIP_out when the captions are the true ones."""
-        return 100 * self.score(images, captions, "clip_cos")
-
-
-def compare(e: Tensor, u: Tensor, kind: str) -> Tensor:
-    """The reward of unit vectors e of pictures and u of captions: (..., E), broadcast -> (...)."""
-    if kind not in LOWEST:
-        raise ValueError(f"unknown reward {kind!r}: expected clip_l2 or clip_cos")
-    return -(e - u).norm(dim=-1) if kind == "clip_l2" else (e * u).sum(-1)
+        return self.embed_images(images), self.embed_captions(captions)
 
 
 def group_rewards(
-    clip: Clip,
-    images: list[Image.Image],
-    captions: list[str],
-    *,
-    groups: int,
-    kind: str = "clip_l2",
-    cross_score: bool = False,
+    clip: Clip, images: list[Image.Image], captions: list[str], *, groups: int
 ) -> Tensor:
     """The rewards of all groups of a step, (P, G) on the CPU.
 
     A picture whose plan does not parse gets the lowest reward of its group; in a group without any
-    plan all get the lowest that there is (LOWEST).
+    plan all get the lowest that there is.
     images: P * G pictures; captions: of P * J plans, "" where one did not parse; plan j of a group
-    has the pictures from j G / J on. cross_score: each picture is compared with all captions of its
-    group in place of its own, and the mean counts.
+    has the pictures from j G / J on.
     """
-    embedded = embed_groups(clip, images, captions, groups=groups)
-    return rewards_of(*embedded, kind=kind, cross_score=cross_score)
+    return rewards_of(*embed_groups(clip, images, captions, groups=groups))
 
 
 def embed_groups(
@@ -155,21 +142,14 @@ def embed_groups(
     return tuple(x.unflatten(0, (groups, -1)) for x in (e, u, valid))
 
 
-def rewards_of(
-    e: Tensor, u: Tensor, valid: Tensor, *, kind: str = "clip_l2", cross_score: bool = False
-) -> Tensor:
+def rewards_of(e: Tensor, u: Tensor, valid: Tensor) -> Tensor:
     """`group_rewards` of what `embed_groups` gave, (P, G) on the CPU."""
-    members, each = e.shape[1], u.shape[1]  # G, J
-    member_valid = valid.repeat_interleave(members // each, 1)  # (P, G)
-    if cross_score:
-        all_pairs = compare(e[:, :, None], u[:, None], kind)  # (P, G, J)
-        scores = all_pairs.masked_fill(~valid[:, None], 0).sum(2)  # (P, G)
-        scores = scores / valid.sum(1, keepdim=True).clamp_min(1)
-    else:
-        scores = compare(e, u.repeat_interleave(members // each, 1), kind)  # (P, G)
-    lowest = scores.masked_fill(~member_valid, float("inf")).amin(1, keepdim=True)  # (P, 1)
-    lowest = lowest.masked_fill(lowest.isinf(), LOWEST[kind])  # a group without any plan
-    return torch.where(member_valid, scores, lowest).cpu()
+    pictures = e.shape[1] // u.shape[1]  # of a plan, G / J
+    valid = valid.repeat_interleave(pictures, 1)  # (P, G)
+    scores = clip_l2(e, u.repeat_interleave(pictures, 1))  # (P, G)
+    lowest = scores.masked_fill(~valid, float("inf")).amin(1, keepdim=True)  # (P, 1)
+    lowest = lowest.masked_fill(lowest.isinf(), LOWEST)  # a group without any plan
+    return torch.where(valid, scores, lowest).cpu()
 
 
 def reward_statistics(reward: Tensor, plans: int) -> dict[str, float]:
@@ -189,38 +169,23 @@ def reward_statistics(reward: Tensor, plans: int) -> dict[str, float]:
 
 def _unit(features: list[Tensor], what: str) -> Tensor:
     """Batches of embeddings (n, E) -> all as unit vectors (B, E); ValueError if not finite."""
-    if not features:
-        raise ValueError(f"there is no {what} to embed")
     features = torch.cat(features).float()  # (B, E)
-    bad = (~torch.isfinite(features).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"the CLIP embedding of {what} {bad[0]} is not finite: "
-            "its pixels or the weights are broken"
-        )
+    if not torch.isfinite(features).all():
+        raise ValueError(f"the CLIP embedding of a {what} is not finite: the weights are broken")
     return F.normalize(features, dim=-1)
 
 
 def _pixels(images, preprocess: dict, device: str) -> Tensor:
     """Resize, crop the middle and normalise as the CLIP was trained: (B, 3, size, size)."""
-    if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                "pictures must be floats (N, 3, H, W) in [-1, 1], "
-                f"found shape {tuple(images.shape)}"
-            )
-        # (1, 3, h, w) each
-        images = [image[None].to(device).float().clamp(-1, 1) / 2 + 0.5 for image in images]
-    else:
-        arrays = [np.array(image.convert("RGB")) for image in images]
-        # (1, 3, h, w) each
-        images = [torch.from_numpy(x).to(device).permute(2, 0, 1)[None] / 255 for x in arrays]
     size, squash = preprocess["size"], preprocess["resize_mode"] == "squash"
     size = (size, size) if isinstance(size, int) else tuple(size)
-    fitted = torch.cat([_fit(image, size, squash) for image in images])  # (B, 3, size, size)
+    fitted = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)  # (h, w, 3)
+        fitted.append(_fit(pixels.permute(2, 0, 1)[None] / 255, size, squash))
     mean = torch.tensor(preprocess["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(preprocess["std"], device=device).view(3, 1, 1)
-    return (fitted - mean) / std
+    return (torch.cat(fitted) - mean) / std
 
 
 def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
@@ -232,8 +197,7 @@ def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
         covering = (int(side * scale + 1e-6) for side in shape)
         target = tuple(map(max, size, covering))
     if target != tuple(shape):
-        smooth = dict(mode="bicubic", antialias=True, align_corners=False)
-        image = F.interpolate(image, target, **smooth).clamp(0, 1)
+        image = F.interpolate(image, target, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
     return image[:, :, top : top + height, left : left + width]  # (1, 3, *size)
 
@@ -242,40 +206,35 @@ def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
 # loading
 
 
-def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.nn.Module:
+def source_of(name: str, weights: str) -> str:
+    """Architecture and weights as the one string that `Clip` takes."""
+    return weights if Path(weights).is_dir() or name == "toy" else f"{name}:{weights}"
+
+
+def _load_open_clip(name: str, weights: str) -> torch.nn.Module:
     """An open_clip model with its weights and the activation those weights were trained with."""
     if open_clip.get_model_config(name) is None:
-        if name == "toy":
-            raise FileNotFoundError(
-                f"there is no CLIP of the toy world at {pretrained}; python grpo.py --config toy "
-                f"trains one, or --config smoke"
-            )
         raise ValueError(f"open_clip has no architecture {name!r}; see open_clip.list_models()")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag and not pretrained.endswith(".safetensors"):
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if not tag and not (weights.endswith(".safetensors") and Path(weights).is_file()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(
-            f"CLIP weights {pretrained!r}: expected a .safetensors file, a folder with clip.json, "
-            f"or a tag of {name} ({tags})"
-        )
-    if not tag and not Path(pretrained).is_file():
         raise FileNotFoundError(
-            f"CLIP weights not found at {pretrained}; give a .safetensors file or a tag"
+            f"CLIP weights {weights!r}: expected a .safetensors file, or a tag of {name} ({tags})"
         )
-    quick = tag.get("quick_gelu", False) if tag else _quick_gelu(name, Path(pretrained))
+    quick = tag.get("quick_gelu", False) if tag else _quick_gelu(name, Path(weights))
     logging.disable(logging.CRITICAL)  # open_clip also logs what it raises; one message is enough
     try:
         # OpenAI's, DFN's and MetaCLIP's weights need QuickGELU; with the plain GELU of "ViT-B-32"
         # the scores are wrong
-        return open_clip.create_model(name, pretrained, force_quick_gelu=quick, cache_dir=cache_dir)
+        return open_clip.create_model(name, weights, force_quick_gelu=quick)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if tag:
             raise OSError(
-                f"CLIP {name} ({pretrained}) could not be fetched; download its .safetensors file "
+                f"CLIP {name}:{weights} could not be fetched; download its .safetensors file "
                 f"elsewhere and give the path: {reason}"
             ) from error
-        raise ValueError(f"{pretrained} does not hold weights of CLIP {name}: {reason}") from error
+        raise ValueError(f"{weights} does not hold weights of CLIP {name}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -283,21 +242,18 @@ def _load_open_clip(name: str, pretrained: str, cache_dir: str | None) -> torch.
 def _quick_gelu(name: str, weights: Path) -> bool:
     """Whether weights in a local file were trained with QuickGELU; they look the same without it.
 
-    open_clip_config.json says so, which lies beside them in their repository; else their name.
-    ValueError where that can mean both: scores with the wrong activation would only look right.
+    open_clip_config.json beside them says so, else their architecture's name. ValueError where that
+    can mean both: scores with the wrong activation would only look right.
     """
+    beside = weights.with_name("open_clip_config.json")
     named = open_clip.get_model_config(name).get("quick_gelu", False)
-    about = weights.with_name("open_clip_config.json")
-    if about.is_file():
+    if beside.is_file():
         try:
-            quick = bool(object_of(about.read_bytes())["model_cfg"].get("quick_gelu"))
+            quick = bool(object_of(beside.read_bytes())["model_cfg"].get("quick_gelu"))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{about} describes no CLIP ({error}); copy it again") from None
+            raise ValueError(f"{beside} describes no CLIP ({error}); copy it again") from None
         if named and not quick:
-            raise ValueError(
-                f"{about} says that {weights.name} was trained without QuickGELU, the name {name} "
-                f"that it was; write {name.removesuffix('-quickgelu')}"
-            )
+            raise ValueError(f"{beside} says without QuickGELU, the name {name} with it")
         return quick
     if not named and open_clip.get_model_config(f"{name}-quickgelu"):
         raise ValueError(
@@ -313,8 +269,8 @@ def _load_folder(folder: Path) -> tuple[torch.nn.Module, dict]:
     for name in ("clip.json", "clip.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} is not a CLIP of one's own: {name} is missing; "
-                "expected clip.json and clip.safetensors"
+                f"{folder} is no CLIP: {name} is missing; expected a folder with clip.json and "
+                f"clip.safetensors (python grpo.py --config toy trains one), or architecture:tag"
             )
     try:
         written = json.loads((folder / "clip.json").read_text(encoding="utf-8"))

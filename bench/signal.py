@@ -22,7 +22,7 @@ import torch
 
 import grpo
 from objective import advantages
-from reward import Clip, group_rewards, reward_statistics
+from reward import Clip, group_rewards, reward_statistics, source_of
 from rollouts import roll_out
 from runtime.lora import TRAINED
 from toy.prepare import train_clips
@@ -57,7 +57,7 @@ def bench_signal(config):
     preset = grpo.PRESETS["toy"] | sizes | dict(init=config.init, seed=config.seed)
     plain = grpo.Config(config="toy", **preset | dict(train_text=False, std_floor=1e-6))
     train_clips(plain)
-    learner, clip = grpo.build(plain), Clip(plain.clip_name, plain.clip)
+    learner, clip = grpo.build(plain), Clip(source_of(plain.clip_name, plain.clip))
     found = {}
     print(
         f"{SETS} sets of {PROMPTS} groups of {MEMBERS}, from {config.init}: mean cosine ± its error"
@@ -94,8 +94,7 @@ def of_a_set(learner, clip, config, *, step):
     source = Drawn("train", config.seed + 1, config.max_references)
     samples = [source[number] for number in numbers]
     rollout = roll_out(learner.engine, samples, list(numbers), config=config, step=step)
-    kind = dict(groups=PROMPTS, kind=config.reward)
-    reward = group_rewards(clip, rollout.images, rollout.captions, **kind)  # (P, G)
+    reward = group_rewards(clip, rollout.images, rollout.captions, groups=PROMPTS)  # (P, G)
     recorder = Recorder(learner.state.parameters)
     one = grpo.Learner(learner.engine, replace(learner.state, optimizer=recorder), None)
     grpo.update(one, rollout, advantages(reward, config), config=config)

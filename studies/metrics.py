@@ -28,7 +28,7 @@ import data
 import iccot
 from engine import Engine, Sampler, Thinking
 from iccot import TASKS
-from reward import compare
+from reward import cosine
 from runtime.config import UserError
 from runtime.files import to_json, write_text
 from runtime.processes import barrier, device, is_main, rank, reduced, size, warn
@@ -190,7 +190,7 @@ def mean(values):
 
 def agreement(clip, pictures, captions):
     """Mean of 100 * cosine of picture embeddings (B, E) and their captions."""
-    return 100 * float(compare(pictures, clip.embed_captions(captions), "clip_cos").mean())
+    return 100 * float(cosine(pictures, clip.embed_captions(captions)).mean())
 
 
 def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=None):

@@ -39,7 +39,7 @@ from PIL import Image
 
 from engine import Engine, Sampler, Thinking
 from iccot import ICCoT, render
-from reward import compare
+from reward import cosine
 from runtime import processes
 from runtime.config import exit_on_user_error, parse
 from runtime.pretrained import load_model
@@ -279,8 +279,8 @@ def caption_scores(engine, clip, samples, *, results):
     asked = clip.embed_captions([one.instruction for one in samples])  # (B, E)
     pictures = clip.embed_images([result.image for result in results])  # (B, E)
     return {
-        "picture": compare(pictures, written, "clip_cos"),
-        "instruction": compare(written, asked, "clip_cos"),
+        "picture": cosine(pictures, written),
+        "instruction": cosine(written, asked),
         "likelihood": likelihoods(engine, samples, [result.text for result in results]),
     }
 

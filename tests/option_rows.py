@@ -160,8 +160,6 @@ GRPO = TRAINING | dict(
     tokens_per_pack=change("passes", 40),
     sum_every_pass=change("summed", True, **TWO),
     # the objective
-    reward=change("log", "clip_cos"),
-    cross_score=change("log", True),
     std=change("log", "global", **TWO),
     std_floor=change("log", 10.0),
     max_advantage=change("log", 0.1),

@@ -66,7 +66,7 @@ def studio(folder):
     """Two checkpoints, and a first one that writes the sample's plan."""
     engines = {name: Engine(*load_model(folder)) for name in NAMES}
     members = dataclasses.replace(CONFIG.members, picture_side=32)
-    clip = Clip("toy", str(folder / "clip"))
+    clip = Clip(str(folder / "clip"))
     made = Studio(engines, clip, members=members, max_references=4)
     plan = made.engine.tokenizer.encode(iccot.render(SAMPLE.plan)) + [made.engine.layout.eos]
 

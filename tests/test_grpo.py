@@ -253,40 +253,21 @@ def test_unparsable_plans_get_the_lowest_reward_of_their_group(toy, monkeypatch)
     clip = FixedClip([0.5, 0.1, 0.2, 0.9, 0.1, 0.3, 0.4, 0.8])
 
     def rewards(captions):
-        return group_rewards(clip, rollout.images, captions, groups=2, kind="clip_cos")
+        return group_rewards(clip, rollout.images, captions, groups=2)
 
     captions = [*rollout.captions]
     captions[1] = ""
-    expected = torch.tensor([[0.5, 0.2, 0.2, 0.9], [0.1, 0.3, 0.4, 0.8]])
-    torch.testing.assert_close(rewards(captions), expected)
+    cosines = torch.tensor([[0.5, 0.2, 0.2, 0.9], [0.1, 0.3, 0.4, 0.8]])
+    torch.testing.assert_close(rewards(captions), -(2 - 2 * cosines).sqrt())
     # a group without any plan teaches nothing
     advantage = group_advantage(rewards([""] * 4 + captions[4:]), 0.003, 5.0)
     assert not advantage[0].any() and advantage[1].any()
-    assert (rewards([""] * 8) == -1).all()  # the lowest cosine
+    assert (rewards([""] * 8) == -2).all()  # the lowest there is
 
 
 def test_a_group_of_equal_rewards_has_no_advantage_without_a_floor():
     found = group_advantage(torch.tensor([[1.0, 1.0], [1.0, 2.0]]), 0.0, 5.0)
     assert found.tolist() == [[0, 0], [-1, 1]]
-
-
-def test_cross_scores_are_means_over_the_captions_of_the_group(toy, monkeypatch):
-    def unit(angle):
-        return torch.stack([angle.cos(), angle.sin()], 1)
-
-    class Angles:
-        embed_images = staticmethod(lambda images: unit(torch.linspace(0, 1, len(images))))
-        embed_captions = staticmethod(lambda captions: unit(torch.linspace(2, 3, len(captions))))
-
-    write_true_plans(toy, monkeypatch)
-    rollout = roll(toy)
-    asked = Angles, rollout.images, rollout.captions
-    e = Angles.embed_images(rollout.images).view(2, 4, 2)
-    u = Angles.embed_captions(rollout.captions).view(2, 4, 2)
-    got = group_rewards(*asked, groups=2, kind="clip_cos", cross_score=True)
-    torch.testing.assert_close(got, torch.einsum("pgd,pcd->pgc", e, u).mean(2))
-    own = group_rewards(*asked, groups=2, kind="clip_cos")
-    torch.testing.assert_close(own, (e * u).sum(-1))
 
 
 def make_policy(log_prob, *, v=None, text=None, mean=None, std=None):

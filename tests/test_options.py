@@ -65,7 +65,7 @@ class Colours:
         found = torch.stack([torch.randn(3, generator=one) for one in seeds])
         return torch.nn.functional.normalize(found, dim=-1)
 
-    def score(self, images, captions, kind="clip_l2"):
+    def score(self, images, captions):
         return self.clip_out(images, captions)
 
     def clip_out(self, images, captions):

@@ -96,7 +96,7 @@ def test_stage_1(made, tmp_path, monkeypatch, options):
 
 GUIDED = dict(likelihood="sde", window=1, text_guidance=2.0, image_guidance=1.5, kl="latent")
 FORWARD = dict(train_text=True, cot_temperature=1.0, average=0.9, std="global", updates=2)
-PARTS = dict(train="lora", lora_rank=4, images_per_cot=2, cross_score=True, pictures_at_once=3)
+PARTS = dict(train="lora", lora_rank=4, images_per_cot=2, pictures_at_once=3)
 PARTS |= dict(tokens_per_pack=300, groups_at_once=1, checkpointing=True)
 
 

@@ -33,7 +33,7 @@ def train(folder, settings=SMALL):
 
 @pytest.fixture(scope="module")
 def clip(folder):
-    return reward.Clip("toy", str(folder))
+    return reward.Clip(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -42,86 +42,43 @@ def pairs():
     return [sample.target for sample in samples], [sample.plan.caption for sample in samples]
 
 
-def as_tensor(images):
-    """(n, 3, h, w) in [-1, 1]"""
-    pixels = [torch.from_numpy(np.array(image)) for image in images]  # (h, w, 3)
-    return torch.stack([one.permute(2, 0, 1) / 127.5 - 1 for one in pixels])  # (n, 3, h, w)
-
-
 # --------------------------------------------------------------------------------------------------
 # the score
 
 
 def test_score_equals_float64(clip, pairs):
     images, captions = pairs
-    model = clip.model
+    pixels = np.stack([np.array(image) for image in images]).transpose(0, 3, 1, 2)  # (B, 3, h, w)
     with torch.no_grad():  # open_clip's own encoders and tokens, then numpy in float64
         # mean = std = 0.5 is the range [-1, 1]
-        e = model.encode_image(as_tensor(images)).double().numpy()
-        u = model.encode_text(open_clip.tokenize(captions, 44)).double().numpy()
+        e = clip.model.encode_image(torch.from_numpy(pixels) / 127.5 - 1).double().numpy()
+        u = clip.model.encode_text(open_clip.tokenize(captions, 44)).double().numpy()
     e /= np.linalg.norm(e, axis=1, keepdims=True)
     u /= np.linalg.norm(u, axis=1, keepdims=True)
-    cosine = (e * u).sum(1)
-    np.testing.assert_allclose(
-        clip.score(images, captions).numpy(), -np.linalg.norm(e - u, axis=1), atol=1e-6
-    )
-    np.testing.assert_allclose(clip.score(images, captions, "clip_cos").numpy(), cosine, atol=1e-6)
+    scores, cosine = clip.score(images, captions), (e * u).sum(1)
+    np.testing.assert_allclose(scores.numpy(), -np.linalg.norm(e - u, axis=1), atol=1e-6)
     np.testing.assert_allclose(clip.clip_out(images, captions).numpy(), 100 * cosine, atol=1e-4)
+    torch.testing.assert_close(clip.embed_images(images).norm(dim=1), torch.ones(12))
+    assert not scores.requires_grad and not clip.model.training
 
 
-def test_l2_and_cosine_rank_alike(clip, pairs):
-    images, captions = pairs
-    l2, cosine = clip.score(images, captions), clip.score(images, captions, "clip_cos")
-    torch.testing.assert_close(l2, -torch.sqrt(2 - 2 * cosine), atol=1e-5, rtol=0)
-    assert torch.equal(l2.argsort(), cosine.argsort())
-
-
-def test_each_picture_is_scored_against_its_own_caption(clip, pairs):
+def test_each_picture_is_scored_against_its_own_caption(clip, pairs, monkeypatch):
+    """Whatever its company, its mode, and the size of a batch."""
     images, captions = pairs
     scores = clip.score(images, captions)
-    for i in range(len(images)):
-        torch.testing.assert_close(
-            scores[i : i + 1], clip.score(images[i : i + 1], captions[i : i + 1]), atol=1e-6, rtol=0
-        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    moved = clip.score([images[i] for i in order], [captions[i] for i in order])
+    monkeypatch.setattr(reward, "BATCH", 5)
+    moved = clip.score([images[i].convert("RGBA") for i in order], [captions[i] for i in order])
     torch.testing.assert_close(moved, scores[order], atol=1e-6, rtol=0)
     shifted = clip.score(images, captions[1:] + captions[:1])
     assert (shifted - scores).abs().max() > 1e-3
 
 
-def test_batches_larger_than_one_pass(clip, pairs, monkeypatch):
-    images, captions = pairs
-    whole = clip.score(images, captions)
-    monkeypatch.setattr(reward, "BATCH", 5)
-    torch.testing.assert_close(clip.score(images, captions), whole, atol=1e-6, rtol=0)
-
-
-def test_tensors_and_pictures_agree_and_modes_do_not_matter(clip, pairs):
-    images, _ = pairs
-    expected = clip.embed_images(images)
-    torch.testing.assert_close(clip.embed_images(as_tensor(images)), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        clip.embed_images(as_tensor(images) * 1.0), expected, atol=1e-6, rtol=0
-    )
-    torch.testing.assert_close(
-        clip.embed_images([image.convert("RGBA") for image in images]), expected
-    )
-    torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(images)))
-
-
-def test_no_gradient(clip, pairs):
-    images, captions = pairs
-    pixels = as_tensor(images).requires_grad_()
-    assert not clip.score(pixels, captions).requires_grad
-    assert all(not parameter.requires_grad for parameter in clip.model.parameters())
-    assert not clip.model.training
-
-
 def test_truncation_is_counted(clip):
     clip.truncated = 0
     fits = " ".join(["ball"] * 42)  # 42 + start + end = 44
-    clip.embed_captions([fits, "a ball"])
+    toy = max((draw_sample("train", i).plan.caption for i in range(300)), key=len)
+    clip.embed_captions([fits, "a ball", toy])
     assert clip.truncated == 0
     clip.embed_captions([fits + " ball", "a ball", fits + " ball" * 9])
     assert clip.truncated == 2
@@ -129,62 +86,39 @@ def test_truncation_is_counted(clip):
     torch.testing.assert_close(longer, cut, atol=1e-6, rtol=0)
 
 
-def test_captions_of_the_toy_world_fit(clip):
-    longest = max((draw_sample("train", i).plan.caption for i in range(300)), key=len)
-    clip.truncated = 0
-    clip.embed_captions([longest])
-    assert clip.truncated == 0
-
-
 # --------------------------------------------------------------------------------------------------
 # what cannot be scored raises
 
 
-def test_a_reward_is_never_invented(clip, pairs):
+def test_a_reward_is_never_invented(clip, pairs, monkeypatch):
     images, captions = pairs
     with pytest.raises(ValueError, match="12 pictures and 11 captions"):
         clip.score(images, captions[:-1])
-    with pytest.raises(ValueError, match="caption 1 is empty"):
+    with pytest.raises(ValueError, match="caption is empty"):
         clip.score(images[:2], ["a ball", " \n"])
-    with pytest.raises(ValueError, match="unknown reward 'l2': expected clip_l2 or clip_cos"):
-        clip.score(images, captions, "l2")
-    with pytest.raises(ValueError, match="there is no picture to embed"):
-        clip.score([], [])
-    with pytest.raises(ValueError, match=r"found shape \(3, 32, 32\)"):
-        clip.embed_images(as_tensor(images)[0])
-    broken = as_tensor(images)
-    broken[4, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="embedding of picture 4 is not finite"):
-        clip.score(broken, captions)
+    monkeypatch.setattr(clip.model, "encode_image", lambda x: torch.full((len(x), 64), math.nan))
+    with pytest.raises(ValueError, match="embedding of a picture is not finite"):
+        clip.score(images, captions)
 
 
-def test_loading_mistakes_give_one_clear_sentence(tmp_path, folder, caplog):
-    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
-    pickle, empty = tmp_path / "w.pt", tmp_path / "empty"
-    weights.write_bytes(b"no weights")
-    pickle.write_bytes(b"")
-    save_file({"x": torch.zeros(2)}, other)
-    empty.mkdir()
-    small, base, missing = "ViT-S-32-alt", "ViT-B-32", "nowhere.safetensors"
-    tags = r"'opnai': expected a .safetensors file, .* a tag of ViT-B-32 \(openai,"
+def test_loading_mistakes_give_one_clear_sentence(tmp_path, caplog):
+    for name in ("w.safetensors", "w.pt"):
+        (tmp_path / name).write_bytes(b"no weights")
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    tags = r"expected a .safetensors file, or a tag of ViT-B-32 \(openai,"
     unfit = "safetensors does not hold weights of CLIP ViT-S-32-alt"
-    for error, sentence, name, pretrained in [
-        (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9", "openai"),
-        (
-            FileNotFoundError,
-            "no CLIP of the toy world at out/gone; python grpo.py",
-            "toy",
-            "out/gone",
-        ),
-        (ValueError, tags, base, "opnai"),
-        (ValueError, "w.pt': expected a .safetensors file", base, pickle),
-        (FileNotFoundError, f"not found at {missing}", base, missing),
-        (ValueError, f"w.{unfit}", small, weights),
-        (ValueError, f"other.{unfit}", small, other),
-        (FileNotFoundError, "is not a CLIP of one's own: clip.json is missing", "toy", empty),
+    for error, sentence, source in [
+        (ValueError, "no architecture 'ViT-Z-9'", "ViT-Z-9:openai"),
+        (FileNotFoundError, "out/gone is no CLIP: .*python grpo.py", "out/gone"),
+        (FileNotFoundError, "'opnai': " + tags, "ViT-B-32:opnai"),
+        (FileNotFoundError, "w.pt': " + tags, f"ViT-B-32:{tmp_path / 'w.pt'}"),
+        (FileNotFoundError, "nowhere.safetensors': " + tags, "ViT-B-32:nowhere.safetensors"),
+        (ValueError, f"w.{unfit}", f"ViT-S-32-alt:{tmp_path / 'w.safetensors'}"),
+        (ValueError, f"other.{unfit}", f"ViT-S-32-alt:{tmp_path / 'other.safetensors'}"),
+        (FileNotFoundError, "is no CLIP: clip.json is missing", str(tmp_path)),
     ]:
         with pytest.raises(error, match=sentence) as caught:
-            reward.Clip(name, str(pretrained))
+            reward.Clip(source)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
     assert caplog.text == ""  # open_clip's own complaints do not come on top
 
@@ -201,7 +135,7 @@ def test_damaged_toy_clips(tmp_path, folder):
         (tmp_path / "clip.json").write_text(text)
         (tmp_path / "clip.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="is damaged; delete the folder to train again"):
-            reward.Clip("toy", str(tmp_path))
+            reward.Clip(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +148,7 @@ def test_a_local_file_of_a_real_architecture(tmp_path):
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    clip = reward.Clip("ViT-S-32-alt", str(tmp_path / "w.safetensors"))
+    clip = reward.Clip(f"ViT-S-32-alt:{tmp_path / 'w.safetensors'}")
     rng, sizes = np.random.default_rng(0), ((300, 420), (224, 224), (500, 260), (60, 45))
     coarse = [Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8)) for _ in sizes]
     smooth = [image.resize(size, Image.BICUBIC) for image, size in zip(coarse, sizes)]
@@ -230,17 +164,15 @@ def test_a_local_file_of_a_real_architecture(tmp_path):
     [
         ("ViT-B-32", "openai", True),
         ("ViT-B-32-quickgelu", "openai", True),
-        ("ViT-L-14", "openai", True),
         ("ViT-H-14", "dfn5b", True),
         ("ViT-L-14", "metaclip_400m", True),
-        ("ViT-B-32", "laion2b_s34b_b79k", False),
         ("ViT-H-14", "laion2b_s32b_b79k", False),
     ],
 )
 def test_weights_get_the_activation_they_were_trained_with(monkeypatch, name, tag, quick):
     asked = {}
     monkeypatch.setattr(open_clip, "create_model", lambda *names, **options: asked.update(options))
-    reward._load_open_clip(name, tag, None)
+    reward._load_open_clip(name, tag)
     assert asked["force_quick_gelu"] is quick
 
 
@@ -248,14 +180,11 @@ def test_weights_get_the_activation_they_were_trained_with(monkeypatch, name, ta
     "name, about, quick",
     [
         ("ViT-B-32", {"model_cfg": {"quick_gelu": True}}, True),
-        ("ViT-B-32", {"model_cfg": {"embed_dim": 512}}, False),
+        ("ViT-B-32", {"model_cfg": {}}, False),
         ("ViT-B-32-quickgelu", None, True),
-        ("ViT-B-32-quickgelu", {"model_cfg": {"quick_gelu": True}}, True),
         ("ViT-S-32-alt", None, False),  # no weights of it have QuickGELU
         ("ViT-B-32", None, "w.safetensors does not say .*: write ViT-B-32-quickgelu"),
-        ("ViT-L-14", None, "w.safetensors does not say .*: write ViT-L-14-quickgelu"),
-        ("ViT-B-32-quickgelu", {"model_cfg": {}}, "without QuickGELU, .* write ViT-B-32$"),
-        ("ViT-B-32", [], "open_clip_config.json describes no CLIP"),
+        ("ViT-B-32-quickgelu", {"model_cfg": {}}, "says without QuickGELU"),
         ("ViT-B-32", {"model_cfg": None}, "open_clip_config.json describes no CLIP"),
     ],
 )
@@ -266,23 +195,23 @@ def test_a_local_file_never_gets_another_activation(monkeypatch, tmp_path, name,
     if about is not None:
         (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
     if isinstance(quick, bool):
-        reward._load_open_clip(name, str(tmp_path / "w.safetensors"), None)
+        reward._load_open_clip(name, str(tmp_path / "w.safetensors"))
         assert asked["force_quick_gelu"] is quick
     else:
         with pytest.raises(ValueError, match=quick):
-            reward._load_open_clip(name, str(tmp_path / "w.safetensors"), None)
+            reward._load_open_clip(name, str(tmp_path / "w.safetensors"))
 
 
 def test_a_failed_download_is_one_sentence(monkeypatch):
     from open_clip import factory
 
-    def fail(config, cache_dir):
+    def fail(*_, **__):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(factory, "download_pretrained", fail)
-    sentence = r"CLIP ViT-B-32 \(openai\) could not be fetched; .* no network"
+    sentence = r"CLIP ViT-B-32:openai could not be fetched; .* no network"
     with pytest.raises(OSError, match=sentence):
-        reward.Clip("ViT-B-32", "openai")
+        reward.Clip("ViT-B-32:openai")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,7 +223,7 @@ def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp
     again = train(tmp_path / "again")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (again / "clip.safetensors").read_bytes() == (folder / "clip.safetensors").read_bytes()
-    assert torch.equal(reward.Clip("toy", str(again)).score(*pairs), clip.score(*pairs))
+    assert torch.equal(reward.Clip(str(again)).score(*pairs), clip.score(*pairs))
     stamp = (again / "clip.safetensors").stat().st_mtime_ns
     assert train(again) == again and (again / "clip.safetensors").stat().st_mtime_ns == stamp
     sentence = "holds a CLIP trained with .*'steps': 2.*delete the folder or choose another"

@@ -19,7 +19,7 @@ the same values.
 
 A folder is published whole. Left out: several processes, a GPU, resuming; it takes minutes.
 
-    train_toy_clip("out/toy-clip", ToyClipSettings(steps=400));   reward.Clip("toy", "out/toy-clip")
+    train_toy_clip("out/toy-clip", ToyClipSettings(steps=400));   reward.Clip("out/toy-clip")
 """
 
 import json

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from iccot import TASKS, Sample
-from reward import Clip, compare
+from reward import Clip, cosine
 from toy.tasks import Drawn, one_fact_changed
 from toy.world import Truth, draw, pick, split_of
 
@@ -105,7 +105,7 @@ class Painted(torch.utils.data.Dataset):
     def _cosine(self, sample):
         clip = self.painter.clip
         of_both = clip.embed_images([sample.target]), clip.embed_captions([sample.plan.caption])
-        return float(compare(*of_both, "clip_cos"))
+        return float(cosine(*of_both))
 
     def _limits(self):
         """{task: the cosine below which a target is dropped}."""

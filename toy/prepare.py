@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from reward import Clip
+from reward import Clip, source_of
 from runtime import processes
 from runtime.config import UserError
 from runtime.pretrained import find_model, load_tokenizer
@@ -45,7 +45,7 @@ def metric_clip(name, weights, steps, *, where="cpu"):
     """The CLIP of CLIP_out, on a device. The toys' is trained if it is missing."""
     if name == "toy":
         train_metric_clip(weights, steps)
-    return Clip(name, weights, where)
+    return Clip(source_of(name, weights), where)
 
 
 def metric_clip_of_all(name, weights, steps, *, where=None):

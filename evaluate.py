@@ -40,7 +40,6 @@ class Config:
     side: int = world.SIZE  # pixels of the pictures, before the codec's resize rule
     data: str = "toy"  # held-out prompts of the toy world, or samples on disk (no exact judge)
     split: Literal["held_out", "all"] = "held_out"  # of samples on disk: one in fifty, or all
-    scale: int = 1  # of the toy world: pixels for each of its own, each way
     num_samples: int = 200  # prompts
     max_references: int = 4
     num_timesteps: int = 7  # grid points of the sampler; one more than model evaluations
@@ -117,14 +116,13 @@ class Config:
     @property
     def held_out(self):
         return HeldOut(
-            self.data,
-            self.num_samples,
-            self.max_references,
-            self.scale,
-            self.side,
-            self.sampler,
-            self.thinking,
-            self.batch,
+            data=self.data,
+            count=self.num_samples,
+            max_references=self.max_references,
+            side=self.side,
+            sampler=self.sampler,
+            thinking=self.thinking,
+            batch=self.batch,
             seed=self.seed,
             data_seed=self.data_seed,
             split=self.split,
@@ -144,11 +142,11 @@ PRESETS = {
         metric="out/smoke-clip-metric", clip_steps=20,
     ),
     "small": dict(
-        checkpoint="out/small-grpo", side=64, scale=2, metric_name="toy",
+        checkpoint="out/small-grpo", side=64, metric_name="toy",
         metric="out/toy-clip-metric", clip_steps=300,
     ),
     "rehearsal": dict(
-        checkpoint="out/rehearsal-grpo", side=512, scale=16, num_samples=4, num_timesteps=5,
+        checkpoint="out/rehearsal-grpo", side=512, num_samples=4, num_timesteps=5,
         timestep_shift=3.0, text_guidance=4.0, image_guidance=2.0, max_plan_tokens=256, batch=1,
         metric_name="toy", metric="out/smoke-clip-metric", clip_steps=20,
     ),
@@ -165,10 +163,8 @@ def evaluate(config, engine, clip, *, samples):
     results = config.held_out.paint(engine, samples)
     row = measure(samples, results, clip)
     print_table({Path(config.checkpoint).name: row})
-    table, counts = by_task(samples, results)
-    for task, (pf, sc, overall) in table.items():
-        scores = f"PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}"
-        print(f"  {task:22s} {scores}  n {counts[task]}")
+    for task, (pf, sc, overall, count) in by_task(samples, results).items():
+        print(f"  {task:22s} PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}  n {count}")
     if config.grid:
         save_grid(config.grid, samples[:8], {Path(config.checkpoint).name: results[:8]})
         print(f"pictures in {config.grid}")

@@ -111,9 +111,15 @@ class Config(loop.Options, rollouts.Options):
     def held_out(self):
         """Prompts of the final table and of the strips, with the guidance of the rollouts."""
         sampler = replace(self.sampler, num_timesteps=self.eval_timesteps)
-        prompts = self.eval_data or self.data, self.eval_samples, self.max_references, self.scale
-        thinking, batch = Thinking(self.eval_plan_tokens), self.eval_batch
-        return HeldOut(*prompts, self.picture_side, sampler, thinking, batch)
+        return HeldOut(
+            data=self.eval_data or self.data,
+            count=self.eval_samples,
+            max_references=self.max_references,
+            side=self.picture_side,
+            sampler=sampler,
+            thinking=Thinking(self.eval_plan_tokens),
+            batch=self.eval_batch,
+        )
 
 
 # fmt: off

@@ -90,9 +90,15 @@ class Config(loop.Options, example.Options, ModelConfig):
     def held_out(self):
         """Prompts of the strips, painted without guidance; measurements have more."""
         sampler = Sampler(self.sample_timesteps, self.sample_shift, guidance_interval=(0.0, 1.0))
-        prompts = self.data, 8, self.max_references, self.scale
-        thinking, batch = Thinking(self.sample_plan_tokens), self.eval_batch
-        return HeldOut(*prompts, self.sample_side, sampler, thinking, batch)
+        return HeldOut(
+            data=self.data,
+            count=8,
+            max_references=self.max_references,
+            side=self.sample_side,
+            sampler=sampler,
+            thinking=Thinking(self.sample_plan_tokens),
+            batch=self.eval_batch,
+        )
 
 
 # fmt: off

@@ -10,8 +10,8 @@ What a checkpoint can do: held-out prompts, planned, painted and measured. The p
     format_ok   share of plans that parse;   caption_ok   share of captions that are exactly right
 
 Plans are greedy and pictures start from noise that depends on `seed` and the sample's number alone,
-so two checkpoints are compared on the same prompts and the same noise. evaluate.py, the strips of a
-training run, its measurements at `eval_every`, the final table and the ablation use `HeldOut`.
+so two checkpoints are compared on the same prompts and the same noise. `HeldOut` is what
+evaluate.py, a training run (strips, `eval_every`, the final table) and the ablation measure on.
 
 Left out: confidence intervals (the ablation repeats training instead), FID.
 """
@@ -50,29 +50,32 @@ class HeldOut:
     data: str = "toy"  # the toy world, or samples on disk
     count: int = 200
     max_references: int = 4
-    scale: int = 1  # of the toy world
     side: int = world.SIZE  # pixels of the square pictures, before the codec's resize rule
     sampler: Sampler = Sampler(7, 10.0, guidance_interval=(0.0, 1.0))
     thinking: Thinking | None = Thinking(MAX_PLAN_TOKENS)  # None: straight from the prompt
     batch: int = 50  # prompts at a time: bounds the memory, not the result
     seed: int = 0  # of the noise
-    data_seed: int = 0  # of the prompts
-    split: str = "held_out"  # of samples on disk; or all
+    data_seed: int = 0  # of the prompts, where they are drawn
+    split: str = "held_out"  # of samples on disk, by a hash of the key (data.py); or all
 
     def __post_init__(self):
         if self.data == "toy":
             check_request("held_out", self.max_references)
+            if self.split != "held_out":
+                raise UserError(f"split={self.split} is for samples on disk, not the toy world")
 
     def samples(self):
-        """The prompts, as samples."""
-        return held_out(
-            self.data,
-            self.count,
-            max_references=self.max_references,
-            seed=self.data_seed,
-            scale=self.scale,
-            split=self.split,
-        )
+        """The prompts, as samples: `count`, or as many as there are on disk."""
+        if self.data == "toy":
+            scale = max(1, self.side // world.SIZE)
+            source = Drawn("held_out", self.data_seed, self.max_references, scale)
+            return [source[i] for i in range(self.count)]
+        source = opened(self.data, self.split, self.max_references)
+        if len(source) < self.count:
+            part = f"one sample in {round(1 / data.HELD_OUT)}; all: evaluate.py --split all"
+            which = f"held out ({part})" if self.split == "held_out" else "samples"
+            warn(f"{self.data} has {len(source)} {which}; {self.count} were asked for")
+        return source.first(self.count)
 
     def paint(self, engine: Engine, samples, numbers=None):
         """An engine.Result for each sample. Warns if its plan would be cut off.
@@ -83,7 +86,7 @@ class HeldOut:
             self.check_length([len(engine.tokenizer.encode(iccot.render(s.plan))) for s in samples])
         numbers = range(len(samples)) if numbers is None else numbers
         return engine.generate(
-            [engine.request(one, self.side) for one in samples],
+            [engine.request(sample, self.side) for sample in samples],
             sampler=self.sampler,
             thinking=self.thinking,
             batch=self.batch,
@@ -100,87 +103,40 @@ class HeldOut:
             )
 
 
-def held_out(path, count, *, max_references=4, seed=0, scale=1, split="held_out"):
-    """`count` samples of the toy world's held-out split ("toy"), or of samples on disk.
-
-    Of these at most as many as there are, or with split held_out are held out, by a hash of the key
-    (data.py), none with more than max_references. UserError: the toy world's, and another split.
-    """
-    if path == "toy" and split != "held_out":
-        raise UserError(f"split={split} is for samples on disk (--data), not for the toy world")
-    if path == "toy":
-        source = Drawn("held_out", seed, max_references, scale)
-        return [source[i] for i in range(count)]
-    source = opened(path, split, max_references)
-    if len(source) < count:
-        share = f"one sample in {round(1 / data.HELD_OUT)}; all: evaluate.py --split all"
-        which = f"held out ({share})" if split == "held_out" else "samples"
-        warn(f"{path} has {len(source)} {which}; {count} were asked for")
-    return source.first(count)
-
-
 @lru_cache(2)
 def opened(path, split, limit):
     """The data.Source, opened once: of 400,000 samples the indexes alone take 20 s."""
     return data.Source(path, split=split, limit=limit)
 
 
+# --------------------------------------------------------------------------------------------------
+# measuring
+
+
 def measure(samples, results, clip):
     """A row of the table: means over samples; PF and SC where the truth is known (toy world)."""
-    found = means(samples, results, clip)
-    return {column: value for column, (value, _) in found.items()} | {"n": len(samples)}
+    row = {name: value for name, (value, _) in means(samples, results, clip).items()}
+    return row | {"n": len(samples)}
 
 
 def means(samples, results, clip):
     """{column: (its mean, number of samples that it is over)}."""
-    verdicts = [
-        judge(result.image, one.truth) for one, result in zip(samples, results) if one.truth
-    ]
+    pairs = list(zip(samples, results))
+    verdicts = [judge(result.image, sample.truth) for sample, result in pairs if sample.truth]
     pictures = clip.embed_images([result.image for result in results])  # (B, E)
     planned = [i for i, r in enumerate(results) if r.plan is not None and r.plan.caption.strip()]
     written = [results[i].plan.caption for i in planned]
-    right = [
-        r.plan is not None and r.plan.caption == s.plan.caption for s, r in zip(samples, results)
-    ]
-    planned_only = agreement(clip, pictures[planned], written) if planned else math.nan
-    captions = [one.plan.caption for one in samples]
+    right = [r.plan is not None and r.plan.caption == s.plan.caption for s, r in pairs]
     return {
         "PF": (mean([verdict.pf for verdict in verdicts]), len(verdicts)),
         "SC": (mean([verdict.sc for verdict in verdicts]), len(verdicts)),
         "Overall": (mean([verdict.overall for verdict in verdicts]), len(verdicts)),
-        "CLIP_out": (agreement(clip, pictures, captions), len(samples)),
-        "CLIP_plan": (planned_only, len(planned)),
+        "CLIP_out": (agreement(clip, pictures, [s.plan.caption for s in samples]), len(samples)),
+        "CLIP_plan": (agreement(clip, pictures[planned], written), len(planned)),
         "format_ok": (mean([result.valid for result in results]), len(samples)),
         "caption_ok": (mean(right), len(samples)),
-        "plan_ok": (mean([r.plan == one.plan for one, r in zip(samples, results)]), len(samples)),
+        "plan_ok": (mean([r.plan == s.plan for s, r in pairs]), len(samples)),
     }
-
-
-def measured_together(engine, held_out, clip):
-    """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
-
-    All processes take part and get the same numbers; a column without a value is left out.
-    """
-    samples = held_out.samples()
-    numbers = range(rank(), len(samples), size())
-    mine, found = [samples[number] for number in numbers], {}
-    with gathered(engine.model):
-        if mine:
-            found = means(mine, held_out.paint(engine, mine, numbers), clip)
-    row = of_all(found)
-    return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
-
-
-def of_all(found):
-    """{column: mean over the samples of all processes}, nan where there are none.
-
-    found: what `means` gave for those of this process, {} if it has none.
-    """
-    columns = (*COLUMNS, "plan_ok")
-    parts = [found.get(column, (0.0, 0)) for column in columns]
-    total = reduced([value * count if count else 0.0 for value, count in parts])
-    counts = reduced([count for _, count in parts])
-    return {c: t / n if n else math.nan for c, t, n in zip(columns, total, counts)}
 
 
 def mean(values):
@@ -189,8 +145,36 @@ def mean(values):
 
 
 def agreement(clip, pictures, captions):
-    """Mean of 100 * cosine of picture embeddings (B, E) and their captions."""
+    """Mean of 100 * cosine of picture embeddings (B, E) and their captions; nan for none."""
+    if not captions:
+        return math.nan
     return 100 * float(cosine(pictures, clip.embed_captions(captions)).mean())
+
+
+def of_all(own):
+    """{column: mean over the samples of all processes}, nan where there are none.
+
+    own: what `means` gave for those of this process, {} if it has none.
+    """
+    parts = {column: own.get(column, (0.0, 0)) for column in (*COLUMNS, "plan_ok")}
+    totals = reduced([value * count if count else 0.0 for value, count in parts.values()])
+    counts = reduced([count for _, count in parts.values()])
+    return {c: t / n if n else math.nan for c, t, n in zip(parts, totals, counts)}
+
+
+def measured_together(engine, held_out, clip):
+    """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
+
+    All processes take part and get the same numbers; a column without a value is left out.
+    """
+    samples, own = held_out.samples(), {}
+    numbers = range(rank(), len(samples), size())
+    with gathered(engine.model):
+        if numbers:
+            mine = [samples[number] for number in numbers]
+            own = means(mine, held_out.paint(engine, mine, numbers), clip)
+    row = of_all(own)
+    return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
 
 
 def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=None):
@@ -206,7 +190,7 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=N
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
-    precision, kind = held_as
+    precision, weights = held_as
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
     barrier()  # the first process has written the last checkpoint
     samples, rows, painted = held_out.samples(), {}, {}
@@ -215,15 +199,16 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=N
     numbers = sorted({*mine, *shown})
     for name, path in checkpoints.items():
         asked = [samples[number] for number in numbers]
-        engine = Engine(*load_quantised(path, device(), dtype, kind=kind))
-        results = held_out.paint(engine, asked, numbers)
+        engine = Engine(*load_quantised(path, device(), dtype, kind=weights))
+        results = dict(zip(numbers, held_out.paint(engine, asked, numbers)))
         del engine  # before the next is read
-        found = dict(zip(numbers, results))
-        own = [samples[number] for number in mine], [found[number] for number in mine]
-        rows[name] = of_all(means(*own, clip) if mine else {}) | {"n": len(samples)}
-        painted[name] = [found[number] for number in shown]
+        own = {}
+        if mine:
+            own = means([samples[i] for i in mine], [results[i] for i in mine], clip)
+        rows[name] = of_all(own) | {"n": len(samples)}
+        painted[name] = [results[i] for i in shown]
     if is_main():
-        rewards = {name: rewards_of_plans(some, score) for name, some in painted.items()}
+        rewards = {name: rewards_of_plans(shown, score) for name, shown in painted.items()}
         save_grid(Path(folder) / "grid.png", samples[:8], painted, rewards=rewards)
         write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
         print_table(rows)
@@ -232,28 +217,26 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=N
 
 def rewards_of_plans(results, score):
     """The reward of each picture with the caption of its own plan; None where there is none."""
-    with_plan = [result for result in results if result.valid] if score else []
-    found = {}
-    if with_plan:
-        captions = [result.plan.caption for result in with_plan]
-        values = score([result.image for result in with_plan], captions).tolist()
-        found = {id(result): value for result, value in zip(with_plan, values)}
-    return [found.get(id(result)) for result in results]
+    rewards = [None] * len(results)
+    planned = [i for i, result in enumerate(results) if result.valid]
+    if score and planned:
+        captions = [results[i].plan.caption for i in planned]
+        values = score([results[i].image for i in planned], captions).tolist()
+        for i, value in zip(planned, values):
+            rewards[i] = value
+    return rewards
 
 
 def by_task(samples, results):
-    """{task: (PF, SC, Overall)} and {task: count}, of samples whose truth is known."""
-    table, counts = {}, {}
+    """{task: (PF, SC, Overall, how many)} of the samples whose truth is known."""
+    table = {}
     for task in TASKS:
         pairs = [(s, r) for s, r in zip(samples, results) if s.truth and s.task == task]
-        verdicts = [judge(result.image, one.truth) for one, result in pairs]
+        verdicts = [judge(result.image, sample.truth) for sample, result in pairs]
         if verdicts:
-            counts[task] = len(verdicts)
-            table[task] = tuple(
-                mean([getattr(verdict, key) for verdict in verdicts])
-                for key in ("pf", "sc", "overall")
-            )
-    return table, counts
+            pf, sc = mean([v.pf for v in verdicts]), mean([v.sc for v in verdicts])
+            table[task] = pf, sc, mean([v.overall for v in verdicts]), len(verdicts)
+    return table
 
 
 def print_table(rows):

@@ -230,7 +230,6 @@ EVALUATE = dict(
     side=change("pictures", 32),
     data=change("pictures", "shards"),
     split=change("pictures", "all", data="shards"),
-    scale=change("pictures", 2, side=32),
     num_samples=change("pictures", 2),
     max_references=change("pictures", 2, num_samples=6),
     num_timesteps=change("pictures", 5),

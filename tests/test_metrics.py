@@ -15,7 +15,7 @@ from model import SMOKE, ModelConfig, UnifiedModel
 from runtime.pretrained import save_model
 from studies import metrics, pictures
 from studies.ablation import ROWS, ablation_table, measure_row
-from studies.metrics import HeldOut, by_task, held_out, measure, measured_together
+from studies.metrics import HeldOut, by_task, measure, measured_together
 from toy.tokenizer import train_tokenizer
 
 
@@ -46,18 +46,22 @@ def painted(sample, plan=None, image=None):
     return Result("text", plan, [], True, image or sample.target)
 
 
+def worth(images, captions):
+    return torch.tensor([-0.25] * len(images))
+
+
 def test_true_pictures_and_plans_measure_ten():
-    samples = held_out("toy", 12)
+    samples = HeldOut(count=12).samples()
     row = measure(samples, [painted(one) for one in samples], WordCounts())
     assert row["PF"] == row["SC"] == row["Overall"] == 10 and row["n"] == 12
     assert row["format_ok"] == row["caption_ok"] == row["plan_ok"] == 1
     assert row["CLIP_out"] == pytest.approx(row["CLIP_plan"])
-    table, counts = by_task(samples, [painted(one) for one in samples])
-    assert sum(counts.values()) == 12 and all(scores == (10, 10, 10) for scores in table.values())
+    table = by_task(samples, [painted(one) for one in samples]).values()
+    assert sum(row[-1] for row in table) == 12 and all(row[:3] == (10, 10, 10) for row in table)
 
 
 def test_wrong_pictures_and_captions_cost_their_own_columns():
-    samples = held_out("toy", 6)
+    samples = HeldOut(count=6).samples()
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
     right = measure(samples, [painted(one) for one in samples], WordCounts())
     wrong_picture = measure(samples, [painted(one, image=grey) for one in samples], WordCounts())
@@ -104,10 +108,7 @@ def test_cosines_tell_signal_from_chance():
 
 def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):
     """Frames and verdicts mark what changed; words of a plan are red where they are not true."""
-    samples, score = (
-        held_out("toy", 3),
-        lambda images, captions: torch.tensor([-0.25] * len(images)),
-    )
+    samples = HeldOut(count=3).samples()
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
     before = [painted(one, image=image) for one, image in zip(samples, (grey, None, None))]
     after = [painted(one, image=image) for one, image in zip(samples, (None, grey, None))]
@@ -115,7 +116,7 @@ def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):
     after[0] = replace(after[0], plan=wrong)
     after[2] = replace(after[2], valid=False, plan=None)
     both = {"SFT": before, "SFT + GRPO": after}
-    rewards = {name: metrics.rewards_of_plans(some, score) for name, some in both.items()}
+    rewards = {name: metrics.rewards_of_plans(rs, worth) for name, rs in both.items()}
     assert rewards["SFT + GRPO"] == [-0.25, -0.25, None]
     *_, second = pictures.row_of(samples[0], both, rewards, number=0)
     assert second[2][:3] == [

@@ -18,12 +18,12 @@ from engine import Engine, Result
 from model import SMOKE, ModelConfig, UnifiedModel
 from sequence import Sequence
 from studies import questions
-from studies.metrics import held_out
+from studies.metrics import HeldOut
 from toy.tasks import caption
 from toy.tokenizer import train_tokenizer
 from toy.world import draw
 
-SAMPLES = held_out("toy", 40)
+SAMPLES = HeldOut(count=40).samples()
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -144,7 +144,7 @@ def answers(one, other):
 
 
 def test_captions_wrong_but_drawn_are_counted_and_ranked(engine, capsys):
-    config, samples = questions.Config(num_samples=4, draws=6), held_out("toy", 14)
+    config, samples = questions.Config(num_samples=4, draws=6), HeldOut(count=14).samples()
     results = [
         result for one, other in zip(samples[:4], samples[10:]) for result in answers(one, other)
     ]

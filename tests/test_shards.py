@@ -29,7 +29,7 @@ from data import Source
 from runtime import files, loop, processes
 from runtime.config import UserError
 from runtime.shards import ShardWriter
-from studies.metrics import held_out
+from studies.metrics import HeldOut
 from toy.tasks import Drawn, draw_sample
 from vision import to_png
 
@@ -241,7 +241,7 @@ def test_training_never_sees_what_is_held_out(sorted_by_task):
 
 
 def test_the_commands_split_what_is_on_disk(folder, samples, capsys):
-    train, held = data.open_source(str(folder), 0, 4), held_out(str(folder), 5)
+    train, held = data.open_source(str(folder), 0, 4), HeldOut(str(folder), 5).samples()
     assert (
         "has 1 held out (one sample in 50; all: evaluate.py --split all); 5 were asked for"
         in capsys.readouterr().err
@@ -255,10 +255,10 @@ def test_the_commands_split_what_is_on_disk(folder, samples, capsys):
 
 
 def test_all_that_is_on_disk_can_be_measured(folder, capsys):
-    assert len(held_out(str(folder), 30, split="all")) == 23
+    assert len(HeldOut(str(folder), 30, split="all").samples()) == 23
     assert "has 23 samples; 30 were asked for" in capsys.readouterr().err
     with pytest.raises(UserError, match="split=all is for samples on disk"):
-        held_out("toy", 1, split="all")
+        HeldOut(count=1, split="all")
 
 
 def test_workers_outlive_a_signal_to_all_processes(folder):
@@ -290,7 +290,7 @@ def test_samples_with_too_many_references_are_left_out(folder, samples, capsys):
     source = data.open_source(str(folder), 0, 2)
     assert max(len(source[position].references) for position in range(40)) == 2
     with pytest.raises(UserError, match="all 1 samples of .* have more than max_references=0"):
-        held_out(str(folder), 1, max_references=0)
+        HeldOut(str(folder), 1, max_references=0).samples()
 
 
 def test_few_samples_are_split_too(tmp_path, samples, capsys):
@@ -432,7 +432,7 @@ def test_a_broken_sample_is_not_measured(folder, samples, capsys):
     held = data.held_out_keys([one.key for one in samples[:10]])
     bad = damaged(folder, without_target(*held))
     with pytest.raises(UserError, match="none of the 1 samples of"):
-        held_out(str(bad), 3)
+        HeldOut(str(bad), 3).samples()
     assert capsys.readouterr().err.count("skipped") == 1
 
 

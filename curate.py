@@ -56,12 +56,12 @@ from runtime.shards import ShardWriter
 from studies import writer
 from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
 from studies.judge import ask_score
+from studies.pictures import save_samples
 from studies.pools import draw_references, pools_of
 from studies.replies import Fault
 from studies.triples import folder_of, read_triples
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
-from toy.sheets import picture_sheet
 from vision import open_image, to_png
 
 STAGES = ("references", "instructions", "plans", "targets", "scores", "shards")
@@ -397,8 +397,7 @@ def report(all_records, reasons, config):
     print(text)
     if left:
         source = Source(out / "shards")
-        sheet = picture_sheet([source.sample(i) for i in range(min(12, len(source)))])
-        sheet.save(out / "examples.png")
+        save_samples(out / "examples.png", [source.sample(i) for i in range(min(12, len(source)))])
         print(f"{left} samples in {config.out}/shards, examples in {config.out}/examples.png")
 
 

@@ -67,8 +67,8 @@ from iccot import TASKS, Sample
 from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse, with_path
 from runtime.shards import index_of
+from studies.pictures import save_samples
 from toy.painter import Painted, Painter
-from toy.sheets import picture_sheet
 from toy.tasks import Drawn, check_request, draw_sample
 from vision import open_image
 
@@ -562,9 +562,7 @@ def samples_to_show(config: Config) -> list[Sample]:
 def show(config: Config) -> None:
     """Draw the sheet."""
     samples, out = samples_to_show(config), Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.published(out) as hidden:
-        picture_sheet(samples).save(hidden, "PNG")
+    save_samples(out, samples)
     print(f"wrote {out}: {len(samples)} samples of {config.path or f'the {config.split} split'}")
 
 

@@ -32,8 +32,8 @@ from reward import Clip, source_of
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.quantised import load_quantised
+from studies.pictures import fitted
 from studies.studio import Ask, Members, Studio, so_far
-from toy.sheets import fitted
 from toy.tasks import Drawn
 from vision import to_png
 

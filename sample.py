@@ -32,7 +32,7 @@ from runtime import files, processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.pretrained import shape_of
 from runtime.quantised import load_quantised
-from studies.pictures import save_path, some
+from studies.pictures import evenly, save_path
 from vision import open_image
 
 LINE = '{"prompt": "...", "ref": ["a.png"], "key": "..."}'  # of a file of prompts
@@ -260,7 +260,7 @@ def paint(engine, job, config):
         result.image.save(hidden, Image.registered_extensions()[job.out.suffix.lower()])
     print(f"picture    {job.out}")
     if seen:
-        save_steps(engine, [seen[i] for i in some(len(seen), STEPS)], config, grid=request.grid)
+        save_steps(engine, [seen[i] for i in evenly(len(seen), STEPS)], config, grid=request.grid)
 
 
 def save_steps(engine, seen, config, *, grid):

@@ -1,40 +1,111 @@
 """
-What a checkpoint paints, for the eye: the final grid, and the denoising path.
+Pictures with words, for the eye: the one drawer of sheets.
 
-    save_grid    a row a prompt, a column a checkpoint: under each picture its plan, its reward and
-                 the verdict of the toy world's exact judge; a frame marks what became better
-                 (green) or worse (red) than in the first column, by a point of Overall
-    save_path    one picture on its way from noise: x_t and, below, what the model takes it for
+    sheet_of       rows of cells: pictures, words below them, a frame where one is asked for
+    save_samples   a row a sample: references, target in a dark frame, and in words the task, the
+                   verdict of the toy's exact judge, the instruction and the plan
+    save_grid      a row a prompt, a column a checkpoint: under each picture its reward, its verdict
+                   and its plan; a frame marks what became better (green) or worse (red) than in the
+                   first column, by a point of Overall
+    save_path      a picture on its way from noise: x_t and, below, what the model takes it for
 
-Pictures of the toy world keep hard pixels. Left out: pages to scroll, what training did
-(studies/curves.py), sheets of samples (toy/sheets.py).
+Pictures of the toy world keep hard pixels. Left out: pages to scroll, curves (studies/curves.py).
 """
 
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.files import published
 from toy.judge import judge
-from toy.sheets import fitted
+from toy.world import SIZE
 
 BETTER, WORSE = (46, 160, 67), (207, 34, 46)  # frames of pictures, and words about them
-BLACK, GREY = (30, 30, 30), (110, 110, 110)
-SIDE, PAD = 128, 4  # pixels of a picture in a strip, and between two of them
+BLACK, GREY, GREEN, DARK = (30, 30, 30), (110, 110, 110), (0, 90, 60), (40, 40, 40)
+SIDE, PAD = 128, 4  # pixels of a picture, and between two of them
 LINE, LETTER = 14, 6.1  # height of a line of words, mean width of a letter
 
 
-def sheet_of(width, height):
-    """(an empty sheet, a function that writes (x, y) a line of words in a colour)."""
-    sheet = Image.new("RGB", (width, height), (255, 255, 255))
+@dataclass(frozen=True)
+class Cell:
+    """Pictures that share a square, and what is written below them."""
+
+    pictures: tuple = ()
+    words: tuple = ()  # of (text, colour), each from a new line
+    frame: tuple | None = None  # its colour
+
+
+def sheet_of(rows, titles=(), *, side=SIDE, gap=PAD, widths=None):
+    """A picture of rows of Cells, with a title above each column.
+
+    side: pixels of a square. gap: pixels between cells; twice PAD or more where there are frames.
+    widths: of the columns, `side` each if None.
+    """
+    widths = widths or [side] * max(len(row) for row in rows)
+    lefts = [gap * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
+    pieces, height = [], gap + (LINE + PAD if titles else 0)  # of the sheet so far
+    for row in rows:
+        bottom = height + side
+        for cell, left, width in zip(row, lefts, widths):
+            square = mosaic(cell.pictures, side) if cell.pictures else None
+            lines = wrapped(cell.words, width)
+            words_top = height + (square.height + PAD if square else 0)
+            bottom = max(bottom, words_top + LINE * len(lines))
+            pieces.append((left, height, square, cell.frame, words_top, lines))
+        height = bottom + gap
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for left, title in zip(lefts, titles):
+        pen.text((left, PAD), title, fill=GREY, font=font)
+    for left, top, square, frame, words_top, lines in pieces:
+        if frame:
+            sheet.paste(frame, (left - PAD, top - PAD, left + side + PAD, top + side + PAD))
+        if square:
+            sheet.paste(square, (left, top))
+        for i, (line, colour) in enumerate(lines):
+            pen.text((left, words_top + LINE * i), line, fill=colour, font=font)
+    return sheet
 
-    def write(at, words, colour=BLACK):
-        pen.text(at, words, fill=colour, font=font)
 
-    return sheet, write
+def wrapped(words, width):
+    """[(line, colour)] of [(text, colour)], each line at most `width` pixels wide."""
+    return [
+        (line, colour)
+        for text, colour in words
+        for line in textwrap.wrap(text, int(width / LETTER))
+    ]
+
+
+def mosaic(images, side):
+    """Pictures in a square of `side`, cut where it ends: one fills it, four take a quarter each."""
+    across = math.ceil(math.sqrt(len(images)))
+    down, each = -(-len(images) // across), (side - PAD * (across - 1)) // across
+    height = side if across == 1 else down * (each + PAD) - PAD
+    square = Image.new("RGB", (side, height), "white")
+    for i, image in enumerate(images):
+        y, x = divmod(i, across)
+        square.paste(fitted(image, each), (x * (each + PAD), y * (each + PAD)))
+    return square
+
+
+def fitted(image, side):
+    """A toy picture enlarged so that subjects keep their size beside scenes; any other fitted."""
+    if max(image.size) <= SIZE:
+        size = (image.width * side // SIZE, image.height * side // SIZE)
+        return image.resize(size, Image.Resampling.NEAREST)
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def reference_cells(samples):
+    """For each sample a Cell for each of its references, and empty ones to as many as any has."""
+    most = max(len(sample.references) for sample in samples)
+    rows = [[Cell((image,)) for image in sample.references] for sample in samples]
+    return [row + [Cell()] * (most - len(row)) for row in rows]
 
 
 def save_png(sheet, path):
@@ -44,117 +115,95 @@ def save_png(sheet, path):
         sheet.save(hidden, "PNG")
 
 
+def evenly(count, most):
+    """At most `most` of range(count), evenly, first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+# --------------------------------------------------------------------------------------------------
+# samples
+
+
+def save_samples(path, samples):
+    """Samples of training or of a data pipeline, a row each; returns the sheet."""
+    rows = reference_cells(samples)
+    for row, sample in zip(rows, samples):
+        about = sample.key
+        if sample.truth:
+            verdict = judge(sample.target, sample.truth)
+            about = f"(target: PF {verdict.pf:.1f}, SC {verdict.sc:.1f})"
+        words = [(f"{sample.task}   {about}", GREY), (sample.instruction, BLACK)]
+        words.append((f"> {sample.plan.caption}", GREEN))
+        for i, relation in enumerate(sample.plan.relations, 1):
+            words.append((f"> {i}: {relation}", GREEN))
+        row += [Cell((sample.target,), frame=DARK), Cell(words=words)]
+    widths = [SIDE] * (len(rows[0]) - 1) + [624]
+    sheet = sheet_of(rows, gap=2 * PAD, widths=widths)
+    save_png(sheet, path)
+    return sheet
+
+
 # --------------------------------------------------------------------------------------------------
 # the final grid
 
 
-def save_grid(path, samples, painted, *, rewards=None, side=224):
+def save_grid(path, samples, painted, rewards=None, side=224):
     """Pictures and words of some checkpoints, a row a sample; side: pixels of a picture.
 
     painted: {name: engine.Result of each sample}. rewards: {name: reward of each picture, None
     where its plan does not parse}.
     """
-    cell, titles = side + 3 * PAD, ["references", "the true target", *painted]
-    rows = [row_of(one, painted, rewards, number=i) for i, one in enumerate(samples)]
-    width = int(side / LETTER)
-    rows = [[(image, frame, wrapped(words, width)) for image, frame, words in row] for row in rows]
-    heights = [max(len(lines) for *_, lines in row) * LINE + side + 5 * PAD for row in rows]
-    sheet, write = sheet_of(len(titles) * cell + 2 * PAD, sum(heights) + LINE + 2 * PAD)
-    for column, title in enumerate(titles):
-        write((2 * PAD + column * cell, PAD), title, GREY)
-    top = LINE + 3 * PAD
-    for row, height in zip(rows, heights):
-        for column, (image, frame, lines) in enumerate(row):
-            left = 2 * PAD + column * cell
-            if frame:
-                sheet.paste(frame, (left - PAD, top - PAD, left + side + PAD, top + side + PAD))
-            square = mosaic(image, side)
-            sheet.paste(square, (left, top))
-            for i, (line, colour) in enumerate(lines):
-                write((left, top + square.height + PAD + LINE * i), line, colour)
-        top += height
-    save_png(sheet, path)
+    rows = []
+    for i, sample in enumerate(samples):
+        results = [results[i] for results in painted.values()]
+        worth = [rewards[name][i] if rewards else None for name in painted]
+        rows.append(grid_row(sample, results, worth))
+    titles = ["references", "the true target", *painted]
+    save_png(sheet_of(rows, titles, side=side, gap=3 * PAD), path)
 
 
-def row_of(sample, painted, rewards, *, number):
-    """[(pictures, colour of its frame or None, [(words, colour)])] of a row of the grid."""
-    results = [results[number] for results in painted.values()]
-    marks = changes(sample, results)
+def grid_row(sample, results, rewards):
+    """The Cells of a row of the grid. results, rewards: of this sample by each checkpoint."""
     row = [
-        (sample.references, None, [(sample.instruction, BLACK)]),
-        ((sample.target,), None, in_words(sample.plan)),
+        Cell(sample.references, [(sample.instruction, BLACK)]),
+        Cell((sample.target,), plan_in_words(sample.plan, sample.plan)),
     ]
-    for name, result, mark in zip(painted, results, marks):
-        plan = in_words(result.plan, than=sample.plan) if result.text else [("no plan", GREY)]
-        reward = rewards[name][number] if rewards else None
-        said = [] if reward is None else [f"reward {reward:.3f}"]
+    first = None  # Overall of the first checkpoint
+    for result, reward in zip(results, rewards):
+        frame, said = None, [] if reward is None else [f"reward {reward:.3f}"]
         if sample.truth:
             verdict = judge(result.image, sample.truth)
             said.append(f"PF {verdict.pf:.1f}  SC {verdict.sc:.1f}  Overall {verdict.overall:.1f}")
-        row.append(((result.image,), mark, [(words, mark or BLACK) for words in said] + plan))
+            first = verdict.overall if first is None else first
+            if abs(verdict.overall - first) >= 1:
+                frame = BETTER if verdict.overall > first else WORSE
+        words = [(text, frame or BLACK) for text in said]
+        words += plan_in_words(result.plan, sample.plan) if result.text else [("no plan", GREY)]
+        row.append(Cell((result.image,), words, frame))
     return row
 
 
-def changes(sample, results):
-    """A colour for each result: BETTER or WORSE than the first one, else None."""
-    if not sample.truth:
-        return [None] * len(results)
-    first, *others = [judge(result.image, sample.truth).overall for result in results]
-    marks = [None if abs(x - first) < 1 else BETTER if x > first else WORSE for x in others]
-    return [None, *marks]
-
-
-def in_words(plan, than=None):
-    """[(words, colour)] of a plan: caption, relations; red where they are not those of `than`."""
+def plan_in_words(plan, true):
+    """[(text, colour)] of a plan: caption, relations; red where they are not those of `true`."""
     if plan is None:
         return [("a plan that cannot be read", WORSE)]
-    parts, true = [plan.caption, *plan.relations], than or plan
-    wanted = [true.caption, *true.relations]
-    wanted += [None] * (len(parts) - len(wanted))
-    return [
-        (words, WORSE if words != right else GREY if i else BLACK)
-        for i, (words, right) in enumerate(zip(parts, wanted))
-    ]
-
-
-def wrapped(words, width):
-    """[(line, colour)] of [(words, colour)], each line of at most `width` letters."""
-    return [(line, colour) for text, colour in words for line in textwrap.wrap(text, width)]
-
-
-def mosaic(images, side):
-    """Pictures in a square of `side`, cut where it ends: one fills it, four take a quarter each."""
-    across = max(1, math.ceil(math.sqrt(len(images))))
-    down, each = -(-len(images) // across), (side - PAD * (across - 1)) // across
-    height = side if across == 1 else down * (each + PAD) - PAD
-    square = Image.new("RGB", (side, height), (255, 255, 255))
-    for i, image in enumerate(images):
-        y, x = divmod(i, across)
-        square.paste(fitted(image, each), (x * (each + PAD), y * (each + PAD)))
-    return square
+    words = [(plan.caption, BLACK if plan.caption == true.caption else WORSE)]
+    for i, relation in enumerate(plan.relations):
+        words.append((relation, GREY if relation in true.relations[i : i + 1] else WORSE))
+    return words
 
 
 # --------------------------------------------------------------------------------------------------
 # the denoising path
 
 
-def save_path(path, titles, rows, *, side=SIDE):
+def save_path(path, titles, rows):
     """Columns of pictures, a title above each. rows: {what it shows: a picture for each title}."""
-    margin, cell = 7 * LINE * any(rows) + PAD, side + PAD
-    sheet, write = sheet_of(margin + len(titles) * cell, LINE + 2 * PAD + len(rows) * cell)
-    for column, title in enumerate(titles):
-        write((margin + column * cell, PAD), title, GREY)
-    for row, (name, images) in enumerate(rows.items()):
-        top = LINE + 2 * PAD + row * cell
-        for i, line in enumerate(textwrap.wrap(name, 15)):
-            write((PAD, top + LINE * i), line)
-        for column, image in enumerate(images):
-            sheet.paste(fitted(image, side), (margin + column * cell, top))
-    save_png(sheet, path)
-
-
-def some(count, most):
-    """At most `most` of range(count), evenly, first and last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    cells = [
+        [Cell(words=[(name, BLACK)]), *(Cell((image,)) for image in images)]
+        for name, images in rows.items()
+    ]
+    widths = [7 * LINE] + [SIDE] * len(titles)
+    save_png(sheet_of(cells, ["", *titles], widths=widths), path)

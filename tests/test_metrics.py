@@ -118,15 +118,15 @@ def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):
     both = {"SFT": before, "SFT + GRPO": after}
     rewards = {name: metrics.rewards_of_plans(rs, worth) for name, rs in both.items()}
     assert rewards["SFT + GRPO"] == [-0.25, -0.25, None]
-    *_, second = pictures.row_of(samples[0], both, rewards, number=0)
-    assert second[2][:3] == [
+    *_, second = pictures.grid_row(samples[0], [before[0], after[0]], [-0.25, -0.25])
+    assert second.words[:3] == [
         ("reward -0.250", pictures.BETTER),
         ("PF 10.0  SC 10.0  Overall 10.0", pictures.BETTER),
         ("A moon.", pictures.WORSE),
     ]
-    assert [words for words, _ in second[2][3:]] == list(samples[0].plan.relations)
-    *_, third = pictures.row_of(samples[2], both, rewards, number=2)
-    assert ("a plan that cannot be read", pictures.WORSE) in third[2]
+    assert [words for words, _ in second.words[3:]] == list(samples[0].plan.relations)
+    *_, third = pictures.grid_row(samples[2], [before[2], after[2]], [-0.25, None])
+    assert ("a plan that cannot be read", pictures.WORSE) in third.words
     pictures.save_grid(tmp_path / "grid.png", samples, both, rewards=rewards, side=64)
     sheet = Image.open(tmp_path / "grid.png")
     edge = [sheet.getpixel((sheet.width - 10, y)) for y in range(sheet.height)]

@@ -16,9 +16,9 @@ from runtime import loop
 from runtime.config import UserError
 from runtime.shards import ShardWriter
 from studies.metrics import HeldOut
+from studies.pictures import save_samples
 from toy import world
 from toy.judge import judge
-from toy.sheets import picture_sheet
 from toy.tasks import draw_sample
 from vision import to_png
 
@@ -62,8 +62,9 @@ def test_the_parser_reads_plans_of_ten(ten):
         assert judge(one.target, one.truth).overall == 10
 
 
-def test_sheets_show_all_ten_and_their_relations(ten):
-    sheet, narrow = (picture_sheet([one]) for one in (ten[0], draw_sample("train", 0)))
+def test_sheets_show_all_ten_and_their_relations(ten, tmp_path):
+    path = tmp_path / "sheet.png"
+    sheet, narrow = (save_samples(path, [one]) for one in (ten[0], draw_sample("train", 0)))
     assert sheet.width == 11 * 136 + 640 and narrow.height == 144
     words = np.asarray(sheet)[:, 11 * 136 :].min((1, 2)) < 128  # rows with ink
     assert words.nonzero()[0].max() > 144 and not words[-4:].any()

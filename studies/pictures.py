@@ -53,7 +53,7 @@ def sheet_of(rows, titles=(), *, side=SIDE, gap=PAD, widths=None):
             square = mosaic(cell.pictures, side) if cell.pictures else None
             lines = wrapped(cell.words, width)
             words_top = height + (square.height + PAD if square else 0)
-            bottom = max(bottom, words_top + LINE * len(lines))
+            bottom = max(bottom, words_top + LINE * len(lines) if lines else 0)
             pieces.append((left, height, square, cell.frame, words_top, lines))
         height = bottom + gap
     sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, height), "white")

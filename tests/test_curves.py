@@ -48,6 +48,28 @@ def test_the_strips_of_a_run_become_a_sheet_and_an_animation(tmp_path, monkeypat
         assert moving.n_frames == 3
 
 
+def test_a_lapse_keeps_the_pictures_of_its_strips():
+    """Cut out of strips of two prompts, one of which has a reference less, and laid out again."""
+    colours = [
+        [(90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 90, 0)],
+        [(9, 0, 0), None, (0, 9, 0), (0, 0, 9)],
+    ]
+    rows = [
+        [
+            curves.Cell((Image.new("RGB", (128, 128), colour),)) if colour else curves.Cell()
+            for colour in row
+        ]
+        for row in colours
+    ]
+    strip = curves.sheet_of(rows)
+    lapse = curves.lapse([("step 1", strip), ("step 2", strip)])
+    cell = curves.SIDE + curves.PAD
+    for y, row in enumerate(colours):
+        for x, colour in enumerate([*row, row[-1]]):
+            middle = (x * cell + cell // 2, lapse.height - (2 - y) * cell + cell // 2)
+            assert lapse.getpixel(middle) == (colour or (255, 255, 255))
+
+
 def test_of_many_strips_some_are_shown():
     assert curves.evenly(3, 8) == [0, 1, 2]
     assert curves.evenly(100, 4) == [0, 33, 66, 99]

@@ -19,10 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from bench.advice import dry_run
-from bench.walk import of_held_out, type_of, walk_pictures
 from engine import Engine, Sampler, Thinking
-from runtime import files, processes
+from runtime import accountant, files, processes
 from runtime.config import exit_on_user_error, parse, with_path
 from runtime.pretrained import shape_of
 from runtime.quantised import load_quantised
@@ -75,8 +73,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
     weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
     batch: int = 50  # prompts painted at once: bounds the memory
-    memory: bool = False  # print what every phase would hold of a GPU, and stop
-    gpu_memory: float = 80.0  # GB, 10^9 bytes
+    memory: str = ""  # 1x80: print what every phase would hold of a GPU of 80 GB, and stop
     # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation
     seeds: int = 3  # of the ablation
@@ -128,10 +125,10 @@ class Config:
             split=self.split,
         )
 
-    def work(self, shape):
+    @property
+    def work(self):
         """What is painted at once, for --memory; a benchmark paints one by one."""
-        work = of_held_out(self.held_out, type_of(self.dtype))
-        return replace(work, prompts=1) if self.bench else work
+        return replace(self.held_out, batch=1) if self.bench else self.held_out
 
 
 # fmt: off
@@ -184,7 +181,7 @@ def main(config):
         default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
         with exit_on_user_error(ValueError):
             shape = shape_of(config.checkpoint, config.config, default)
-            dry_run(walk_pictures, config, shape)
+            accountant.dry_run(accountant.walk_evaluate, config, shape)
         return
     metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
     if config.grid:

@@ -39,14 +39,12 @@ import torch
 
 import rollouts
 import tree
-from bench.advice import dry_run
-from bench.walk import walk_grpo
 from data import open_source
 from engine import Engine, Thinking
 from kernels.attention import describe_backend
 from objective import Actions, advantages, objective
 from reward import Clip, embed_groups, reward_statistics, rewards_of, source_of
-from runtime import loop, processes, sharding
+from runtime import accountant, loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of
@@ -128,7 +126,7 @@ TOY = dict(
     metric="out/toy-clip-metric", scored_shift=5.0, average=0.0, num_timesteps=7,
     timestep_shift=10.0, lr=2e-4, std_floor=0.02, eval_timesteps=7, eval_plan_tokens=72,
     picture_side=world.SIZE, groups_at_once=8, pictures_at_once=1000, tokens_per_pack=8192,
-    checkpointing=False, precision="float32", sum_every_pass=False, eval_batch=50, gpus=1,
+    checkpointing=False, precision="float32", sum_every_pass=False, eval_batch=50,
 )
 SMOKE = dict(clip="out/smoke-clip-reward", metric="out/smoke-clip-metric", clip_steps=20)
 PRESETS = {
@@ -149,7 +147,7 @@ PRESETS = {
         data="toy", init="out/rehearsal-sft", scale=16, picture_side=512, prompts_per_step=4,
         group_size=4, num_timesteps=5, text_guidance=4.0, image_guidance=2.0, steps=2,
         eval_samples=4, eval_timesteps=5, clip_name="toy", metric_name="toy", precision="float32",
-        save_every=1, sample_every=2, gpus=1, out="out/rehearsal-grpo",
+        save_every=1, sample_every=2, out="out/rehearsal-grpo",
     ),
     "full": dict(),  # the efficient recipe
     "paper": dict(  # published: group_size, steps, lr, 50 steps; window and guidance ours
@@ -339,7 +337,8 @@ def train(config):
     begun = time.perf_counter()
     if config.memory:
         default = PRESETS.get(config.config, {}).get("init", Config.init)
-        dry_run(walk_grpo, config, shape_of(config.init, config.config, default))
+        shape = shape_of(config.init, config.config, default)
+        accountant.dry_run(accountant.walk_grpo, config, shape)
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)

@@ -25,10 +25,8 @@ from tqdm import tqdm
 
 import flow
 import iccot
-from bench.advice import dry_run
-from bench.walk import Work, type_of, walk_pictures
 from engine import Engine, Request, Sampler, Thinking
-from runtime import files, processes
+from runtime import accountant, files, processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.pretrained import shape_of
 from runtime.quantised import load_quantised
@@ -75,8 +73,7 @@ class Config:
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures
     config: str = ""  # name of the preset
-    memory: bool = False  # print what every phase would hold of a GPU, and stop
-    gpu_memory: float = 80.0  # GB, 10^9 bytes
+    memory: str = ""  # 1x80: print what every phase would hold of a GPU of 80 GB, and stop
 
     def __post_init__(self):
         _ = self.sampler, self.thinking  # ValueError for what cannot be drawn
@@ -112,17 +109,9 @@ class Config:
 
     def work(self, shape):
         """What is painted at once, for --memory: as many references as are given or allowed."""
-        side, references = shape.latent_side * shape.token_pixels, len(self.ref)
-        return Work(
-            prompts=1,
-            plans=int(self.plan),
-            pictures=1,
-            plan_tokens=self.max_plan_tokens,
-            contexts=self.sampler.contexts,
-            references=self.max_references if self.prompts else references,
-            side=max(self.height, self.width) or side,
-            dtype=type_of(self.dtype),
-        )
+        references = self.max_references if self.prompts else len(self.ref)
+        side = max(self.height, self.width) or shape.latent_side * shape.token_pixels
+        return accountant.Work(1, references, side, self.sampler, self.thinking)
 
 
 # fmt: off
@@ -297,7 +286,7 @@ def main(config):
         default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
         with exit_on_user_error(ValueError):
             shape = shape_of(config.init or config.checkpoint, config.config, default)
-            dry_run(walk_pictures, config, shape)
+            accountant.dry_run(accountant.walk_sample, config, shape)
         return
     with exit_on_user_error(ValueError):
         wanted, place = jobs(config), processes.placed(config.device, config.dtype)

@@ -33,13 +33,11 @@ import torch
 import torch.nn.functional as F
 
 import example
-from bench.advice import dry_run
-from bench.walk import walk_sft
 from data import open_source, stream
 from engine import Engine, Sampler, Thinking
 from kernels.attention import describe_backend
 from model import MODELS, ModelConfig, UnifiedModel
-from runtime import loop, processes, sharding
+from runtime import accountant, loop, processes, sharding
 from runtime.config import exit_on_user_error, parse
 from runtime.lora import load_trained, trained_parameters
 from runtime.pretrained import shape_of, shape_with
@@ -106,7 +104,7 @@ TOY = dict(
     data="toy", text_dropout=0.0, vae_dropout=0.0, vit_dropout=0.0, decay=0.5, timestep_shift=5.0,
     checkpointing=False, precision="float32", sum_every_pass=False, sample_side=world.SIZE,
     sample_timesteps=7, sample_shift=10.0, sample_plan_tokens=72, eval_batch=50, plan_dropout=0.1,
-    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45, gpus=1,
+    metric_name="toy", metric="out/toy-clip-metric", clip_steps=300, painter_errors=0.45,
 )
 PRESETS = {
     "toy": MODELS["toy"] | TOY | dict(
@@ -126,7 +124,7 @@ PRESETS = {
     "rehearsal": MODELS["rehearsal"] | dict(  # the recipe of full on thin weights, 512 x 512
         data="toy", scale=16, samples_per_step=4, steps=20, lr=1e-3, warmup=5, average=0.9,
         precision="float32", out="out/rehearsal-sft", save_every=10, sample_every=10,
-        sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy", gpus=1,
+        sample_side=512, sample_timesteps=5, eval_samples=4, metric_name="toy",
         metric="out/smoke-clip-metric", clip_steps=20,
     ),
     "full": dict(workers=4),
@@ -226,7 +224,7 @@ def train(config):
     """The whole stage: resumes, trains, and writes the averaged model to `out`/model."""
     if config.memory:
         to_come = config.init and shape_of(config.init, config.config)
-        dry_run(walk_sft, config, to_come or shape_with(config, {}))
+        accountant.dry_run(accountant.walk_sft, config, to_come or shape_with(config, {}))
         return
     with exit_on_user_error(ValueError):
         processes.launch(config.timeout_minutes)

@@ -25,11 +25,11 @@ import grpo
 import objective
 import rollouts
 import tree
-from bench.memory import kept_bytes
 from bench.model import MID, random_engine, random_reference, random_words
 from bench.timing import IMAGE, VIT, best_of
 from engine import Branch, Engine, Group, Prompt, Thinking
 from model import TOY, ModelConfig
+from runtime.accountant import kept_bytes
 from runtime.state import TrainingState
 from sequence import Sequence
 from vision import Reference
@@ -249,10 +249,11 @@ def kept_for_backward(contest):
     """Bytes that autograd keeps at a time: for one member and step; for a pack with its prompt."""
     model, config = contest.engine.model, contest.config
     packed = naive_pack(contest, 0, 0)
-    with kept_bytes(model.parameters()) as alone:
+    alone, together = kept_bytes(model.parameters()), kept_bytes(model.parameters())
+    with alone:
         model.velocity(packed, model(packed)[1])
     found = tree.plant(contest.engine.layout, contest.rollout, 0, config=config)
-    with kept_bytes(model.parameters()) as together:
+    with together:
         tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config=config)
     return alone.total, together.total
 

@@ -230,7 +230,7 @@ def attention(q, k, v, mask, backend=None):
     ValueError if shapes, types or mask do not fit each other, or if the back end is unknown or
     cannot run here.
     """
-    if q.is_meta:  # shapes without memory (bench/memory.py): no mask is read
+    if q.is_meta:  # shapes without memory (runtime/accountant.py): no mask is read
         return ShapesOfAttention.apply(q, k, v)
     _check(q, k, v, mask)
     name = backend or choose_backend(q.device, q.dtype, q.shape[2])[0]

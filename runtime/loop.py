@@ -65,7 +65,7 @@ MAY_CHANGE = (  # between resumptions
     "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
     "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
     "eval_batch", "eval_data", "export_float32",
-    "checkpointing", "sum_every_pass", "memory", "gpus", "gpu_memory",
+    "checkpointing", "sum_every_pass", "memory",
 )
 # fmt: on
 
@@ -74,7 +74,7 @@ MAY_CHANGE = (  # between resumptions
 POSITIVE = (
     "samples_per_step prompts_per_step updates noise_copies lora_rank save_every sample_every keep "
     "eval_samples eval_batch groups_at_once pictures_at_once picture_side tokens_per_pack scale "
-    "max_references replicas gpus timestep_shift"
+    "max_references replicas timestep_shift"
 )
 NOT_NEGATIVE = (
     "workers seed threads lr weight_decay warmup eval_every save_minutes ce_weight mse_weight "
@@ -108,9 +108,7 @@ class Options:
     sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
     replicas: int = 1  # copies of the model, each sharded over its part of the processes
     timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
-    memory: bool = False  # print what every phase would hold of each GPU, and stop (bench/walk.py)
-    gpus: int = 8  # of that table
-    gpu_memory: float = 80.0  # GB of each, 10^9 bytes
+    memory: str = ""  # 8x80: print what every phase would hold of 8 GPUs of 80 GB, and stop
     # run
     seed: int = 0
     threads: int = 0  # CPU threads; 0 measures which of one and two is faster

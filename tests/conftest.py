@@ -19,7 +19,7 @@ from runtime import processes  # noqa: E402
 torch.set_num_threads(1)
 
 # files with the longest chains come first, so that two processes end at about the same time
-LONG = ["test_run", "test_commands", "test_road", "test_curate", "test_options", "test_walk"]
+LONG = ["test_run", "test_commands", "test_road", "test_curate", "test_options", "test_accountant"]
 
 
 def pytest_collection_modifyitems(items):

@@ -37,8 +37,7 @@ TRAINING = dict(
     checkpointing=change("blocks", True),
     replicas=change("exit", 2),  # of one process there are no copies
     timeout_minutes=change("launched", 7.0),
-    memory=change("log", True),
-    gpu_memory=change("exit", 1e-4, memory=True),
+    memory=change("exit", "1x0.0001"),
     seed=change("log", 1),
     threads=change("threads", 2),
     keep=change("states", 1, steps=3, save_every=1),
@@ -100,7 +99,7 @@ SFT = TRAINING | dict(
     train=change("weights", "gen", init="model"),
     lora_rank=change("weights", 2, init="model", train="lora"),
     lora_alpha=change("weights", 999.0, init="model", train="lora"),
-    weights=change("exit", "nf4", init="model", train="lora", memory=True, gpu_memory=1.0934),
+    weights=change("exit", "nf4", init="model", train="lora", memory="1x1.0934"),
     # what is seen of a sample
     tokens_per_pack=change("passes", 600, samples_per_step=6),
     sum_every_pass=change("summed", True, samples_per_step=6, tokens_per_pack=600),
@@ -175,7 +174,7 @@ GRPO = TRAINING | dict(
     train=change("weights", "gen"),
     lora_rank=change("weights", 2, train="lora"),
     lora_alpha=change("weights", 999.0, train="lora"),
-    weights=change("exit", "nf4", train="lora", memory=True, gpu_memory=1.857e-2),
+    weights=change("exit", "nf4", train="lora", memory="1x0.01857"),
     average=change("weights", 0.99),
     clip_name=change("asked", "ViT-L-14"),
     clip=change("asked", "elsewhere"),
@@ -215,12 +214,11 @@ SAMPLE = dict(
     height=change("files", 32),
     width=change("files", 32),
     dtype=change("asked", "bfloat16"),
-    weights=change("exit", "nf4", memory=True, gpu_memory=7e-4),
+    weights=change("exit", "nf4", memory="1x0.0007"),
     device=change("exit", "cuda:99"),
     seed=change("files", 1),
     threads=change("threads", 2),
-    memory=change("files", True),
-    gpu_memory=change("exit", 1e-4, memory=True),
+    memory=change("exit", "1x0.0001"),
 )
 BENCH = dict(bench="dreamomni2", bench_path="bench", result_dir="results", num_timesteps=2)
 STUDY = dict(ablation=True, seeds=1)
@@ -251,10 +249,9 @@ EVALUATE = dict(
     max_plan_tokens=change("pictures", 8),
     device=change("exit", "cuda:99"),
     dtype=change("asked", "bfloat16"),
-    weights=change("exit", "nf4", memory=True, gpu_memory=8.08e-3),
+    weights=change("exit", "nf4", memory="1x0.00808"),
     batch=change("passes", 1),
-    memory=change("pictures", True),
-    gpu_memory=change("exit", 1e-4, memory=True),
+    memory=change("exit", "1x0.0001"),
     bench=change("files", "dreamomni2", also=BENCH),
     bench_path=change("files", "bench-2", **BENCH),
     result_dir=change("files", "results-2", **BENCH),
@@ -274,7 +271,6 @@ PRESET = {"config": "test_loop.py:test_full_trains_no_stage_1_whatever_its_clip"
 STAGES = PRESET | {
     "precision": "worker.py:work",
     "export_float32": "test_loop.py:test_weights_are_exported_in_float32_on_request",
-    "gpus": "test_memory.py:test_sharding_divides_what_is_sharded",
 }
 ELSEWHERE = {"sft": STAGES, "grpo": STAGES, "sample": PRESET, "evaluate": PRESET}
 # fmt: on

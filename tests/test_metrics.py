@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.signal import cosines
 from engine import Engine, Result, Sampler, Thinking
 from iccot import ICCoT
 from model import SMOKE, ModelConfig, UnifiedModel
@@ -95,15 +94,6 @@ def test_a_gain_is_one_beyond_two_standard_deviations_of_the_seeds():
     assert "| +0.10 ± 0.01 \\* |" in lines[3] and "| +0.20 ± 0.26 |" in lines[4]
     two = ablation_table({"SFT": sft[:2], "base": steady[:2]})  # two seeds have no spread to trust
     assert "\\* |" not in two
-
-
-def test_cosines_tell_signal_from_chance():
-    """Of vectors that share a part, the squared length of that part among their own."""
-    shared, chance = torch.zeros(6, 9), torch.cat([torch.zeros(6, 3), torch.eye(6)], 1)
-    shared[:, 0] = 0.5
-    mean, error = cosines(list(shared + chance))
-    assert mean == pytest.approx(0.25 / 1.25) and error == pytest.approx(0, abs=1e-6)
-    assert cosines(list(chance)) == (0, 0)
 
 
 def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):

@@ -36,7 +36,6 @@ import sample
 import sft
 import toy.painter
 import toy.prepare
-from bench import advice
 from runtime import loop, pretrained, processes, sharding, state
 from runtime.shards import ShardWriter
 from studies import ablation, benchmarks, metrics
@@ -260,7 +259,6 @@ class Results:
         noted(patch, seen, model.Block, "forward", key="blocks")
         patch.setattr(sft, "toy_tokenizer", lambda *_: self.tokenizer)
         patch.setattr(toy.painter, "FIRST", 200)
-        patch.setattr(advice, "remedies", lambda *_: [])
         if name in ("sample", "evaluate"):
             module, measure = MODULES[name], metrics.measure
             how = dict(key="asked", instead=lambda *_, **__: self.loaded)

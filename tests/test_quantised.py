@@ -21,11 +21,9 @@ from torch.optim import AdamW
 import bench.model as case
 import grpo
 import sft
-from bench import advice, memory, walk
-from bench.memory import values_of
 from engine import Branch, Group, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import loop, quantised
+from runtime import accountant, loop, quantised
 from runtime.config import UserError
 from runtime.lora import add_adapter, load_trained, trained_parameters
 from runtime.pretrained import load_model, save_model
@@ -70,7 +68,7 @@ def test_velocities_and_bytes(bitsandbytes, drawn, kind, dtype, least, most):
     expected = velocity(engine.model, packed)
     model = copy.deepcopy(engine.model).to(dtype)
     narrow = sum(layer.weight.numel() for *_, layer in quantised_layers(model))
-    values, kept = values_of(model), sum(p.nbytes for p in model.parameters())
+    values, kept = accountant.values_of(model), sum(p.nbytes for p in model.parameters())
     quantise(model, kind)
     model.to("cpu")  # rounds
     error = (velocity(model, packed) - expected).norm() / expected.norm()
@@ -286,16 +284,15 @@ def test_what_is_walked_is_held(bitsandbytes, checkpoint, world_of_one):
     for kind, width in (("int8", 1.0), ("nf4", 0.5)):
         config = smoke("grpo", checkpoint, "run", weights=kind, precision="bfloat16")
         model, _ = load_trained(config)
-        always = memory.always(config, memory.model_of(model.config, "lora", 4), 1)
+        always = accountant.Stage(config, model.config, 1).always()
         walked = always["weights, frozen"] + always["weights, trained"]
         held = sum(p.nbytes for p in model.parameters())
         narrow = sum(
             layer.in_features * layer.out_features for *_, layer in quantised_layers(model)
         )
         assert walked - held == (BYTES[kind] - width) * narrow
-        assert count(model.parameters()) == memory.values_of(
-            memory.model_of(model.config, "lora", 4)
-        )
+        on_meta = accountant.model_of(model.config, "lora", 4)
+        assert count(model.parameters()) == accountant.values_of(on_meta)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,17 +308,14 @@ def test_it_says_what_it_needs(monkeypatch, drawn):
 
 
 def test_what_trains_on_small_cards():
-    """Computed: README's settings for 24 GB, and the advice to others."""
-    how = dict(config="full", train="lora", weights="nf4", gpus=1, gpu_memory=24)
-    one = sft.Config(init="BAGEL-7B-MoT", max_references=1, tokens_per_pack=13_498, **how)
-    assert walk.walk_sft(one, FULL).fits(24)
-    assert not walk.walk_sft(dataclasses.replace(one, weights="int8"), FULL).fits(24)
-    few = dict(max_references=1, picture_side=512, pictures_at_once=1, tokens_per_pack=16_384)
-    assert walk.walk_grpo(grpo.Config(lora_rank=16, **few, **how), FULL).fits(24)
-    much = dict(weights="full", max_references=4, tokens_per_pack=45_056)
-    asked = dataclasses.replace(one, **much)
-    expected = "--tokens_per_pack 13498 --max_references 1 --weights nf4"
-    assert advice.remedies(walk.walk_sft, asked, FULL) == [expected]
+    """Computed: README's settings for 24 GB."""
+    how = dict(config="full", train="lora", weights="nf4", max_references=1)
+    stage_1 = sft.Config(init="BAGEL-7B-MoT", tokens_per_pack=13_498, **how)
+    assert accountant.walk_sft(stage_1, FULL, 1).fits(24)
+    rounded_less = dataclasses.replace(stage_1, weights="int8")
+    assert not accountant.walk_sft(rounded_less, FULL, 1).fits(24)
+    how |= dict(lora_rank=16, picture_side=512, pictures_at_once=1, tokens_per_pack=16_384)
+    assert accountant.walk_grpo(grpo.Config(**how), FULL, 1).fits(24)
 
 
 def test_what_fits_small_cards():
@@ -329,7 +323,5 @@ def test_what_fits_small_cards():
     config = partial(Config, ref=("a.png",), text_guidance=4.0)
     for card, refused, fits in ((24, "full", "int8"), (16, "int8", "nf4")):
         for kind, expected in ((refused, False), (fits, True)):
-            found = walk.walk_pictures(config(weights=kind), FULL)
+            found = accountant.walk_sample(config(weights=kind), FULL, 1)
             assert found.fits(card) == expected, (card, kind)
-        wanted = config(weights=refused, gpu_memory=card)
-        assert f"--weights {fits}" in advice.remedies(walk.walk_pictures, wanted, FULL)

@@ -1,7 +1,9 @@
 """Stage 1: packing changes nothing, dropped conditions leave positions, a checkpoint its shape."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -9,7 +11,6 @@ from torch.distributed.checkpoint import FileSystemReader
 import example
 import grpo
 import sft
-from bench import packing
 from engine import Engine, is_text
 from model import ModelConfig, UnifiedModel
 from runtime import loop, lora, processes
@@ -307,13 +308,34 @@ def test_samples_of_a_step_are_dealt_by_their_length(toy, monkeypatch):
     assert spread(shares) < spread(in_turn) / 2
 
 
+class OneToFour:
+    """A source of samples of one to four references."""
+
+    def references(self, position):
+        return int(np.random.default_rng(position).integers(1, 5))
+
+
+def share_computed(dealer, shares):
+    """The share of the tokens waited for that a GPU computes itself, if all wait for the largest
+    pack of a pass. shares: of each GPU, numbers of samples."""
+    latents, _ = example.picture_tokens(dealer.shape)
+    packs = []
+    for numbers in shares:
+        words = [int(np.random.default_rng((1, n)).integers(30, 340)) for n in numbers]
+        tokens = [dealer.tokens(n) + latents + more for n, more in zip(numbers, words)]
+        filled = example.fill(tokens, dealer.config.tokens_per_pack)
+        packs.append([sum(tokens[i] for i in some) for some in filled])
+    waited = sum(map(max, itertools.zip_longest(*packs, fillvalue=0)))
+    return sum(map(sum, packs)) / (waited * len(packs))
+
+
 def test_the_passes_of_64_gpus_are_filled():
-    """By `python -m bench packing --gpus 64`; in turn a GPU would compute 0.60 of what it waits
-    for."""
-    found = packing.shares_of_stage_1(64, steps=2)
-    assert found["dealt"] > 0.9 > 0.7 > found["in turn"]
-    even = packing.share_computed([[9000, 9000], [9000, 9000]])
-    assert even == 1 and packing.share_computed([[9000], [4500]]) == 0.75
+    """0.93 over ten steps; in turn a GPU would compute 0.60 of what it waits for."""
+    config = sft.Config(config="full", **sft.PRESETS["full"])
+    dealer, numbers = example.Dealer(config, ModelConfig(), OneToFour()), range(512)
+    assert share_computed(dealer, dealer.shares(0, 64)) > 0.9
+    assert share_computed(dealer, [numbers[rank::64] for rank in range(64)]) < 0.7
+    assert share_computed(dealer, [[0, 1], [0, 1]]) == 1
 
 
 def test_pictures_stand_where_the_instruction_puts_them(toy):

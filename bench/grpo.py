@@ -9,8 +9,7 @@ Stage 2 over the tree of a group, against the loop that knows no tree.
               tree    grpo.update: the prompt once, members in packs of `tokens_per_pack`
 
 for a group of the toy, and for one of a model of middle size with four references. Tokens that the
-model computed and bytes that autograd keeps at a time stand beside the CPU seconds. The gain at 7B
-is computed, not measured: FLOPs of weights and attention, bytes of the KV cache.
+model computed and bytes that autograd keeps at a time stand beside the CPU seconds.
 The naive update takes the policy gradient of the pictures alone, so the plans are not trained here.
 Letters: sequence.py. Left out: rewards, several processes, rollouts with guidance.
 """
@@ -26,7 +25,7 @@ import objective
 import rollouts
 import tree
 from bench.model import MID, random_engine, random_reference, random_words
-from bench.timing import IMAGE, VIT, best_of
+from bench.timing import best_of
 from engine import Branch, Engine, Group, Prompt, Thinking
 from model import TOY, ModelConfig
 from runtime.accountant import kept_bytes
@@ -104,7 +103,6 @@ def bench_grpo(config):
         )
         for phase, faster in measure(contest, config.repeats).items():
             result[f"{name.split(',')[0]}_{phase}_speedup"] = round(faster, 2)
-    print_seven_billion()
     toy = {f"{phase}_speedup": result[f"toy_{phase}_speedup"] for phase in ("update", "rollout")}
     return toy | result
 
@@ -256,45 +254,3 @@ def kept_for_backward(contest):
     with together:
         tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config=config)
     return alone.total, together.total
-
-
-# --------------------------------------------------------------------------------------------------
-# 7B, computed
-
-
-def print_seven_billion(group_size=32, window=3, steps=16, *, plan=150):
-    """FLOPs of one group at 1024 px and BAGEL's size, naive and over the tree; its KV cache."""
-    shape = ModelConfig()
-    width, key_width = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
-    block = width * (2 * width + 2 * key_width) + 3 * width * shape.intermediate_size
-    active = block * shape.num_hidden_layers  # weights that a token meets
-    pair = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
-    kv = 4 * shape.num_hidden_layers * key_width  # bytes a token
-
-    def flop(tokens, keys):
-        """keys: visible to a token, on average."""
-        return 2 * active * tokens + pair * tokens * keys
-
-    print(
-        f"computed for BAGEL-7B: {group_size} members, {steps} denoising steps, "
-        f"{window} of them trained, plans of {plan}; PFLOP a group"
-    )
-    print(
-        f"{'references':>12s}{'prompt':>9s}{'rollout':>10s}{'tree':>8s}{'update':>10s}{'tree':>8s}"
-        f"{'KV cache, naive and tree, GB':>32s}"
-    )
-    for references in range(1, 5):
-        picture, prompt = IMAGE + 2, references * (IMAGE + 2 + VIT + 2) + 60
-        once, own = flop(prompt, prompt / 2), flop(plan, prompt + plan / 2)
-        image = flop(picture, prompt + plan + picture)
-        naive = group_size * (2 * once + own + steps * image)
-        shared = once + group_size * (own + steps * image)
-        naive_trained = 3 * group_size * window * (once + own + image)
-        shared_trained = 3 * (once + group_size * (own + window * image))
-        naive_cache = kv * group_size * (prompt + plan + picture)
-        shared_cache = kv * (prompt + group_size * (plan + picture))
-        print(
-            f"{references:12d}{prompt:9,d}{naive / 1e15:10.0f}{shared / 1e15:8.0f}"
-            f"{naive_trained / 1e15:10.0f}{shared_trained / 1e15:8.0f}"
-            f"{naive_cache / 1e9:22.1f}{shared_cache / 1e9:10.1f}"
-        )

@@ -6,8 +6,7 @@ the strips of a run as one sheet and as an animation.
     python -m studies.curves --runs "forward=out/f0,out/f1 sde=out/s0,out/s1"
 
 A curve is the running mean of the last steps, over all runs (seeds) of a name; thin lines behind
-it are what each run logged. Held-out metrics (`--eval_every`) are not smoothed; the command prints
-them too, as means over the runs.
+it are what each run logged. Held-out metrics (`--eval_every`) are not smoothed.
 
 During training `save_strip` paints the same prompts from the same noise, again and again. Both
 stages end with `save_story`: curves.png, and of the strips lapse.png and lapse.webp, which moves.
@@ -62,18 +61,15 @@ PRESETS = {"default": {}}
 
 def save_curves(named, path):
     """Draw the runs, {name: [folder]}, into a PNG. UserError where a folder has no log."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     logs = {name: [log_of(folder) for folder in folders] for name, folders in named.items()}
     logged = {key for runs in logs.values() for lines in runs for line in lines for key in line}
     panels = {title: [k for k in keys if k in logged] for title, keys in PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     rows = -(-len(panels) // 3)
-    figure, axes = pyplot.subplots(rows, 3, squeeze=False, figsize=(11, 2.6 * rows))
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, keys) in zip(axes.flat, panels.items()):
@@ -88,7 +84,6 @@ def save_curves(named, path):
             axis.legend(frameon=False, fontsize="small")
     with files.published(path) as hidden:
         figure.savefig(hidden, dpi=100, format="png")
-    pyplot.close(figure)
 
 
 def draw(axis, runs, key, label, style):
@@ -140,19 +135,6 @@ def named_runs(text):
         name, _, folders = word.rpartition("=")
         named[name or Path(folders).name] = folders.split(",")
     return named
-
-
-def print_held_out(named):
-    """A line a measurement, with the means over the runs of a name."""
-    for name, folders in named.items():
-        logs = [log_of(folder) for folder in folders]
-        means = {
-            column: mean_of([values_of(lines, f"held_out_{column}") for lines in logs])
-            for column in COLUMNS
-        }
-        for step in means["PF"]:
-            words = [f"{c} {mean.get(step, float('nan')):.3f}" for c, mean in means.items()]
-            print(f"{name}: steps {step:,}  {'  '.join(words)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +218,6 @@ def main(config):
     folder, *others = [folder for folders in named.values() for folder in folders]
     out = config.out or str(Path(folder) / "curves.png")
     save_curves(named, out)
-    print_held_out(named)
     for path in [out, *([] if others else save_lapse(folder))]:
         print(f"wrote {path}")
 

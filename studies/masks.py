@@ -147,18 +147,15 @@ def grpo_tree():
 @exit_on_user_error()
 def main(config):
     """Draw both side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     files.check_writable(Path(config.out).parent)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14.4, 7.4), layout="constrained")
+    figure = Figure(figsize=(14.4, 7.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     draw_mask(left, sft_pack(), LAYOUT, "stage 1: two samples in one pack")
     draw_mask(right, grpo_tree(), LAYOUT, "stage 2: the tree of a group of three")
     with files.published(config.out) as hidden:
         figure.savefig(hidden, dpi=100, format="png")
-    pyplot.close(figure)
     print(f"wrote {config.out}")
 
 

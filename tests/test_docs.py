@@ -46,8 +46,6 @@ IDEAS = (
     "DreamOmni2Bench",
     "the ablation",
     "wrong captions, consistently drawn",
-    "noisy references",
-    "mismatched references",
     "more than four references",
 )
 

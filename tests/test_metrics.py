@@ -1,6 +1,5 @@
 """The metrics of the paper's tables, and the ablation that is made of them."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -11,9 +10,8 @@ from PIL import Image
 from engine import Engine, Result, Sampler, Thinking
 from iccot import ICCoT
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime.pretrained import save_model
 from studies import metrics, pictures
-from studies.ablation import ROWS, ablation_table, measure_row
+from studies.ablation import ROWS, ablation_table
 from studies.metrics import HeldOut, by_task, measure, measured_together
 from toy.tokenizer import train_tokenizer
 
@@ -121,22 +119,6 @@ def test_the_grid_says_what_was_planned_and_what_it_was_worth(tmp_path):
     sheet = Image.open(tmp_path / "grid.png")
     edge = [sheet.getpixel((sheet.width - 10, y)) for y in range(sheet.height)]
     assert edge.count(pictures.BETTER) == edge.count(pictures.WORSE) == 64 + 2 * pictures.PAD
-
-
-def test_a_row_of_the_ablation_is_measured_once(engine, tmp_path):
-    save_model(engine.model, engine.tokenizer, tmp_path / "run" / "model")
-    held, folder = HeldOut(count=2, sampler=Sampler(2, 10.0)), tmp_path / "run"
-    row = measure_row(folder, "SFT without IC-CoT", held, clip=WordCounts())
-    assert row["n"] == 2 and row["format_ok"] == 0  # it was not asked to plan
-    kept = json.loads((folder / "evaluation.json").read_text())
-    kept["row"]["n"] = 99
-    (folder / "evaluation.json").write_text(json.dumps(kept))
-    assert measure_row(folder, "SFT without IC-CoT", held, clip=None)["n"] == 99
-    for change in (dict(count=1), dict(seed=1), dict(side=16), dict(max_references=2)):
-        (folder / "evaluation.json").write_text(json.dumps(kept))
-        other = replace(held, **change)
-        row = measure_row(folder, "SFT without IC-CoT", other, clip=WordCounts())
-        assert row["n"] == other.count
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])

@@ -202,7 +202,7 @@ OWN = {
         (ablation, "metric_clip", "asked", colours),
         (ablation, "train_row", "rows", nothing),
         (ablation, "measure_row", "measured", row_of_ones),
-        (ablation, "plot_rewards", "plotted", nothing),
+        (ablation, "save_curves", "plotted", nothing),
     ],
 }
 # fmt: on

@@ -1,14 +1,12 @@
 """
-The open questions: scores against brute force, and prompts that are spoilt in exactly the way they
-should be. The plans of the last question are given by a scripted engine: three right ones of each
-prompt, two wrong ones, one that does not parse. Left out: the tables of a trained model, which are
-in RESULTS.md.
+The open questions: scores against brute force. The plans of "captions" are given by a scripted
+engine: three right ones of each prompt, two wrong ones, one that does not parse. Left out: the
+tables of a trained model, which are in RESULTS.md.
 """
 
 import math
 import zlib
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,47 +39,6 @@ def test_votes_count_the_other_plans_of_the_prompt():
     assert found == [0.5, 0.5, 0.0, 1.0, 1.0, 1.0]
 
 
-def test_noise_has_the_standard_deviation_asked_for():
-    one = SAMPLES[0]
-    assert questions.noisy(one, 0.0, 1).references[0].tobytes() == one.references[0].tobytes()
-    spoilt = [np.asarray(image, float) / 255 for image in questions.noisy(one, 0.05, 1).references]
-    for image, before in zip(spoilt, one.references):
-        difference = image - np.asarray(before, float) / 255
-        inside = (image > 0) & (image < 1)  # clipped values moved less
-        assert 0.035 < difference[inside].std() < 0.06
-    again = questions.noisy(one, 0.05, 1)
-    assert again.references[0].tobytes() == questions.noisy(one, 0.05, 1).references[0].tobytes()
-    assert again.references[0].tobytes() != questions.noisy(one, 0.05, 2).references[0].tobytes()
-
-
-def test_a_mismatched_prompt_differs_in_its_last_reference_alone():
-    before = {one.key: one for one in SAMPLES}
-    found = questions.mismatched(SAMPLES)
-    assert len(found) == len(SAMPLES)
-    for one in found:
-        was = before[one.key]
-        assert (one.instruction, one.plan, one.truth) == (was.instruction, was.plan, was.truth)
-        assert one.references[:-1] == was.references[:-1]
-        assert one.references[-1].size == was.references[-1].size
-        others = [other.references[-1] for other in SAMPLES if other.key != one.key]
-        assert any(one.references[-1] is other for other in others)
-
-
-def test_exchanged_prompts_have_the_same_pictures():
-    some, swapped = questions.exchanged(SAMPLES)
-    assert [one.key for one in some] == [one.key for one in swapped]
-    assert 0 < len(some) < len(SAMPLES)
-    for a, b in zip(some, swapped):
-        assert b.references == (a.references[1], a.references[0], *a.references[2:])
-
-
-def test_prompts_by_number_of_references():
-    found = questions.numbered(questions.Config(num_samples=3))
-    assert [len(group[0].references) for group in found.values()] == [1, 2, 3, 4, 4, 5]
-    for group in found.values():
-        assert len(group) == 3 and len({len(one.references) for one in group}) == 1
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     model = UnifiedModel(ModelConfig(**SMOKE)).initialise(0)
@@ -91,8 +48,8 @@ def engine(tmp_path_factory):
 
 @torch.no_grad()
 def test_likelihood_is_that_of_the_plan_one_token_at_a_time(engine):
-    texts = [iccot.render(one.plan) for one in SAMPLES[:3]]
-    found = questions.likelihoods(engine, SAMPLES[:3], texts, batch=2)
+    texts = [iccot.render(one.plan) for one in SAMPLES]
+    found = questions.likelihoods(engine, SAMPLES, texts, batch=2)
     one, plan = SAMPLES[2], engine.tokenizer.encode(texts[2])
     total = 0.0
     for i, token in enumerate([*plan, engine.layout.eos]):
@@ -181,19 +138,12 @@ def test_who_paints_the_edited_plan_follows_it(engine, deaf):
     for fact in ("place", "scene", "colour"):
         for one, truth in questions.edited(samples, fact, config.seed):
             truths |= {caption(truth): (truth, one.truth), one.plan.caption: [one.truth] * 2}
-    table = questions.steering(Obedient(engine, truths, deaf), None, config)
+    table = questions.steering(Obedient(engine, truths, deaf), config)
     assert all(n > 3 for n, *_ in table.values())
     assert all(shares == [1.0 - deaf, 0.0] for _, *shares in table.values())
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ({"draws": 1}, "draws=1"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"num_timesteps": 1}, "num_timesteps=1"),
-    ],
-)
-def test_options_that_cannot_be(words, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("words", [{"draws": 1}, {"num_samples": 0}])
+def test_options_that_cannot_be(words):
+    with pytest.raises(ValueError, match="expected at least 1 and 2"):
         questions.Config(**words)

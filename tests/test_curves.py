@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from runtime.config import UserError
@@ -80,14 +81,14 @@ def test_a_run_without_a_step_has_no_story(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_of_a_name_are_averaged(tmp_path, capsys):
+def test_runs_of_a_name_are_averaged(tmp_path):
     one, two = (run(tmp_path / n, [0.0, x], PF=x, SC=2 * x) for n, x in (("a", 6.0), ("b", 8.0)))
     other = run(tmp_path / "c", [1.0, 1.0], PF=3.0)
     named = curves.named_runs(f"both={one},{two} {other}")
     assert named == {"both": [one, two], "c": [other]}
-    curves.print_held_out(named)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("both: steps 2  PF 7.000  SC 14.000") and "PF 3.000" in second
+    axis, runs = Figure().subplots(), [curves.log_of(folder) for folder in (one, two)]
+    curves.draw(axis, runs, "held_out_PF", "both", "-")
+    assert [list(line.get_ydata()) for line in axis.lines] == [[7.0], [6.0], [8.0]]
     curves.save_curves(named, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as drawn:
         assert drawn.width > 500

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 
+import grpo
 import iccot
 from engine import Engine, Sampler, Thinking
 from reward import Clip, source_of
@@ -33,7 +34,7 @@ from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.quantised import load_quantised
 from studies.pictures import fitted
-from studies.studio import Ask, Members, Studio, so_far
+from studies.studio import Ask, Studio, so_far
 from toy.tasks import Drawn
 from vision import to_png
 
@@ -93,13 +94,12 @@ class Config:
 
     @property
     def members(self):
-        return Members(
+        return grpo.Config(
             group_size=self.group_size,
             max_plan_tokens=self.max_plan_tokens,
             num_timesteps=self.num_timesteps,
             timestep_shift=self.timestep_shift,
             std_floor=self.std_floor,
-            picture_side=0,
             pictures_at_once=self.group_size if self.examples else 1,
         )
 

@@ -4,7 +4,7 @@ Stage 2 over the tree of a group, against the loop that knows no tree.
     python -m bench grpo
 
     rollout   naive   for each member: read the prompt, write a plan; read the prompt again, paint
-              tree    engine.py, as rollouts.py calls it: one prefill, all members in every pass
+              tree    engine.py, as grpo.roll_out calls it: one prefill, all members in every pass
     update    naive   for each member and step: a pack of prompt, plan and one noised picture
               tree    grpo.update: the prompt once, members in packs of `tokens_per_pack`
 
@@ -21,8 +21,6 @@ import torch
 
 import flow
 import grpo
-import objective
-import rollouts
 import tree
 from bench.model import MID, random_engine, random_reference, random_words
 from bench.timing import best_of
@@ -54,7 +52,7 @@ class Contest:
 
     engine: Engine
     config: grpo.Config
-    rollout: rollouts.Rollout  # for the updates, with latents drawn at random
+    rollout: tree.Rollout  # for the updates, with latents drawn at random
     reward: torch.Tensor  # (1, G)
     generator: torch.Generator
 
@@ -173,9 +171,19 @@ def random_rollout(engine, prompt, plans, *, config, generator):
     x = torch.randn(sizes, generator=generator)  # (S, G, T, C)
     times = flow.time_grid(config.num_timesteps, config.timestep_shift)[1 : config.window + 2]
     x_next = x + 0.1 * torch.randn(sizes, generator=generator)  # (S, G, T, C)
-    steps = rollouts.Steps(x, x_next, times, torch.zeros(size, config.window))
-    ended = torch.ones(size, dtype=torch.bool)
-    return rollouts.Rollout([prompt], plans, ["x"] * size, [], ended, steps, grid)
+    return tree.Rollout(
+        prompts=[prompt],
+        plans=plans,
+        captions=["x"] * size,
+        ended=[True] * size,
+        images=[],
+        grid=grid,
+        x=x[:, None],  # (S, P, G, T, C)
+        target=x_next[:, None],
+        t=times[:-1, None],  # (S, P)
+        t_next=times[1:, None],
+        log_prob=torch.zeros(1, size, config.window),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +201,7 @@ def naive_rollout(contest):
 
 
 def tree_rollout(contest):
-    """All members of the group together, as rollouts.roll_out does it."""
+    """All members of the group together, as grpo.roll_out does it."""
     engine, generator, size = contest.engine, contest.generator, contest.config.group_size
     prompts, thinking = [contest.prompt], Thinking(contest.config.max_plan_tokens, 1.0)
     prefix, generators = engine.prefill(prompts), [generator] * size
@@ -213,22 +221,22 @@ def naive_pack(contest, member, k):
     with sequence.document():
         contest.prompt.write(sequence)
         sequence.text(rollout.plans[member])
-        sequence.noise(rollout.pictures.x[k, member], rollout.grid, rollout.pictures.times[k])
+        sequence.noise(rollout.x[k, 0, member], rollout.grid, rollout.t[k, 0])
     return sequence.pack()
 
 
 def naive_update(contest):
     """One member and one step at a time."""
     model, rollout, config = contest.engine.model, contest.rollout, contest.config
-    of = dict(image_of_token=torch.zeros(rollout.pictures.x.shape[2], dtype=torch.long), images=1)
+    image_of_token = torch.zeros(rollout.x.shape[3], dtype=torch.long)  # (T,)
     for member in range(config.group_size):
         for k in range(config.window):
             packed = naive_pack(contest, member, k)
             v = model.velocity(packed, model(packed)[1])  # (T, C)
-            t, t_next = rollout.pictures.times[k], rollout.pictures.times[k + 1]
-            x, x_next = rollout.pictures.x[k, member], rollout.pictures.x_next[k, member]  # (T, C)
-            mean, std = flow.transition(x, v, t, t_next=t_next, sde=config.transition)
-            log_prob = flow.log_prob(x_next, mean, std, **of)
+            t, t_next = rollout.t[k, 0], rollout.t_next[k, 0]
+            x, x_next = rollout.x[k, 0, member], rollout.target[k, 0, member]  # (T, C)
+            mean, std = flow.transition(x, v, t, t_next=t_next, sde=flow.Sde())
+            log_prob = flow.log_prob(x_next, mean, std, image_of_token=image_of_token, images=1)
             ratio = (log_prob - log_prob.detach()).exp().sum()
             (-contest.reward[0, member] * ratio).backward()
     model.zero_grad()
@@ -239,8 +247,8 @@ def tree_update(contest):
     parameters = dict(contest.engine.model.named_parameters())
     state = TrainingState(parameters, torch.optim.SGD(parameters.values(), 0.0), {})
     learner = grpo.Learner(contest.engine, state, None)
-    advantage = objective.advantages(contest.reward, contest.config)
-    grpo.update(learner, contest.rollout, advantage, config=contest.config)
+    advantage, plan_advantage = grpo.advantages(contest.reward, contest.config)
+    grpo.update(learner, contest.rollout, advantage, plan_advantage, contest.config)
 
 
 def kept_for_backward(contest):
@@ -250,7 +258,7 @@ def kept_for_backward(contest):
     alone, together = kept_bytes(model.parameters()), kept_bytes(model.parameters())
     with alone:
         model.velocity(packed, model(packed)[1])
-    found = tree.plant(contest.engine.layout, contest.rollout, 0, config=config)
+    found = tree.plant(contest.engine.layout, contest.rollout, 0, config)
     with together:
-        tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config=config)
+        tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config)
     return alone.total, together.total

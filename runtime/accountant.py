@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import Branch, Group, Noised, Prompt, Sampler, Thinking, lay_out
-from example import check_budget
 from model import MAX_LOGITS, Cache, RMSNorm, UnifiedModel
+from reward import source_of
 from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
 from runtime.processes import share
@@ -525,8 +525,6 @@ def resting(shape, dtype, kind, clip=(0, 0)):
 def walk_sft(config, shape, gpus):
     """The Walk of sft.py; UserError if the samples cannot be shared by the GPUs."""
     share(config.samples_per_step, "samples a step", "samples_per_step", among=gpus)
-    if config.data != "toy":
-        check_budget(shape, config)
     stage = Stage(config, shape, gpus)
     encoding, _ = codec_bytes(shape, shape.latent_side * shape.token_pixels)
     packing = (config.max_references, config.noise_copies, config.tokens_per_pack)
@@ -547,21 +545,15 @@ def walk_grpo(config, shape, gpus):
     """The Walk of grpo.py; UserError if the groups cannot be shared by the GPUs."""
     prompts = "prompts a step", "prompts_per_step"
     groups = share(config.prompts_per_step, *prompts, parts=config.updates, among=gpus)
-    groups, stage = min(groups, config.groups_at_once), Stage(config, shape, gpus)
-    side, clip, metric = (
-        config.picture_side,
-        clip_bytes(config.clip_name),
-        clip_bytes(config.metric_name),
-    )
+    groups = min(groups, max(1, config.pictures_at_once // config.group_size))
+    stage = Stage(config, shape, gpus)
+    side, clip, metric = (config.picture_side, clip_bytes(config.clip), clip_bytes(config.metric))
     work = Work(groups, config.max_references, side, config.sampler, config.thinking)
     whole = {"gathered weights": stage.gathered(stage.model)}
-    # x before and after each stochastic step stays until the group's last picture is painted
-    steps = config.window if config.likelihood == "sde" else 0
-    window = 8 * steps * config.group_size * groups * picture_values(shape, side)
     at_once = dict(
         plans=config.plans_per_group, pictures=min(config.group_size, config.pictures_at_once)
     )
-    rollout = painting(shape, stage.dtype, whole | {"window": window}, work, **at_once)
+    rollout = painting(shape, stage.dtype, whole, work, **at_once)
     prompt, members, of_prompt, of_members, block, plain = group_graphs(
         shape,
         stage.dtype,
@@ -610,7 +602,7 @@ def walk_sample(config, shape, gpus):
 def walk_evaluate(config, shape, gpus):
     """The Walk of evaluate.py, likewise, with the CLIP of CLIP_out."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    clip = clip_bytes(config.metric_name)
+    clip = clip_bytes(source_of(config.metric_name, config.metric))
     phases = painting(shape, dtype, {}, config.work)
     measure = Phase("measure", 0, {"CLIP's pass": clip[1]})
     return Walk(resting(shape, dtype, config.weights, clip), [*phases, measure], PICTURES_LESS)

@@ -1,13 +1,13 @@
 """
 The bookkeeping of a training run: its folder, log, average, states, signals and its end.
 
-    folder = start(config)                             makes or reopens the folder, sets threads
+    folder = start(config, preset)                     makes or reopens the folder, sets threads
     run = Run(folder, config, state, desc="sft")       continues from the newest state, if any
     for step in run.steps():                           a progress bar
         values, finite = ...                           forward, backward, optimiser: the stage's own
-        run.end_step(step, values, finite=finite, decay=0.9, made_of=samples)
-        if run.strip_is_due(step): ...
-    run.finish()
+        run.end_step(step, values, finite=finite, decay=0.9, samples=numbers)
+        if run.state_is_due(step): ...                 strips of pictures
+    run.export(engine)
 
     out/<name>/config.json        the resolved options, argv, threads, processes
     out/<name>/metrics.jsonl      one line a step
@@ -16,23 +16,22 @@ The bookkeeping of a training run: its folder, log, average, states, signals and
     out/<name>/state-000200/      training state (runtime/state.py)
     out/<name>/model/             the finished model in BAGEL's layout (runtime/pretrained.py)
 
-The same command continues a run from its newest state, which is never older than `save_minutes`
-and a step, unless writing states would take more than a twentieth of the time. Nothing random is
-carried from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed
-run equals an uninterrupted one bit for bit, and no state of a random generator is stored. On
-SIGTERM or SIGUSR1 a run finishes its step, saves the state, and leaves with status 85.
-Not a concept of the paper.
-Left out: hooks, restarting lost processes (torchrun and SLURM do that).
+The same command continues a run from its newest state, which is never older than SAVE_MINUTES and a
+step, unless writing states would take more than a twentieth of the time. Nothing random is carried
+from step to step: data, noise and times depend on (seed, step, sample) alone, so a resumed run
+equals an uninterrupted one bit for bit, and no state of a random generator is stored. On SIGTERM or
+SIGUSR1 a run finishes its step, saves the state, and leaves with status 85.
+
+Not a concept of the paper. Left out: hooks, restarting lost processes (torchrun and SLURM do that).
 """
 
 import json
-import re
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from tqdm import tqdm
@@ -43,7 +42,6 @@ from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
 from runtime.processes import (
     barrier,
-    choose_threads,
     device,
     finish,
     is_main,
@@ -58,100 +56,127 @@ from runtime.quantised import count, library
 from runtime.sharding import whole_weights
 from runtime.state import Saver, newest_step, update_average
 from runtime.tracker import Tracker
+from toy import world
 
-# fmt: off
-MAY_CHANGE = (  # between resumptions
-    "out", "steps", "threads", "eval_samples", "save_every", "sample_every", "target", "keep",
-    "timeout_minutes", "tokens_per_pack", "replicas", "export", "pictures_at_once",
-    "groups_at_once", "workers", "async_save", "save_minutes", "tracker", "eval_every",
-    "eval_batch", "eval_data", "export_float32",
-    "checkpointing", "sum_every_pass", "memory",
-)
-# fmt: on
+REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
+SAVE_MINUTES = 10  # a state is due so long after the last,
+SAVING = 20  # or so many times as long as it takes to write, if that is more
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to it
+BAD_STEPS = 3  # in a row without a finite gradient: the run stops
+SILENT = 20  # in a row without a signal: worth a warning
+MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
+# of the log, for a person
+SHOWN = ("held_out_Overall", "reward", "reward_std", "kl", "ce", "mse", "grad_norm")
 
 
-# options of the stages, what they may be, and that in words
-POSITIVE = (
-    "samples_per_step prompts_per_step updates noise_copies lora_rank save_every sample_every keep "
-    "eval_samples eval_batch groups_at_once pictures_at_once picture_side tokens_per_pack scale "
-    "max_references replicas timestep_shift"
-)
-NOT_NEGATIVE = (
-    "workers seed threads lr weight_decay warmup eval_every save_minutes ce_weight mse_weight "
-    "kl_beta std_floor clip_steps pretraining_steps"
-)
-SHARES = "plan_dropout text_dropout vae_dropout vit_dropout decay painter_errors filter_targets"
-BOUNDS = (
-    (POSITIVE, lambda value: value > 0, "a number above 0"),
-    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-    (SHARES, lambda value: 0 <= value <= 1, "a share from 0 to 1"),
-    ("average beta2", lambda value: 0 <= value < 1, "0 or more, and below 1"),
-)
+# --------------------------------------------------------------------------------------------------
+# options
 
 
 @dataclass(frozen=True)
 class Options:
     """What the configurations of both stages have in common."""
 
+    # what may differ when a run is resumed; all else changes what is learned
+    # fmt: off
+    MAY_CHANGE: ClassVar[tuple] = (
+        "out", "steps", "threads", "save_every", "tokens_per_pack", "replicas", "export",
+        "tracker", "eval_every", "eval_batch", "checkpointing", "memory",
+    )
+    # fmt: on
+
     # data
     data: str = ""  # "toy" draws them; or a tar shard, a folder of them or of records.jsonl
-    scale: int = 1  # of the toy world: pixels for each of its own, each way
+    max_references: int = 4  # pictures in a prompt, at most
+    picture_side: int = 1024  # pixels of the pictures that are painted, before the resize rule
     # what is trained (runtime/lora.py)
     train: Literal["all", "gen", "lora"] = "all"  # gen: that expert, latent layers; lora: adapters
-    lora_rank: int = 64
-    lora_alpha: float = 128.0  # the adapters' sum counts alpha / rank
+    lora_rank: int = 64  # of the adapters, which count twice (alpha is 2 * rank)
     weights: Literal["full", "int8", "nf4"] = "full"  # what frozen experts are rounded to, for lora
-    max_grad_norm: float = 1.0
     # machine
     checkpointing: bool = True  # recompute each block backward: less memory, a third more time
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic alone
-    sum_every_pass: bool = True  # sum gradients every pass (a shard stays) or once a step
     replicas: int = 1  # copies of the model, each sharded over its part of the processes
-    timeout_minutes: float = 30.0  # a process that waits longer than this for another ends the job
-    memory: str = ""  # 8x80: print what every phase would hold of 8 GPUs of 80 GB, and stop
+    memory: str = ""  # print what each phase holds of so many GPUs (8x80: eight of 80 GB), and stop
+    threads: int = 0  # CPU threads; 0: as many as PyTorch takes
     # run
     seed: int = 0
-    threads: int = 0  # CPU threads; 0 measures which of one and two is faster
-    keep: int = 2  # training states that stay
-    save_minutes: float = 10.0  # a state is due so long after the last; 0: off; see SAVING
-    async_save: bool = False  # write states while training goes on; one more copy on the host
+    save_every: int = 20  # steps between training states, and strips of pictures
     tracker: Literal["", "tensorboard", "wandb"] = ""  # write the log there too; both optional
     eval_every: int = 0  # steps between measurements on held-out prompts; 0: at the end alone
     eval_batch: int = 1  # prompts painted at once by strips and tables: bounds the memory
-    export_float32: bool = False  # write out/<name>/model in float32: small updates survive
     export: bool = False  # write the newest state as `out`/model (BAGEL's layout) and stop
-    # the CLIP that measures CLIP_out
-    metric_name: str = "ViT-B-32"  # its open_clip architecture; toys: toy
-    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
-    clip_steps: int = 0  # training steps of the toys' CLIPs, where they are missing
+    metric: str = "ViT-B-32:openai"  # CLIP of CLIP_out: architecture:weights, or a folder (toys)
 
     def __post_init__(self):
-        for names, allowed, words in BOUNDS:
-            for name in names.split():
-                if hasattr(self, name) and not allowed(getattr(self, name)):
-                    raise ValueError(f"{name}={getattr(self, name)}: expected {words}")
-        super().__post_init__()  # of the stage's own options
+        positive(
+            max_references=self.max_references,
+            picture_side=self.picture_side,
+            lora_rank=self.lora_rank,
+            replicas=self.replicas,
+            save_every=self.save_every,
+            eval_batch=self.eval_batch,
+        )
+        not_negative(threads=self.threads, seed=self.seed, eval_every=self.eval_every)
         if self.weights != "full" and self.train != "lora":
             raise ValueError(
                 f"weights={self.weights} rounds what is frozen, and train={self.train} trains some "
                 f"of it: add --train lora, or leave --weights out"
             )
 
+    @property
+    def scale(self):
+        """Pixels of a toy picture for each that the toy world has, each way."""
+        return max(1, self.picture_side // world.SIZE)
 
-REQUEUE = 85  # exit status of a run that was asked to stop, has saved its state, and wants to go on
-MISMATCH = 0.1  # of the clip range, between rollout and update: more is worth a warning
-# of the log, for a person
-SHOWN = ("held_out_Overall", "reward", "reward_std", "kl", "ce", "mse", "grad_norm")
-BAD_STEPS = 3  # in a row without a finite gradient: the run stops
-SAVING = 20  # times as long as a state takes to write, at least, until one is due by time
-SILENT = 20  # in a row without a signal: worth a warning
+
+def positive(**values):
+    """ValueError for an option that is not above 0."""
+    refuse_unless(lambda value: value > 0, "a number above 0", values)
+
+
+def not_negative(**values):
+    """ValueError for an option below 0."""
+    refuse_unless(lambda value: value >= 0, "0 or more", values)
+
+
+def shares(**values):
+    """ValueError for an option that is no share."""
+    refuse_unless(lambda value: 0 <= value <= 1, "a share from 0 to 1", values)
+
+
+def decays(**values):
+    """ValueError for an option that is no decay of a moving average."""
+    refuse_unless(lambda value: 0 <= value < 1, "0 or more, and below 1", values)
+
+
+def refuse_unless(allowed, expected, values):
+    for name, value in values.items():
+        if not allowed(value):
+            raise ValueError(f"{name}={value}: expected {expected}")
+
+
+# options that were: what they are today, in a config.json written before. Another value there means
+# that today's code would train on differently.
+# fmt: off
+GONE = {
+    "scale": None, "rid": True, "same_start": False, "sde": "flow", "noise_level": 0.7,
+    "scored_times": 3, "reward": "clip_l2", "cross_score": False, "std": "group", "guard": False,
+    "max_advantage": 5.0, "kl": "velocity", "text_clip_range": 0.2, "text_weight": 1.0,
+    "max_grad_norm": 1.0, "weight_decay": 0.0, "mse_weight": 1.0,
+}
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------------------
+# the run
 
 
 class Run:
     """One training run in this process.
 
-    config: of the stage, with steps, save_every, sample_every, keep, async_save, export.
-    state: runtime.state.TrainingState of what is trained; read in place if there is one on disk.
+    config: of the stage. state: runtime.state.TrainingState of what is trained; read in place if
+    there is one on disk.
     """
 
     def __init__(self, folder, config, state, *, desc):
@@ -161,8 +186,8 @@ class Run:
         if self.first:
             state.load(folder, self.first)
         cut_log(folder, self.first)
-        self.saved, self.saved_at, self.writing = self.first, time.perf_counter(), 0.0
-        self.stop, self.saver = Stop(), Saver(folder, config.keep, config.async_save)
+        self.saved_at, self.writing = time.perf_counter(), 0.0  # seconds that a state takes
+        self.stop, self.saver = Stop(), Saver(folder)
         kind = config.tracker if is_main() and not config.export else ""
         self.tracker = Tracker(kind, folder, self.first, options=to_dict(config))
 
@@ -177,36 +202,58 @@ class Run:
         )
         return self.bar
 
-    def end_step(self, step, values, *, finite, decay, made_of):
+    def end_step(self, step, values, *, finite, decay, samples):
         """After the optimiser: average, log, state, signals.
 
         values: the line of the log; finite: whether the optimiser stepped; decay: of the moving
-        average; made_of: numbers of the samples, kept if the run has to be given up.
+        average; samples: their numbers, kept if the run has to be given up.
         """
         self.bad = 0 if finite else self.bad + 1
         if self.bad == BAD_STEPS:
-            give_up(self.folder, step, {"values": values, "samples": made_of})
+            give_up(self.folder, step, {"values": values, "samples": samples})
         if self.state.average and finite:
             update_average(self.state.average, self.state.parameters, decay)
         values = merged(values)
         log(self.folder, values)
         self.tracker.log(step, values)
+        self.warn_of(step, values)
+        self.report(step, values)
+        last, stopped = step + 1 == self.config.steps, self.stop.wanted()
+        if self.state_is_due(step) or stopped or self.time_is_due():
+            begun = time.perf_counter()
+            self.saver.save(step + 1, self.state.tensors())
+            self.saved_at = time.perf_counter()
+            self.writing = self.saved_at - begun
+        if stopped and not last:
+            self.tracker.close()
+            stop_here(step + 1)
+
+    def state_is_due(self, step):
+        """Whether a state is written after this step, and a strip of pictures painted."""
+        return (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps
+
+    def time_is_due(self):
+        """Whether the last state is too old; the same answer on all processes."""
+        wait = max(60 * SAVE_MINUTES, SAVING * self.writing)
+        late = time.perf_counter() - self.saved_at > wait
+        return bool(reduced([float(late)], "min")[0])
+
+    def measurement_is_due(self, step):
+        """Whether held-out prompts shall be measured in this step."""
+        return bool(self.config.eval_every) and (step + 1) % self.config.eval_every == 0
+
+    def warn_of(self, step, values):
+        """Say what of a step's numbers means that the run does not learn what it should."""
         if values.get("mismatch_clip", 0) > MISMATCH:
             warn(
                 "rollout and update differ by more than a tenth of the clip range (mismatch_clip "
                 "in metrics.jsonl): rounding, not learning, decides what is clipped"
             )
-        self.report(step, values)
-        self.saver.poll()
-        last, wanted = step + 1 == self.config.steps, self.stop.wanted()
-        why = no_signal(values)
-        self.silent = self.silent + 1 if why else 0
-        if why and (self.silent % SILENT == 0 or last and self.silent == step + 1 - self.first):
-            warn(f"{self.silent} steps in a row without a signal: {why}")
-        if (step + 1) % self.config.save_every == 0 or last or self.save_is_due():
-            self.save(step + 1)
-        if wanted and not last:
-            self.leave(step + 1)
+        reason = no_signal(values)
+        self.silent = self.silent + 1 if reason else 0
+        never = step + 1 == self.config.steps and self.silent == step + 1 - self.first
+        if reason and (self.silent % SILENT == 0 or never):
+            warn(f"{self.silent} steps in a row without a signal: {reason}")
 
     def report(self, step, values):
         """The step's numbers for a person: behind the bar on a terminal, as lines in a job log."""
@@ -218,101 +265,34 @@ class Run:
         words = " ".join(f"{key} {value}" for key, value in shown.items())
         say(f"{self.desc}: step {step + 1} of {self.config.steps}, {words}, {spent:.1f} s")
 
-    def save_is_due(self):
-        """Whether `save_minutes` have passed since the last state, and SAVING times what it took to
-        write; the same answer on all."""
-        passed = time.perf_counter() - self.saved_at
-        wait = max(60 * self.config.save_minutes, SAVING * self.writing)
-        late = bool(self.config.save_minutes) and passed > wait
-        return bool(reduced([float(late)], "min")[0])
-
-    def save(self, step):
-        """Write the state after `step` steps."""
-        begun = time.perf_counter()
-        self.saver.save(step, self.state.tensors())
-        self.saved, self.saved_at = step, time.perf_counter()
-        self.writing = self.saved_at - begun  # in the background: what training waited for
-
-    def leave(self, step):
-        """Asked to stop after `step` whole steps: save what is not saved yet, and go."""
-        if self.saved != step:
-            self.save(step)
-        self.finish()
-        stop_here(step)
-
-    def measurement_is_due(self, step):
-        """Whether held-out prompts shall be measured in this step."""
-        every = self.config.eval_every
-        return bool(every) and (step + 1) % every == 0
-
-    def strip_is_due(self, step):
-        """Whether pictures of the same prompts shall be painted after this step."""
-        return (step + 1) % self.config.sample_every == 0
-
-    def finish(self):
-        """Wait for the last state to be written."""
-        self.saver.wait()
-        self.tracker.close()
-
     def export(self, engine):
         """Write out/<name>/model: the average where there is one, with adapters merged; where the
         frozen weights are in few bits, into what they were rounded from."""
-        config, whole, moved, lost = self.config, {}, 0, 0
+        self.tracker.close()
+        dtype, whole = getattr(torch, self.config.precision), {}
         weights = dict(engine.model.named_parameters()) | self.state.average
-        dtype = getattr(torch, "float32" if config.export_float32 else config.precision)
-        before = self.before()
-        changed = self.changed() if before and dtype != torch.float32 else ()
-        for name in (name for name in weights if ".lora_" not in name):
-            known, base = name in changed, weights[name]
-            if not base.is_floating_point():
+        for name, weight in weights.items():
+            if ".lora_" in name:
+                continue
+            if not weight.is_floating_point():
                 if not is_main() and f"{name.removesuffix('.weight')}.lora_b" not in weights:
-                    continue  # whole as it is, and the first process alone writes it
-                base = self.weight_before(before, name, base).to(base.device)
-            tensor = merged_weight(weights, name, config.lora_alpha / config.lora_rank, base=base)
-            found = whole_weights({name: tensor}, torch.float32 if known else dtype)
-            whole |= {key: value.to(dtype) for key, value in found.items()}
-            if known:
-                old = self.weight_before(before, name, weights[name]).float()
-                is_new = found[name] != old
-                moved += int(is_new.sum())
-                lost += int((is_new & (whole[name] == old.to(dtype))).sum())
-        self.say_what_is_lost(lost, moved)
+                    continue  # whole on every process, and the first alone writes it
+                stored = stored_tensor(self.checkpoint(), name)
+                weight = stored.to(dtype).to(weight.device)
+            merged_with_adapter = merged_weight(weights, name, 2.0, base=weight)
+            whole |= whole_weights({name: merged_with_adapter}, dtype)
         if is_main():
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
 
-    def say_what_is_lost(self, lost, moved):
-        """A warning where rounding undoes most of what was learned since `init`."""
-        if lost > moved / 2:
-            warn(
-                f"{lost:,} of the {moved:,} weights that training changed are again what they were "
-                f"in {self.config.init}, rounded to {self.config.precision}; the same command with "
-                f"--export --export_float32 writes them as they are"
-            )
-
-    def before(self):
-        """The folder of the weights from which training began; None if it is gone, or if there is
-        none. UserError if a model cannot be written without it."""
+    def checkpoint(self):
+        """The folder of the weights that were rounded; UserError if it is gone."""
         try:
-            return find_model(self.config.init) if self.config.init else None
+            return find_model(self.config.init)
         except FileNotFoundError as error:
-            if self.config.weights == "full":
-                return None
             raise UserError(
                 f"{error}; weights={self.config.weights} needs the checkpoint to write a model"
             ) from None
-
-    def changed(self):
-        """Names of the weights that training has changed, by adapters too; none on other processes
-        than the first."""
-        names = self.state.parameters if is_main() else ()
-        return {re.sub(r"\.lora_[ab]$", ".weight", name) for name in names}
-
-    def weight_before(self, folder, name, held):
-        """A weight as it was when training began: of the type that it is `held` as, or where that
-        is a few bits, what was rounded to them."""
-        dtype = held.dtype if held.is_floating_point() else getattr(torch, self.config.precision)
-        return stored_tensor(folder, name).to(dtype)
 
     def pace(self, model):
         """tokens/s and MFU of this command, as text to append."""
@@ -323,11 +303,12 @@ class Run:
 # the folder
 
 
-def start(config):
+def start(config, preset):
     """Make or reopen the folder of a run, and set the number of CPU threads.
 
-    UserError for a folder made with other options; one that was not there yet had its default. A
-    run keeps the number of threads that it began with, unless told otherwise: sums round
+    preset: {option: value} that `config` began with; an option that the folder does not know had
+    the preset's value when it was made. UserError for a folder made with other options.
+    A run keeps the number of threads that it began with, unless told otherwise: sums round
     differently with another.
     """
     folder = Path(config.out)
@@ -340,27 +321,34 @@ def start(config):
         library(config.weights)  # UserError before there is a folder
     _ = config.held_out  # ValueError for prompts that cannot be drawn
     check_writable(folder / "samples")
-    options, defaults = (json.loads(to_json(to_dict(one))) for one in (config, type(config)()))
-    path, threads = folder / "config.json", config.threads
+    path, threads, options = folder / "config.json", config.threads, to_dict(config)
     if path.is_file():
         before = read_json(path)
-        refuse_other_options(folder, defaults | before["options"], options)
+        refuse_other_options(folder, preset | before["options"], config)
         threads = threads or before["threads"]
-    threads = choose_threads(threads or (1 if size() > 1 else 0))
+    if threads or size() > 1:
+        torch.set_num_threads(threads or 1)
     if is_main():
+        threads = torch.get_num_threads()
         about = {"options": options, "argv": sys.argv, "threads": threads, "processes": size()}
         write_text(path, to_json(about, indent=1) + "\n")
     return folder
 
 
-def refuse_other_options(folder, before, options):
+def refuse_other_options(folder, before, config):
     """UserError that names the first option with which the folder was not made."""
-    for key, value in options.items():
-        if key not in MAY_CHANGE and before[key] != value:
+    now, advice = to_dict(config), "choose another --out, or delete the folder to start again"
+    for key, value in now.items():
+        if key not in config.MAY_CHANGE and before.get(key, value) != value:
             raise UserError(
                 f"{folder} was made with {key}={before[key]}, now {key}={value}; "
-                f"choose another --out, or delete the folder to start again (what may change: "
-                f"{', '.join(MAY_CHANGE)})"
+                f"{advice} (what may change: {', '.join(config.MAY_CHANGE)})"
+            )
+    for key, value in GONE.items():
+        if value is not None and before.get(key, value) != value:
+            raise UserError(
+                f"{folder} was made with {key}={before[key]}, an option that is gone (now always "
+                f"{value}); {advice}, or go on with commit e5ac0e4"
             )
 
 
@@ -432,10 +420,10 @@ def stop_here(step):
     sys.exit(REQUEUE)
 
 
-def give_up(folder, step, what):
+def give_up(folder, step, made_of):
     """Too many steps without a finite gradient: keep what they were made of, and say so."""
     path = Path(folder) / f"bad-step-{step:06d}-rank-{rank()}.json"
-    write_text(path, to_json(what, indent=1) + "\n")
+    write_text(path, to_json(made_of, indent=1) + "\n")
     raise UserError(
         f"{BAD_STEPS} steps in a row without a finite gradient, the last is step {step}; what it "
         f"was made of is in {path}. Lower --lr, or look at these samples"
@@ -453,7 +441,7 @@ def no_signal(values):
             )
         return (
             "all pictures of a group have the same reward (dead_groups 1): its members do not "
-            "differ; raise --cot_temperature, or with --likelihood sde --noise_level"
+            "differ; raise --cot_temperature"
         )
     if values.get("grad_norm") == 0:
         return "the gradient is zero (grad_norm 0): nothing that is trained changes the loss"

@@ -109,7 +109,7 @@ def load_trained(config):
 
     def prepare(model):
         if config.train == "lora":
-            add_lora(model, config.lora_rank, config.lora_alpha)
+            add_lora(model, config.lora_rank, 2 * config.lora_rank)
         trained_parameters(model, config.train)
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():

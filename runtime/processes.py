@@ -54,11 +54,12 @@ SRUN = (
 # the process group
 
 
-def launch(timeout_minutes=30.0):
+def launch():
     """Join the other processes, if torchrun or srun started any.
 
     On a GPU a world of one gets a process group too, so that the same sharding code runs; on a CPU
-    it needs none. A process that waits longer than timeout_minutes for another ends the job.
+    it needs none. A process that waits longer than TIMEOUT_MINUTES (of the environment,
+    30 if unset) for another ends the job.
     """
     if dist.is_initialized():
         return
@@ -74,7 +75,7 @@ def launch(timeout_minutes=30.0):
         device_id=device() if gpu else None,
         rank=place["rank"],
         world_size=place["size"],
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(minutes=float(os.environ.get("TIMEOUT_MINUTES", 30))),
         **where,
     )
 

@@ -50,7 +50,7 @@ ROWS = {
     "base": Row("sft.py", BASE, plans=False, paper=(6.92, 5.47, 5.80, 32.44)),
     "SFT without IC-CoT": Row("sft.py", ("--plan_dropout", "1"), plans=False),
     "SFT": Row("sft.py", paper=(7.51, 6.46, 6.77, 33.32)),
-    "SFT + RGA": Row("grpo.py", ("--rid", "false"), paper=(7.46, 6.54, 6.80, 33.50)),
+    "SFT + RGA": Row("grpo.py", ("--images_per_cot", "0"), paper=(7.46, 6.54, 6.80, 33.50)),
     "SFT + RGA + RID": Row("grpo.py", paper=(7.61, 6.57, 6.89, 33.90)),
 }
 

@@ -22,9 +22,8 @@ from PIL import Image
 
 import iccot
 from engine import PAINTING, THINKING, Branch, Engine, Group, Request, Sampler, Thinking
-from objective import advantages
-from reward import Clip, embed_groups, rewards_of
-from rollouts import Options, roll_out
+from grpo import advantages, roll_out
+from reward import Clip, group_rewards
 from runtime.config import UserError
 from runtime.processes import generator
 from toy.judge import judge
@@ -44,16 +43,6 @@ class Ask:
     temperature: float = 0.0  # of the plan; 0 is greedy
 
 
-@dataclass(frozen=True)
-class Members(Options):
-    """How a group is rolled out and valued: options of grpo.py."""
-
-    seed: int = 0
-    std: str = "group"
-    std_floor: float = 0.003
-    max_advantage: float = 5.0
-
-
 def so_far(text: str, references: int, most: int) -> list[str]:
     """The caption and `most` relations of a plan that is still being written, "" for what lacks."""
     names = ["out_caption", *(f"relation_{i}" for i in range(1, most + 1))]
@@ -68,7 +57,7 @@ class Studio:
     """Some checkpoints and a CLIP.
 
     engines: {name: Engine}; the first is asked, the others stand beside it in `compare`. clip: that
-    of the reward, None for no agreement and no groups. members: a Members, whose picture_side of 0
+    of the reward, None for no agreement and no groups. members: a grpo.Config, whose picture_side
     paints as large as the last reference.
     """
 
@@ -212,9 +201,8 @@ class Studio:
         if height != width:
             raise UserError("groups are painted square, as in training: start with --square")
         members = replace(self.members, seed=ask.seed, picture_side=height * unit)
-        rollout = roll_out(self.engine, [request], [0], config=members, step=0)
-        embedded = embed_groups(self.clip, rollout.images, rollout.captions, groups=1)
-        reward = rewards_of(*embedded)  # (1, G)
+        rollout = roll_out(self.engine, [request], [0], members, 0)
+        reward = group_rewards(self.clip, rollout.images, rollout.captions, groups=1)  # (1, G)
         images, _ = advantages(reward, members)
         rows = zip(rollout.images, rollout.captions, reward[0].tolist(), images.tolist())
         words = "reward {:.3f}, advantage {:+.2f}: {}"

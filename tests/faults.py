@@ -39,26 +39,29 @@ STEPS = 24
 class Config:
     rounds: int = 50  # kills
     seed: int = 0
-    background: bool = False  # write states asynchronously
     hang: bool = True  # also stop a process and wait for the time-out
 
 
 PRESETS = {"default": {}}
 
 
-def command(folder, config, timeout_minutes):
+def command(folder):
     """The run that is disturbed, as words of a command."""
     words = f"sft.py --config smoke --samples_per_step 4 --steps {STEPS} --save_every 1"
-    words += f" --sample_every 1000 --timeout_minutes {timeout_minutes}"
-    background = str(config.background).lower()
-    return [*words.split(), "--out", str(folder), "--async_save", background]
+    return [*words.split(), "--out", str(folder)]
 
 
 def start(folder, config, timeout_minutes=1.0):
     """Two processes as torchrun starts them, in a process group of their own."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    words = [sys.executable, *torchrun, *command(folder, config, timeout_minutes)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRITON_INTERPRET="")
+    words = [sys.executable, *torchrun, *command(folder)]
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TRITON_INTERPRET="",
+        TIMEOUT_MINUTES=str(timeout_minutes),
+    )
     return subprocess.Popen(
         words,
         env=environment,

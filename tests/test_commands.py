@@ -61,7 +61,6 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
         assert (cwd / "out" / path).is_file(), path
     lines = loop.read_log(cwd / "out/smoke-grpo")
     assert [line["step"] for line in lines] == [0, 1]
-    assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
     with Image.open(cwd / "out/smoke-grpo/grid.png") as grid:
         assert grid.width > 100
     assert not list((cwd / "out").glob("**/.*.tmp"))
@@ -75,16 +74,16 @@ def test_the_smoke_preset_takes_real_updates(trained):
     assert all(line["grad_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_seconds", lambda threads: -threads)  # two are faster today
+def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
     before = torch.get_num_threads()
     try:
         config = dataclasses.replace(sft.Config(**sft.PRESETS["smoke"]), out=str(tmp_path / "run"))
-        loop.start(dataclasses.replace(config, threads=1))
-        loop.start(config)
+        loop.start(dataclasses.replace(config, threads=1), {})
+        torch.set_num_threads(2)  # as PyTorch would
+        loop.start(dataclasses.replace(config, out=str(tmp_path / "other")), {})
+        assert torch.get_num_threads() == 2
+        loop.start(config, {})
         assert torch.get_num_threads() == 1
-        loop.start(dataclasses.replace(config, out=str(tmp_path / "other")))
-        assert torch.get_num_threads() == min(2, os.cpu_count())
     finally:
         torch.set_num_threads(before)
 
@@ -111,7 +110,7 @@ def test_the_process_group_is_left_at_a_normal_end(trained, tmp_path, monkeypatc
 def test_the_final_table_paints_few_at_once_after_training_is_freed(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0] / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    build, paint, held, seen, left = grpo.build, Engine.paint, [], [], []
+    build, paint, held, seen = grpo.build, Engine.paint, [], []
 
     def watched(config):
         learner = build(config)
@@ -124,11 +123,8 @@ def test_the_final_table_paints_few_at_once_after_training_is_freed(trained, tmp
 
     monkeypatch.setattr(grpo, "build", watched)
     monkeypatch.setattr(Engine, "paint", recorded)
-    monkeypatch.setattr(processes, "finish", lambda: left.append(True))
-    words = ["--config", "smoke", "--threads", "1", "--eval_batch", "6", "--target", "20"]
-    with pytest.raises(SystemExit) as stopped:  # nothing is left to train: the table alone
-        grpo.train(parse(grpo.Config, grpo.PRESETS, words))
-    assert stopped.value.code == 1 and left == [True]
+    words = ["--config", "smoke", "--threads", "1", "--eval_batch", "6"]
+    grpo.train(parse(grpo.Config, grpo.PRESETS, words))  # nothing is left to train: the table alone
     assert [count for count, _ in seen] == 2 * [6, 6, 4]
     assert all(found == [None] * 3 for _, found in seen)
 
@@ -246,7 +242,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         parse(module.Config, module.PRESETS, ["--config", "smoke", "--threads", "1"]),
         out=str(folder),
     )
-    half = {"sft": 20, "grpo": 1}[script]
+    half = {"sft": 30, "grpo": 1}[script]
     saved = state.Saver.save
 
     def stop(self, step, tensors):

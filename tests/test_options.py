@@ -20,7 +20,6 @@ import re
 import tempfile
 import types
 import zlib
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ import sample
 import sft
 import toy.painter
 import toy.prepare
-from runtime import loop, pretrained, processes, sharding, state
+from runtime import loop, pretrained, processes, state
 from runtime.shards import ShardWriter
 from studies import ablation, benchmarks, metrics
 from studies.endpoint import Access
@@ -45,7 +44,7 @@ from toy.tokenizer import train_tokenizer
 from vision import to_png
 
 MODULES = {"grpo": grpo, "sft": sft, "sample": sample, "evaluate": evaluate}
-CUT = ("passes", "blocks", "summed", "saves", "read", "judged")  # how the work is done
+CUT = ("passes", "blocks", "saves", "read", "judged")  # how the work is done
 # --------------------------------------------------------------------------------------------------
 # what the commands work on
 
@@ -142,20 +141,13 @@ def tracker(*_, **__):
 
 
 def never():
-    return types.SimpleNamespace(wanted=lambda: False, here=lambda: False, check=nothing)
+    return types.SimpleNamespace(wanted=lambda: False)
 
 
 def save(tensors, checkpoint_id, **_):
     """A state on disk, without its tensors."""
     Path(checkpoint_id).mkdir()
     (Path(checkpoint_id) / ".metadata").touch()
-
-
-def save_behind(*words, **named):
-    save(*words, **named)
-    done = Future()
-    done.set_result(None)
-    return done
 
 
 def a_plan(text, *_):
@@ -166,9 +158,7 @@ def a_plan(text, *_):
 # fmt: off
 STAGES = [  # where, the function, under what it is noted, what it does instead
     (processes, "launch", "launched", nothing),
-    (sharding, "sum_gradients", "summed", nothing),
     (state.dcp, "save", "saves", save),
-    (state.dcp, "async_save", "saves", save_behind),
     (loop, "Tracker", "tracker", tracker),
     (loop, "save_model", "weights", nothing),
     (loop, "matmul_speed", "speed", lambda precision: 1e9),
@@ -202,7 +192,7 @@ OWN = {
         (ablation, "metric_clip", "asked", colours),
         (ablation, "train_row", "rows", nothing),
         (ablation, "measure_row", "measured", row_of_ones),
-        (ablation, "save_curves", "plotted", nothing),
+        (ablation, "plot_rewards", "plotted", nothing),
     ],
 }
 # fmt: on

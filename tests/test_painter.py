@@ -118,6 +118,6 @@ def test_the_filter_reads_on_the_cpu(monkeypatch):
     monkeypatch.setattr(prepare, "Clip", lambda *words: made.append(words))
     config = sft.Config(config="toy", **sft.PRESETS["toy"] | dict(filter_targets=0.2))
     assert painter_of(config).dropped == 0.2
-    assert made == [(config.metric_name, config.metric, "cpu")]
-    prepare.metric_clip_of_all("toy", "folder", 1)
-    assert made[1] == ("toy", "folder", "cuda")
+    assert made == [(config.metric, "cpu")]
+    prepare.metric_clip_of_all(config)
+    assert made[1] == (config.metric, "cuda")

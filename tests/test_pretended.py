@@ -7,7 +7,6 @@ import pretended
 import pytest
 import torch
 
-import example
 import grpo
 import iccot
 import sft
@@ -72,7 +71,7 @@ def same_run(one, other):
         assert again == pytest.approx(line, rel=1e-4, abs=1e-4, nan_ok=True)
 
 
-RUN = dict(threads=1, steps=2, save_every=1, sample_every=9, eval_every=1, eval_samples=1)
+RUN = dict(threads=1, steps=2, save_every=9, eval_every=1)
 FLUX = dict(codec="flux", codec_factor=8, latent_channels=16, latent_side=4, vae_channels=32)
 FLUX |= dict(vae_blocks=1, image_shortest=32)
 
@@ -83,6 +82,7 @@ def test_stage_1(made, tmp_path, monkeypatch, options):
     options = options | RUN | dict(init=str(made / "sft"), metric=str(made / "clip"))
     options |= dict(sample_plan_tokens=3, sample_timesteps=3)
     options |= dict(samples_per_step=4, tokens_per_pack=450, noise_copies=2)
+    monkeypatch.setattr(sft, "EVAL_SAMPLES", 1)
 
     def train(place):
         how = sft.PRESETS["smoke"] | options | dict(out=str(tmp_path / place))
@@ -94,10 +94,10 @@ def test_stage_1(made, tmp_path, monkeypatch, options):
     same_run(*on_both(monkeypatch, train))
 
 
-GUIDED = dict(likelihood="sde", window=1, text_guidance=2.0, image_guidance=1.5, kl="latent")
-FORWARD = dict(train_text=True, cot_temperature=1.0, average=0.9, std="global", updates=2)
+GUIDED = dict(likelihood="sde", window=1, text_guidance=2.0, image_guidance=1.5)
+FORWARD = dict(train_text=True, cot_temperature=1.0, average=0.9, updates=2)
 PARTS = dict(train="lora", lora_rank=4, images_per_cot=2, pictures_at_once=3)
-PARTS |= dict(tokens_per_pack=300, groups_at_once=1, checkpointing=True)
+PARTS |= dict(tokens_per_pack=300, checkpointing=True)
 
 
 @pytest.mark.parametrize("options", [GUIDED, FORWARD, PARTS])
@@ -105,7 +105,7 @@ def test_stage_2(made, tmp_path, monkeypatch, options):
     """With the table, strips and the export. Plans are drawn, and others taken that can be read."""
     options = options | RUN | dict(init=str(made / "sft"), clip=str(made / "clip"), eval_every=0)
     options |= dict(metric=str(made / "clip"), prompts_per_step=2, max_plan_tokens=5, steps=1)
-    options |= dict(eval_plan_tokens=3, eval_timesteps=3, num_timesteps=4, window_end=1.0)
+    options |= dict(eval_samples=1, eval_timesteps=3, num_timesteps=4, window_end=1.0)
     drawn = Engine.think
 
     def think(self, prompts, thinking, *, count=1, **how):
@@ -131,8 +131,10 @@ def test_stage_2(made, tmp_path, monkeypatch, options):
 
 def test_the_codec_of_bagel(made, tmp_path, monkeypatch):
     """Stage 1 and pictures of a model with FLUX's codec, guided, some steps without a pass."""
-    model = ModelConfig(**SMOKE | FLUX)
-    options = dataclasses.asdict(model) | RUN | dict(metric=str(made / "clip"), steps=1)
+    _, tokenizer = load_model(made / "sft")
+    fresh = UnifiedModel(ModelConfig(**SMOKE | FLUX)).initialise(0)
+    save_model(fresh, tokenizer, tmp_path / "flux")
+    options = RUN | dict(init=str(tmp_path / "flux"), metric=str(made / "clip"), steps=1)
     options |= dict(sample_plan_tokens=3, sample_timesteps=3, samples_per_step=4, eval_every=0)
     request = Request(draw_sample("train", 0).references, "Draw a ball.", (2, 3))
     sampler = Sampler(6, 3.0, 2.0, 1.5, cache_interval=2)
@@ -159,8 +161,8 @@ def test_the_kernels_run_there(made, monkeypatch, loop_bounds_in_the_interpreter
     """Stage 1's gradients of a sample, with Triton's kernels in its interpreter."""
     engine = Engine(*load_model(made / "sft"))
     config = sft.Config(config="smoke", **sft.PRESETS["smoke"])
-    how = dict(shape=engine.model.config, config=config)
-    one = example.make_example(draw_sample("train", 2), 2, engine.tokenizer, **how)
+    sample = draw_sample("train", 2)
+    one = sft.make_example(sample, 2, engine.tokenizer, engine.model.config, config)
 
     def gradients():
         found = Engine(*load_model(made / "sft", processes.device()))

@@ -136,7 +136,7 @@ FEW = {
     "sft": dict(
         samples_per_step=4, sample_plan_tokens=4, sample_timesteps=2, warmup=0, average=0.0
     ),
-    "grpo": dict(prompts_per_step=2, eval_samples=2, clip_steps=1),
+    "grpo": dict(prompts_per_step=2, eval_samples=2),
 }
 
 

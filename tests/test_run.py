@@ -69,12 +69,11 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("what", ["sft", "uneven"])
 def test_stage_1_has_the_same_losses_and_gradients(worlds, what):
     """Also where one process has no ViT token and no label, the other no latents of a reference."""
-    for flag in (True, False):
-        one, two = (load_file(worlds / f"{what}-{flag}-{world}.safetensors") for world in (1, 2))
-        assert not torch.equal(one.pop("passes"), passes := two.pop("passes"))  # cut otherwise
-        assert what == "sft" or not torch.equal(*passes)  # the process with fewer repeats one
-        torch.testing.assert_close(two["means"], one["means"], rtol=1e-5, atol=0)
-        close(two, one, 1e-4)
+    one, two = (load_file(worlds / f"{what}-{world}.safetensors") for world in (1, 2))
+    assert not torch.equal(one.pop("passes"), passes := two.pop("passes"))  # cut otherwise
+    assert what == "sft" or not torch.equal(*passes)  # the process with fewer repeats one
+    torch.testing.assert_close(two["means"], one["means"], rtol=1e-5, atol=0)
+    close(two, one, 1e-4)
 
 
 @pytest.mark.parametrize("train", ["gen", "lora"])
@@ -95,8 +94,7 @@ def test_bfloat16_computes_nearly_the_same(worlds, what):
     close(one, two, 0.1)
 
 
-STAGE_2 = ["all", "gen", "lora", "text", "members", "forward", "forward-members", "plans"]
-SHARED = ("members", "forward-members", "plans")  # both processes have members of the same groups
+STAGE_2 = ["all", "gen", "lora", "text", "forward", "forward-narrow", "plans"]
 STAGE_2 += ["bare-all", "bare-gen", "bare-lora"]
 
 
@@ -105,8 +103,7 @@ def test_stage_2_has_the_same_gradients(worlds, what):
     """Of whatever is trained; bare: no prompt of one process has a picture."""
     one, two = (load_file(worlds / f"grpo-{what}-{world}.safetensors") for world in (1, 2))
     one.pop("passes")
-    passes, halves = two.pop("passes"), what in SHARED
-    assert halves or not torch.equal(*passes)  # the process with fewer repeats its last one
+    assert not torch.equal(*two.pop("passes"))  # the process with fewer repeats its last one
     assert max(gradient.norm() for gradient in one.values()) > 0
     close(one, two, 1e-3)
 
@@ -123,8 +120,6 @@ def test_conditions_dropped_on_one_process_alone(tmp_path):
 def test_resumed_equals_uninterrupted_bit_for_bit(worlds, world):
     whole, half = weights(worlds / f"whole-{world}"), weights(worlds / f"half-{world}")
     assert all(torch.equal(whole[name], half[name]) for name in whole)
-    background = weights(worlds / f"background-{world}")
-    assert all(torch.equal(whole[name], background[name]) for name in whole)
     assert [line["step"] for line in loop.read_log(worlds / f"half-{world}")] == list(range(6))
 
 
@@ -228,7 +223,7 @@ class Forked(forked.Command):
     """Two processes with what tests/faults.py asks of torchrun, which ends the others too."""
 
     def __init__(self, folder, config, timeout_minutes=1.0):
-        super().__init__(*faults.command(folder, config, timeout_minutes), processes=2)
+        super().__init__(*faults.command(folder), processes=2)
 
     def communicate(self, timeout):
         self.returncode, out, err = self.wait(timeout)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-import example
 import grpo
 import sft
 from engine import Engine, is_text
-from model import ModelConfig, UnifiedModel
+from model import MODELS, ModelConfig, UnifiedModel
 from runtime import loop, lora, processes
 from runtime.config import UserError, parse
-from runtime.pretrained import load_model, save_model, shape_with
+from runtime.pretrained import load_model, save_model
 from toy import world
 from toy.tasks import Drawn, draw_sample
 from toy.tokenizer import train_tokenizer
@@ -26,17 +25,13 @@ CONFIG = sft.Config(config="smoke", **sft.PRESETS["smoke"])
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    model = UnifiedModel(shape(CONFIG)).initialise(0)
+    model = UnifiedModel(ModelConfig(**MODELS[CONFIG.model])).initialise(0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     tokenizer = train_tokenizer(folder / "tokenizer", model.config.vocab_size)
     save_model(model, tokenizer, folder / "model")
     return Engine(model, tokenizer), folder
-
-
-def shape(config):
-    return shape_with(config, sft.PRESETS[config.config])
 
 
 def examples_of(toy, count=6, **options):
@@ -46,11 +41,11 @@ def examples_of(toy, count=6, **options):
 def made(toy, sample, number, **options):
     """The Example of a sample."""
     config, shape = dataclasses.replace(CONFIG, **options), toy[0].model.config
-    return example.make_example(sample, number, toy[0].tokenizer, shape=shape, config=config)
+    return sft.make_example(sample, number, toy[0].tokenizer, shape, config)
 
 
 def pack(toy, examples, **options):
-    return example.pack_of(toy[0], examples, dataclasses.replace(CONFIG, **options))
+    return sft.pack_of(toy[0], examples, dataclasses.replace(CONFIG, **options))
 
 
 def gradients(engine, examples, **options):
@@ -67,7 +62,7 @@ def test_losses_and_gradients_do_not_depend_on_the_packing(toy):
     assert {one.plan is None for one in examples} == {True, False}
     longest = max(one.tokens for one in examples)
     budgets = 10**9, 2 * longest, longest
-    packs = [len(example.fill([one.tokens for one in examples], budget)) for budget in budgets]
+    packs = [len(sft.fill([one.tokens for one in examples], budget)) for budget in budgets]
     assert 1 == packs[0] < packs[1] < packs[2]
     wanted, expected = gradients(toy[0], examples, **how, tokens_per_pack=budgets[0])
     for budget in budgets[1:]:
@@ -101,9 +96,9 @@ def test_a_sample_over_the_budget_is_named(toy):
 def test_a_budget_that_cannot_hold_four_references_is_refused_at_the_start():
     """`full` once had 36,864 tokens a pack, and met its first four references in the middle."""
     full, seven_b = sft.Config(config="full"), ModelConfig()
-    example.check_budget(seven_b, full)
+    sft.check_budget(seven_b, full)
     with pytest.raises(UserError, match="tokens_per_pack=36864.*may take 40498 tokens"):
-        example.check_budget(seven_b, dataclasses.replace(full, tokens_per_pack=36_864))
+        sft.check_budget(seven_b, dataclasses.replace(full, tokens_per_pack=36_864))
 
 
 def test_randomness_belongs_to_the_sample_not_to_the_step(toy):
@@ -129,15 +124,6 @@ def test_dropped_conditions(toy):
         at = [int(packed.positions[packed.latent_index[packed.noised[0]]]) for packed in packs]
         assert at == [2 * references + texts, 2 * references, 2 * references + texts]
         assert no_text.plan is None and len(packs[2].vit_index) == 0 and len(packs[0].vit_index) > 0
-
-
-def test_a_checkpoint_brings_its_shape(toy):
-    folder = str(toy[1] / "model")
-    full = sft.Config(config="full", init=folder)
-    assert shape(full) == toy[0].model.config
-    with pytest.raises(UserError, match="--intermediate_size=96"):
-        shape(dataclasses.replace(full, intermediate_size=96))
-    assert shape(CONFIG) == ModelConfig(**sft.MODELS["smoke"])
 
 
 def test_training_starts_from_a_checkpoint(toy, tmp_path, capsys):
@@ -220,7 +206,7 @@ def test_a_part_is_trained_resumed_and_exported(toy, tmp_path, train):
 @pytest.mark.parametrize("train", ["gen", "lora"])
 def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train):
     """As on one GPU: in bfloat16, with the frozen weights out of the sharding."""
-    config = part(toy, tmp_path / "run", train, precision="bfloat16", export_float32=True, steps=1)
+    config = part(toy, tmp_path / "run", train, precision="bfloat16", steps=1)
     sft.train(config)
     (narrow,) = loop.read_log(tmp_path / "run")
     sft.train(dataclasses.replace(config, precision="float32", out=str(tmp_path / "wide")))
@@ -232,7 +218,7 @@ def test_a_part_is_trained_in_a_world_of_one(world_of_one, toy, tmp_path, train)
 
 def test_the_longest_are_packed_first_and_keep_their_order_within_a_pack():
     """In the order they come these would take three packs."""
-    assert example.fill([3, 8, 5, 2, 2], 10) == [[1, 3], [0, 2, 4]]
+    assert sft.fill([3, 8, 5, 2, 2], 10) == [[1, 3], [0, 2, 4]]
 
 
 def test_a_signal_ends_the_run_after_its_step(toy, tmp_path, monkeypatch, capsys):
@@ -245,7 +231,7 @@ def test_a_signal_ends_the_run_after_its_step(toy, tmp_path, monkeypatch, capsys
         sample_timesteps=2,
         steps=2,
         threads=1,
-        sample_every=9,
+        save_every=9,
     )
     sft.train(dataclasses.replace(config, out=str(tmp_path / "whole")))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -277,7 +263,7 @@ def test_a_dealer_knows_what_references_will_take(toy):
     engine = toy[0]
     for options in (dict(how, in_context=flag) for flag in (True, False)):
         config = dataclasses.replace(CONFIG, **options)
-        dealer = example.Dealer(config, engine.model.config, Drawn("train", 0, 4))
+        dealer = sft.Dealer(config, engine.model.config, Drawn("train", 0, 4))
         for number in range(20):
             one = draw_from_train(number)
             large = tuple(image.resize((world.SIZE, world.SIZE)) for image in one.references)
@@ -289,7 +275,7 @@ def test_a_dealer_knows_what_references_will_take(toy):
 def test_samples_of_a_step_are_dealt_by_their_length(toy, monkeypatch):
     config = dataclasses.replace(CONFIG, samples_per_step=24, vae_dropout=0.3, vit_dropout=0.3)
     config = dataclasses.replace(config, steps=4)
-    dealer = example.Dealer(config, toy[0].model.config, Drawn("train", 0, 4))
+    dealer = sft.Dealer(config, toy[0].model.config, Drawn("train", 0, 4))
     assert dealer.own(3) == list(range(72, 96))  # one process takes them as they come
     monkeypatch.setattr(processes, "size", lambda: 6)
     shares = []
@@ -318,12 +304,12 @@ class OneToFour:
 def share_computed(dealer, shares):
     """The share of the tokens waited for that a GPU computes itself, if all wait for the largest
     pack of a pass. shares: of each GPU, numbers of samples."""
-    latents, _ = example.picture_tokens(dealer.shape)
+    latents, _ = sft.picture_tokens(dealer.shape)
     packs = []
     for numbers in shares:
         words = [int(np.random.default_rng((1, n)).integers(30, 340)) for n in numbers]
         tokens = [dealer.tokens(n) + latents + more for n, more in zip(numbers, words)]
-        filled = example.fill(tokens, dealer.config.tokens_per_pack)
+        filled = sft.fill(tokens, dealer.config.tokens_per_pack)
         packs.append([sum(tokens[i] for i in some) for some in filled])
     waited = sum(map(max, itertools.zip_longest(*packs, fillvalue=0)))
     return sum(map(sum, packs)) / (waited * len(packs))
@@ -332,7 +318,7 @@ def share_computed(dealer, shares):
 def test_the_passes_of_64_gpus_are_filled():
     """0.93 over ten steps; in turn a GPU would compute 0.60 of what it waits for."""
     config = sft.Config(config="full", **sft.PRESETS["full"])
-    dealer, numbers = example.Dealer(config, ModelConfig(), OneToFour()), range(512)
+    dealer, numbers = sft.Dealer(config, ModelConfig(), OneToFour()), range(512)
     assert share_computed(dealer, dealer.shares(0, 64)) > 0.9
     assert share_computed(dealer, [numbers[rank::64] for rank in range(64)]) < 0.7
     assert share_computed(dealer, [[0, 1], [0, 1]]) == 1

@@ -21,9 +21,7 @@ from runtime import loop, state
 ROOT = Path(__file__).resolve().parents[1]
 HERE = all(map(shutil.which, ("slurmctld", "slurmd", "srun", "munged"))) and os.geteuid() == 0
 pytestmark = pytest.mark.skipif(not HERE, reason="needs root and SLURM's daemons")
-OPTIONS = (
-    "--config smoke --samples_per_step 4 --steps 60 --save_every 1000 --sample_every 1000".split()
-)
+OPTIONS = "--config smoke --samples_per_step 4 --steps 60 --save_every 1000".split()
 SRUN = ["srun", "-N2", "-n2", "--ntasks-per-node=1"]
 SMALLER = {  # launch/slurm.sh for this cluster, on stage 1
     "--nodes=8": "--nodes=2",

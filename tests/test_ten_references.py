@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-import example
 import iccot
 import sft
 from data import Source, hash_of
@@ -74,11 +73,11 @@ def test_a_budget_for_ten_is_asked_for_at_the_start():
     shape = ModelConfig(**SMOKE)
     config = sft.Config(config="smoke", **sft.PRESETS["smoke"] | dict(max_references=10))
     pictures = 10 * (shape.latent_side**2 + 2 + shape.vit_side**2 + 2) + shape.latent_side**2 + 2
-    words = example.WORDS + 6 * example.WORDS_OF_ONE
+    words = sft.WORDS + 6 * sft.WORDS_OF_ONE
     fits = dataclasses.replace(config, tokens_per_pack=pictures + words)
-    example.check_budget(shape, fits)
+    sft.check_budget(shape, fits)
     with pytest.raises(UserError, match=f"may take {pictures + words} tokens"):
-        example.check_budget(shape, dataclasses.replace(fits, tokens_per_pack=pictures + words - 1))
+        sft.check_budget(shape, dataclasses.replace(fits, tokens_per_pack=pictures + words - 1))
 
 
 def test_stage_1_trains_on_ten(ten, tmp_path):

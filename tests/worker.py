@@ -10,11 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-import example  # noqa: E402
 import grpo  # noqa: E402
 import iccot  # noqa: E402
-import objective  # noqa: E402
-import rollouts  # noqa: E402
 import sft  # noqa: E402
 import tree  # noqa: E402
 from runtime import processes, sharding  # noqa: E402
@@ -30,10 +27,8 @@ SFT = dataclasses.replace(
     save_every=3,
     steps=6,
     threads=1,
-    sample_every=100,
     sample_plan_tokens=4,
     sample_timesteps=2,
-    timeout_minutes=2.0,
     vae_dropout=0.3,
     vit_dropout=0.3,
 )
@@ -48,11 +43,9 @@ GRPO = dataclasses.replace(
     window=2,
     kl_beta=0.1,
     text_guidance=3.0,
-    clip_steps=1,
     eval_samples=4,
     threads=1,
     steps=2,
-    timeout_minutes=2.0,
 )
 
 
@@ -92,18 +85,18 @@ def sft_gradients(folder, is_uneven=False, **options):
     engine = sft.build(config, folder / "tokenizer-run")
     model = engine.model
     examples = [
-        example.make_example(
+        sft.make_example(
             draw_sample("train", i),
             i,
             engine.tokenizer,
-            shape=model.config,
-            config=uneven(config, i) if is_uneven else config,
+            model.config,
+            uneven(config, i) if is_uneven else config,
         )
         for i in range(processes.rank(), config.samples_per_step, processes.size())
     ]
     means = sft.backward(engine, examples, config)
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    packs = example.fill([one.tokens for one in examples], config.tokens_per_pack)
+    packs = sft.fill([one.tokens for one in examples], config.tokens_per_pack)
     passes = least_and_most([len(packs)])
     return found | {"means": torch.tensor(means), "passes": passes}
 
@@ -112,24 +105,21 @@ def grpo_gradients(folder, bare=False, **options):
     """Gradients of both optimiser steps of an update: parts of true plans, random rewards."""
     config = dataclasses.replace(GRPO, init=str(folder / "init"), **options)
     learner = grpo.build(config)
-    share = rollouts.share_of(config)
-    engine, numbers, size = learner.engine, share.numbers(0, alike), config.group_size
+    engine, size = learner.engine, config.group_size
+    numbers = grpo.own_numbers(0, alike, config)
     samples = [draw(i, bare) for i in numbers]
-    texts = [engine.tokenizer.encode(iccot.render(one.plan)) for one in samples]
     plans = [
-        text[3 * m : 3 * m + 9 * (i + 1)]
-        for text, i in zip(texts, numbers)
-        for m in range(share.first, share.first + share.config.group_size, config.pictures_per_plan)
+        engine.tokenizer.encode(iccot.render(sample.plan))[3 * m : 3 * m + 9 * (i + 1)]
+        for sample, i in zip(samples, numbers)
+        for m in range(0, size, config.pictures_per_plan)
     ]
     engine.think = lambda *_, **__: (plans, [True] * len(plans))
     with sharding.gathered(engine.model):
-        how = dict(config=share.config, step=0, first=share.first)
-        rollout = rollouts.roll_out(engine, samples, numbers, **how)
+        rollout = grpo.roll_out(engine, samples, numbers, config, 0)
     reward = torch.stack([torch.randn(size, generator=processes.generator(7, i)) for i in numbers])
-    advantage = share.own_members(*objective.advantages(reward, config))
-    places = range(len(numbers))
-    trees = [tree.plant(engine.layout, rollout, i, config=share.config) for i in places]
-    passes = least_and_most([len(one.batches) for one in trees])
+    advantage, plan_advantage = grpo.advantages(reward, config)
+    trees = [tree.plant(engine.layout, rollout, i, config) for i in range(len(numbers))]
+    passes = least_and_most([len(planted.batches) for planted in trees])
     trained, found = learner.state.parameters, {}
 
     class Recorder(torch.optim.SGD):
@@ -140,7 +130,7 @@ def grpo_gradients(folder, bare=False, **options):
 
     learner.state.optimizer = Recorder(trained.values(), 0.0)
     learner.anchor = {name: p.detach() * 1.05 for name, p in trained.items()}
-    grpo.update(learner, rollout, advantage, config=share.config)
+    grpo.update(learner, rollout, advantage, plan_advantage, config)
     return found | {"passes": passes}
 
 
@@ -150,13 +140,11 @@ def train(folder, name, **options):
 
 def work(folder):
     """Everything; what is to be compared goes to files named by the number of processes."""
-    processes.launch(2.0)
+    processes.launch()
     world = processes.size()
     results = {}
-    for flag in (True, False):
-        for name, is_uneven in (("sft", False), ("uneven", True)):
-            found = sft_gradients(folder, is_uneven, sum_every_pass=flag)
-            results[f"{name}-{flag}"] = found
+    for name, is_uneven in (("sft", False), ("uneven", True)):
+        results[name] = sft_gradients(folder, is_uneven)
     precision = "float32" if world == 1 else "bfloat16"
     narrow = sft_gradients(folder, True, precision=precision, checkpointing=True)
     results["narrow"] = narrow
@@ -169,12 +157,11 @@ def work(folder):
         ("all", {}),
         ("gen", {"train": "gen"}),
         ("lora", {"train": "lora", "lora_rank": 4}),
-        ("text", {"train_text": True, "kl_beta": 0.0, "sum_every_pass": True}),
-        ("members", {"prompts_per_step": 1, "updates": 1}),
+        ("text", {"train_text": True, "kl_beta": 0.0}),
         ("forward", {"likelihood": "forward", "tokens_per_pack": 820}),
         (
-            "forward-members",
-            {"likelihood": "forward", "prompts_per_step": 1, "updates": 1}
+            "forward-narrow",
+            {"likelihood": "forward", "tokens_per_pack": 820, "checkpointing": True}
             | {"train": "lora", "lora_rank": 4},
         ),
         ("plans", {"prompts_per_step": 2, "images_per_cot": 2, "train_text": True}),
@@ -195,7 +182,6 @@ def work(folder):
         shutil.copytree(folder / f"half-{world}", folder / f"handed-on-by-{world}")
     processes.barrier()
     train(folder, f"half-{world}")
-    train(folder, f"background-{world}", async_save=True)
     if world == 2:
         part |= dict(train="lora", steps=2, save_every=1, sample_plan_tokens=4)
         train(folder, "whole-part", **part)
@@ -203,7 +189,9 @@ def work(folder):
         train(folder, "half-part", **part)
         train(folder, "handed-on-by-1")  # what one process began
         # nothing parses yet
-        grpo.rewards_of = lambda e, *_, **__: torch.randn(e.shape[:2])
+        grpo.group_rewards = lambda _, images, __, groups: torch.randn(
+            groups, len(images) // groups
+        )
         grpo.train(
             dataclasses.replace(
                 GRPO,

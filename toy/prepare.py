@@ -4,12 +4,12 @@ What a run on the toy world prepares for itself where it is missing.
     toy_tokenizer(folder, vocab_size)    stage 1: the tokenizer, trained on toy texts
     prepare(config)                      stage 2: CLIPs of reward and metric, then stage 1 itself
     find_stage_1(config)                 whether that stands, before anything is written
-    metric_clip(name, weights, steps)    the CLIP of CLIP_out, trained first if it is the toys'
+    metric_clip_of_all(config)           the CLIP of CLIP_out, trained first if it is the toys'
     painter_of(config)                   stage 1: who paints its toy targets
 
 So `python grpo.py --config toy` is one command from nothing. Everything is made by the first
 process; the others wait. What is there is kept. Not a concept of the paper.
-Left out: weights of real models; they are never fetched or trained behind anybody's back.
+Left out: weights of real models, which are never trained behind anybody's back.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from reward import Clip, source_of
+from reward import Clip
 from runtime import processes
 from runtime.config import UserError
 from runtime.pretrained import find_model, load_tokenizer
@@ -41,17 +41,32 @@ def toy_tokenizer(folder, vocab_size):
     return load_tokenizer(path)
 
 
-def metric_clip(name, weights, steps, *, where="cpu"):
-    """The CLIP of CLIP_out, on a device. The toys' is trained if it is missing."""
-    if name == "toy":
-        train_metric_clip(weights, steps)
-    return Clip(source_of(name, weights), where)
+def clip_steps(config):
+    """Training steps of the toys' CLIPs where they are missing; 0: this preset has none."""
+    if config.config not in TOYS:
+        return 0
+    return 20 if config.config in ("smoke", "rehearsal") else 300
 
 
-def metric_clip_of_all(name, weights, steps, *, where=None):
-    """The same, for all processes together; each computes on its own device, or on `where`."""
+def toy_clip(source, steps, where="cpu"):
+    """The CLIP that measures, on a device; a folder without one gets the toys', if steps > 0."""
+    if steps and is_missing(source):
+        train_metric_clip(source, steps)
+    return Clip(source, where)
+
+
+def metric_clip(name, source, steps, *, where="cpu"):
+    """For callers whose options still have a name apart."""
+    return toy_clip(
+        source if name == "toy" else f"{name}:{source}", steps if name == "toy" else 0, where
+    )
+
+
+def metric_clip_of_all(config, where=None):
+    """The CLIP of CLIP_out, for all processes together; each computes on its own device, or on
+    `where`."""
     with processes.first_alone():
-        return metric_clip(name, weights, steps, where=where or processes.device())
+        return toy_clip(config.metric, clip_steps(config), where or processes.device())
 
 
 def painter_of(config):
@@ -66,9 +81,8 @@ def painter_of(config):
                 f"data={config.data} are filtered by curate.py"
             )
         return None
-    of_filter = config.metric_name, config.metric, config.clip_steps
     # on the CPU: a worker that reads samples cannot use a GPU
-    clip = metric_clip_of_all(*of_filter, where="cpu") if config.filter_targets else None
+    clip = metric_clip_of_all(config, "cpu") if config.filter_targets else None
     first = config.pretraining_steps * config.samples_per_step
     return Painter(config.painter_errors, config.filter_targets, clip, first)
 
@@ -97,20 +111,19 @@ def prepare(config):
 
 def train_clips(config):
     """The two CLIPs: each a process of one thread, side by side if there are two threads."""
-    spawn, jobs = multiprocessing.get_context("spawn"), []
-    settings = ToyClipSettings(steps=config.clip_steps)
+    steps, spawn, jobs = clip_steps(config), multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(torch.get_num_threads(), spawn, torch.set_num_threads, (1,)) as pool:
-        if is_missing(config.clip_name, config.clip):
-            jobs.append(pool.submit(train_toy_clip, config.clip, settings))
-        if is_missing(config.metric_name, config.metric):
-            jobs.append(pool.submit(train_metric_clip, config.metric, config.clip_steps))
+        if steps and is_missing(config.clip):
+            jobs.append(pool.submit(train_toy_clip, config.clip, ToyClipSettings(steps=steps)))
+        if steps and is_missing(config.metric):
+            jobs.append(pool.submit(train_metric_clip, config.metric, steps))
         for job in jobs:
             job.result()
 
 
-def is_missing(name, folder):
-    """Whether a CLIP is one of the toys' and not there yet."""
-    return name == "toy" and not (Path(folder) / "clip.json").is_file()
+def is_missing(source):
+    """Whether a CLIP is a folder (reward.py) and not there yet."""
+    return ":" not in source and not (Path(source) / "clip.json").is_file()
 
 
 def run_stage_1(config):
@@ -120,9 +133,9 @@ def run_stage_1(config):
     """
     script = str(Path(__file__).parents[1] / "sft.py")
     command = [sys.executable, script, "--config", config.config, "--out", config.init]
-    command += ["--threads", str(torch.get_num_threads())]
-    for name in ("seed", "max_references", "scale"):
-        command += [f"--{name}", str(getattr(config, name))]
+    command += ["--threads", str(torch.get_num_threads()), "--seed", str(config.seed)]
+    command += ["--max_references", str(config.max_references)]
+    command += ["--picture_side", str(config.picture_side)]
     launcher = processes.OF_A_LAUNCHER
     alone = {key: value for key, value in os.environ.items() if key not in launcher}
     status = subprocess.run(command, env=alone).returncode

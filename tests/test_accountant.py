@@ -33,7 +33,6 @@ from runtime.sharding import gathered
 from toy.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("I have one GPU", "I have a cluster", "Your own data, and the benchmarks")
 COMMANDS = {"sft.py": sft, "grpo.py": grpo, "sample.py": sample, "evaluate.py": evaluate}
 FULL = ModelConfig()
 CONFIG = dataclasses.replace(
@@ -217,12 +216,12 @@ def test_a_world_of_one_holds_frozen_weights_once(world_of_one, checkpoint, trai
 
 
 def readme_commands():
-    """(script, its words, GPUs) of each command of the README that runs a stage or a model."""
-    text = (ROOT / "README.md").read_text()
-    for section in SECTIONS:
-        part = text[text.index(f"## {section}") :]
-        code = part[: part.index("\n## ", 3)].split("```")[1]
-        for line in code.strip().splitlines():
+    """(script, its words, GPUs) of each documented command that runs a stage or a model."""
+    texts = [(ROOT / "docs" / name).read_text() for name in ("RUNS.md", "DATA.md")]
+    texts.append((ROOT / "README.md").read_text().split("## I have one GPU")[1])
+    for text in texts:
+        blocks = "\n".join(text.split("```")[1::2])
+        for line in blocks.strip().splitlines():
             words = shlex.split(line, comments=True)
             gpus = 1
             if words[0] == "torchrun":

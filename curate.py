@@ -1,8 +1,8 @@
 """
 The data pipeline of Re-Align-410K: from folders of pictures to training samples.
 
-    pools           characters/ objects/ scenes/: your pictures
-    references      by task, in the paper's proportions: which pictures a sample is made of
+    references      by task, in the paper's proportions: which pictures of your pools
+                    (characters/ objects/ scenes/) a sample is made of
     instructions    an MLLM sees the references and writes an instruction that can be carried out
     plans           an MLLM sees references and instruction, never the target: it writes the IC-CoT
     targets         an image model sees references, instruction and caption, and paints
@@ -14,12 +14,11 @@ killed and repeated. Answers of models are kept in replies/ (studies/endpoint.py
 asked twice; scores are kept apart from the cuts, so that these can be changed without asking again.
 A sample that fails, by a picture that does not open or an endpoint that gives no usable answer, is
 dropped with its reason and the others go on; repeating the command tries it again, unless the model
-declined. The run stops when most samples fail. studies/pools.py draws the references, writer.py has
-the questions to the models, replies.py reads their answers, judge.py the scores.
+declined. The run stops when most samples fail.
 
-Differences from the paper: its prompts and thresholds are unpublished; these are ours, and by
-default cuts are percentiles within a task, since CLIP's cosines differ between models and tasks.
-Left out: deduplication of pools, image search, human review.
+Differences from the paper: its prompts and thresholds are unpublished; these are ours, and cuts are
+percentiles within a task, since CLIP's cosines differ between models and tasks. Left out:
+deduplication of pools, image search, human review, languages other than English.
 
 Without a network, against an endpoint that answers both routes by drawing:
 
@@ -27,15 +26,16 @@ Without a network, against an endpoint that answers both routes by drawing:
     python curate.py --config toy
     python sft.py --config toy --data out/toy-curated/shards --out out/curated-sft
 
-With your pictures and any OpenAI-compatible endpoint (the key comes from OPENAI_API_KEY); what it
-would ask, and then what it asks. With samples that exist, such as MACRO's (studies/triples.py),
-pictures are kept, and only plans and scores are asked for:
+With your pictures and any OpenAI-compatible endpoint (pip install openai; the key comes from
+OPENAI_API_KEY): what it would ask, and then what it asks. Of samples that exist, such as MACRO's
+(studies/material.py), pictures are kept, and only plans and scores are asked for:
 
     python curate.py --config full --pools pictures --count 1000 --dry_run
     python curate.py --config full --pools pictures --count 1000
     python curate.py --config full --from Macro --count 1000 --max_references 10
 """
 
+import io
 import json
 import re
 import sys
@@ -49,24 +49,30 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import Source, hash_of
+import iccot
+from data import ShardWriter, hash_of
 from runtime import files
 from runtime.config import UserError, exit_on_user_error, parse
-from runtime.shards import ShardWriter
-from studies import writer
-from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
+from studies.endpoint import (
+    Access,
+    Endpoint,
+    Fault,
+    Question,
+    Refused,
+    commonest,
+    in_parallel,
+    last_object,
+    to_send,
+    visible,
+)
 from studies.judge import ask_score
-from studies.pictures import save_samples
-from studies.pools import draw_references, pools_of
-from studies.replies import Fault
-from studies.triples import folder_of, read_triples
+from studies.material import draw_references, folder_of, pools_of, read_triples
 from toy.prepare import metric_clip
 from toy.server import draw_pools, serve
 from vision import open_image, to_png
 
-STAGES = ("references", "instructions", "plans", "targets", "scores", "shards")
-
 TOY_CLIP_STEPS = 300  # of training, where the toy's CLIP is missing
+LONGEST = 1000  # characters of an instruction
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,6 @@ class Config:
     count: int = 1000  # samples to begin with
     max_references: int = 4  # of a sample, up to 10
     seed: int = 0
-    stage: str = "all"  # all, or one of references, instructions, plans, targets, scores, shards
     dry_run: bool = False  # count what would be asked, and stop
     # models
     chat_url: str = "https://api.openai.com/v1"  # OpenAI-compatible base URL of the MLLM, up to /v1
@@ -89,10 +94,8 @@ class Config:
     image_size: str = "1024x1024"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
     workers: int = 8  # requests at a time
-    per_minute: float | None = None  # requests a minute, at most, to each model
     timeout: float = 180.0  # seconds
     tries: int = 6  # of one request, with growing pauses
-    longest_wait: float = 300.0  # seconds, at most, that an endpoint may ask to wait (Retry-After)
     max_tokens: int = 1400  # of an answer in text, thinking included; raised where it is too few
     # scores and cuts
     clip_name: str = "ViT-B-32"  # CLIP of the caption-target score
@@ -100,7 +103,6 @@ class Config:
     aesthetic: str = ""  # .safetensors, weight (1, E) and bias (1,): LAION's linear head; "": none
     drop_clip: float = 10.0  # per cent of each task with the lowest CLIP score
     drop_aesthetic: float = 10.0  # per cent of each task with the lowest aesthetic score
-    least_clip: float | None = None  # absolute cut in place of the percentage
     least_pf: float = 6.0
     least_sc: float = 6.0
     # output
@@ -110,8 +112,6 @@ class Config:
     painter_errors: float = 0.0  # share of its targets with one wrong fact
 
     def __post_init__(self):
-        if self.stage not in ("all", *STAGES):
-            raise ValueError(f"stage={self.stage}: expected all or one of {', '.join(STAGES)}")
         if self.count < 1 or self.workers < 1 or not 2 <= self.max_references <= 10:
             raise ValueError(
                 f"count={self.count}, workers={self.workers}, "
@@ -138,6 +138,92 @@ PRESETS = {
 
 
 # --------------------------------------------------------------------------------------------------
+# what the models are asked, and how their answers are read. The judge's questions: studies/judge.py
+
+ACTIONS = {
+    "add": "Image 1 is a picture to edit. The instruction adds the subject of image 2 to it.",
+    "replace": "Image 1 is a picture to edit. The instruction replaces something in it with the "
+    "subject of image 2.",
+    "attribute": "Image 1 shows an object to edit. The instruction gives it an attribute of image "
+    "2: its colour, pattern, material or style.",
+    "scene": "The instruction moves what image 1 shows into the scene of image 2.",
+    "subject": "The instruction shows the subject of image 1 in a new situation.",
+    "subject_composition": "The instruction brings the subjects of all images together in one "
+    "picture.",
+    "scene_composition": "The instruction brings the subjects together in the scene of the last "
+    "image.",
+}
+
+INSTRUCTION_PROMPT = """You write instructions for an artist who makes one new picture from {count}
+reference image(s).
+Task type: {task}. {action}
+Look closely at the images, at secondary details too: what a subject holds or wears, where there is
+room, how the light falls. Write one instruction that can be carried out, that uses every image, and
+that does not describe what the images already show. Speak of the images as "image 1", "the second
+image" and so on, or by what they show. Answer with the instruction alone, in one or two
+sentences."""
+
+PLAN_PROMPT = """An artist will make one new picture from {count} reference image(s) and this
+instruction:
+{instruction}
+Task type: {task}. You see the references, not the picture: it does not exist yet. Write a plan for
+it as one JSON object:
+{{"out_caption": "one sentence that describes the finished picture by itself, without the word
+image", "relations": [{shape}]}}
+There is exactly one relation for each reference image, in order: one short sentence that says what
+it gives to the picture, such as "The woman is from image_1." or "The style is consistent with
+image_2." Answer with the JSON object alone."""
+
+TARGET_PROMPT = """Make one picture from the reference images.
+Instruction: {instruction}
+The finished picture: {caption}
+Keep the identity of every subject as its reference shows it."""
+
+# how a model begins that declines in words
+DECLINED = re.compile(
+    r"\W*(?:(?:I['’]m|I am|we['’]re|we are) (?:very |so )?(?:sorry|unable|not able)|sorry\b|"
+    r"I (?:can['’]?t|cannot|can not|won['’]t|will not)\b|as an AI\b)",
+    re.IGNORECASE,
+)
+
+
+def plan_question(record, images):
+    """Asks for an IC-CoT: references and instruction, and nothing else, never the target."""
+    count = len(record["references"])
+    shape = ", ".join(f'{{"relation_{i}": "..."}}' for i in range(1, count + 1))
+    prompt = PLAN_PROMPT.format(
+        count=count, instruction=record["instruction"], task=record["task"], shape=shape
+    )
+    return Question(prompt, images)
+
+
+def read_instruction(record, answer):
+    """{"instruction": ...}, neither empty nor too long, that names no reference that is not there.
+
+    Refused if it is none, but says that the model declines. ValueError for one that will not do.
+    """
+    instruction = " ".join(visible(answer).split()).strip('"').strip()
+    if not 0 < len(instruction) <= LONGEST:
+        raise ValueError(f"an instruction of {len(instruction)} characters")
+    if DECLINED.match(instruction):
+        raise Refused(instruction)
+    iccot.check_instruction(instruction, len(record["references"]))
+    return {"instruction": instruction}
+
+
+def read_plan(record, answer):
+    """{"plan": ...} of the last JSON object that looks like one; else PlanError."""
+    found = json.dumps(last_object(answer, "out_caption"))
+    plan = iccot.from_json(found, len(record["references"]))
+    return {"plan": json.loads(iccot.to_json(plan))}
+
+
+def read_picture(answer):
+    """The picture as PNG bytes; ValueError if it does not open."""
+    return to_png(open_image(io.BytesIO(answer), "the picture that came"))
+
+
+# --------------------------------------------------------------------------------------------------
 # a stage: a file with a line a sample
 
 
@@ -149,7 +235,7 @@ def by_key(path):
     return {record["key"]: record for record in records}
 
 
-def run_stage(name, before, function, *, config):
+def run_stage(name, before, function, config):
     """Apply `function` to every record that the stage before finished and this one has not.
 
     function(record) -> fields to add. A Fault is the fault of one sample: it stays in the file as
@@ -162,12 +248,12 @@ def run_stage(name, before, function, *, config):
     new = [record for record in usable if record["key"] not in done]
     again = [record for record in usable if may_recover(done.get(record["key"], {}))]
     with tqdm(total=len(new) + len(again), disable=None, desc=name) as bar:
-        for left, patient in ((new, False), (again, True)):  # what failed once may fail again
-            how = dict(bar=bar, patient=patient)
-            for record, found in in_parallel(function, left, config.workers, **how):
-                found = {"dropped": str(found)} if isinstance(found, Fault) else found
-                if done.get(record["key"]) != record | found:
-                    done[record["key"]] = record | found
+        for records, patient in ((new, False), (again, True)):  # what failed once may fail again
+            results = in_parallel(function, records, config.workers, bar=bar, patient=patient)
+            for record, result in results:
+                fields = {"dropped": str(result)} if isinstance(result, Fault) else result
+                if done.get(record["key"]) != record | fields:
+                    done[record["key"]] = record | fields
                     files.append_line(path, done[record["key"]])
     reasons = [record["dropped"] for record in done.values() if "dropped" in record]
     once_more = sum(map(may_recover, done.values()))
@@ -209,30 +295,17 @@ def pictures_of(record, config):
     return tuple(map(to_send, references_of(record, config)))
 
 
-def keep_target(record, config, picture):
-    """{"target": where the picture, PNG bytes, is now}."""
-    path = Path(config.out) / "targets" / f"{record['key']}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.published(path) as hidden:
-        hidden.write_bytes(picture)
-    return {"target": str(path.relative_to(config.out))}
-
-
 def aesthetic_head(path, clip):
     """(weight (E,), bias) of a linear head on unit CLIP embeddings; None where path is ""."""
     if not path:
         return None
     if not Path(path).is_file():
-        raise UserError(
-            f"aesthetic head not found at {path}; give a .safetensors file with weight and bias, "
-            "or leave it out"
-        )
-    head = load_file(path)
-    wanted = clip.embed_captions(["a"]).shape[1]
-    if set(head) != {"weight", "bias"} or head["weight"].numel() != wanted:
+        raise UserError(f"aesthetic head not found at {path}; give a .safetensors file or none")
+    head, size = load_file(path), clip.embed_captions(["a"]).shape[1]
+    if set(head) != {"weight", "bias"} or head["weight"].numel() != size:
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
         raise UserError(
-            f"{path} holds {shapes}; expected weight (1, {wanted}) and bias (1,), "
+            f"{path} holds {shapes}; expected weight (1, {size}) and bias (1,), "
             "for the embedding of this CLIP"
         )
     return head["weight"].flatten().float(), float(head["bias"])  # (E,)
@@ -246,20 +319,20 @@ class Crew:
         self.chat = self._endpoint(config.chat_url, config.chat_model)
         self.painter = self._endpoint(config.image_url or config.chat_url, config.image_model)
         self.judge = self._endpoint(config.chat_url, config.judge_model or config.chat_model)
-        self.stages = {
-            "instructions": self.instruct,
-            "plans": self.plan,
-            "targets": self.paint,
-            "scores": self.score,
-        }
-        if config.from_path:  # they have instruction and target
-            self.stages = {name: self.stages[name] for name in ("plans", "scores")}
+        self.stages = {"plans": self.plan, "scores": self.score}
+        if not config.from_path:  # samples that exist have instruction and target
+            self.stages = {
+                "instructions": self.instruct,
+                "plans": self.plan,
+                "targets": self.paint,
+                "scores": self.score,
+            }
 
     def _endpoint(self, url, model):
         config = self.config
-        names = ("per_minute", "timeout", "tries", "longest_wait", "max_tokens")
-        limits = {name: getattr(config, name) for name in names}
-        access = Access(url, model, config.key_variable, **limits)
+        access = Access(
+            url, model, config.key_variable, config.timeout, config.tries, config.max_tokens
+        )
         return Endpoint(access, Path(config.out) / "replies")
 
     def load_scorer(self):
@@ -269,19 +342,29 @@ class Crew:
 
     def instruct(self, record):
         """The instruction, by the MLLM."""
-        question = writer.instruction_question(record, pictures_of(record, self.config))
-        return self.chat.ask(question, partial(writer.read_instruction, record))
+        prompt = INSTRUCTION_PROMPT.format(
+            count=len(record["references"]), task=record["task"], action=ACTIONS[record["task"]]
+        )
+        question = Question(prompt, pictures_of(record, self.config))
+        return self.chat.ask(question, partial(read_instruction, record))
 
     def plan(self, record):
         """The IC-CoT, by the MLLM, which does not see the target."""
-        question = writer.plan_question(record, pictures_of(record, self.config))
-        return self.chat.ask(question, partial(writer.read_plan, record))
+        question = plan_question(record, pictures_of(record, self.config))
+        return self.chat.ask(question, partial(read_plan, record))
 
     def paint(self, record):
         """The target, by the image model."""
-        images, size = pictures_of(record, self.config), self.config.image_size
-        question = writer.target_question(record, images, size)
-        return keep_target(record, self.config, self.painter.ask(question, writer.read_target))
+        prompt = TARGET_PROMPT.format(
+            instruction=record["instruction"], caption=record["plan"]["out_caption"]
+        )
+        images = pictures_of(record, self.config)
+        picture = self.painter.ask(Question(prompt, images, self.config.image_size), read_picture)
+        path = Path(self.config.out) / "targets" / f"{record['key']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.published(path) as hidden:
+            hidden.write_bytes(picture)
+        return {"target": f"targets/{path.name}"}
 
     def score(self, record):
         """CLIP cosine of caption and target, aesthetic score, PF and SC; after `load_scorer`."""
@@ -292,13 +375,12 @@ class Crew:
         if self.head is not None:
             weight, bias = self.head
             scores["aesthetic"] = round(float(e[0] @ weight + bias), 4)
-        how = dict(
-            pictures=(*pictures_of(record, self.config), to_send(image)),
-            scene="scene" in record["task"],
-        )
+        pictures = (*pictures_of(record, self.config), to_send(image))
+        scene = "scene" in record["task"]
         for name in ("PF", "SC"):
-            answer = ask_score(self.judge, name, record["instruction"], **how)
-            scores[name], scores[f"{name}_reason"] = answer
+            scores[name], scores[f"{name}_reason"] = ask_score(
+                self.judge, name, record["instruction"], pictures=pictures, scene=scene
+            )
         return {"scores": scores}
 
 
@@ -306,23 +388,13 @@ class Crew:
 # cuts and shards
 
 
-def floors(records, config):
-    """{"clip", "aesthetic": the least score} that records of one task must have."""
-    found = {"clip": -np.inf, "aesthetic": -np.inf}
-    for name, percent in (("clip", config.drop_clip), ("aesthetic", config.drop_aesthetic)):
-        if records and name in records[0]["scores"]:
-            found[name] = np.percentile([one["scores"][name] for one in records], percent)
-    if config.least_clip is not None:
-        found["clip"] = config.least_clip
-    return found
-
-
 def why_dropped(records, config):
     """{key: reason} of the scored records that do not pass, "" for those that do."""
     reasons = {}
     for task in {record["task"]: None for record in records.values()}:
         of_task = [record for record in records.values() if record["task"] == task]
-        floor = floors(of_task, config)
+        least_clip = floor(of_task, "clip", config.drop_clip)
+        least_aesthetic = floor(of_task, "aesthetic", config.drop_aesthetic)
         for record in of_task:
             scores, reason = record["scores"], ""
             if scores["PF"] is None or scores["SC"] is None:
@@ -331,12 +403,18 @@ def why_dropped(records, config):
                 reason = f"PF below {config.least_pf:g}"
             elif scores["SC"] < config.least_sc:
                 reason = f"SC below {config.least_sc:g}"
-            elif scores["clip"] < floor["clip"]:
+            elif scores["clip"] < least_clip:
                 reason = "caption and target disagree (CLIP)"
-            elif scores.get("aesthetic", 0) < floor["aesthetic"]:
+            elif scores.get("aesthetic", 0) < least_aesthetic:
                 reason = "aesthetic score"
             reasons[record["key"]] = reason
     return reasons
+
+
+def floor(records, name, percent):
+    """The score below which so many per cent of the records are; none where they have no such."""
+    scores = [record["scores"][name] for record in records if name in record["scores"]]
+    return np.percentile(scores, percent) if scores else -np.inf
 
 
 def write_shards(records, config):
@@ -351,40 +429,42 @@ def write_shards(records, config):
         "image_model": "" if config.from_path else config.image_model,
         "judge_model": config.judge_model or config.chat_model,
     }
-    kept = ("key", "task", "instruction", "plan", "scores")
-    mixed = sorted(scored, key=lambda key: hash_of(key, "order"))
-    with files.published(out / "shards") as hidden:
-        with ShardWriter(hidden, config.shard_size) as shards:
-            for key in mixed:
-                record = scored[key]
-                if reasons[key]:
-                    continue
-                try:
-                    pictures = [to_png(image) for image in references_of(record, config)]
-                    target = to_png(opened(out / record["target"]))
-                except Fault as fault:  # it was there when it was scored
-                    reasons[key] = str(fault)
-                    continue
-                about = {name: record[name] for name in kept}
-                about["provenance"] = {"references": record["references"], **makers}
-                shards.write(about, pictures, target)
+    with (
+        files.published(out / "shards") as hidden,
+        ShardWriter(hidden, config.shard_size) as shards,
+    ):
+        for key in sorted(scored, key=lambda key: hash_of(key, "order")):
+            record = scored[key]
+            if reasons[key]:
+                continue
+            try:
+                pictures = [to_png(image) for image in references_of(record, config)]
+                target = to_png(opened(out / record["target"]))
+            except Fault as fault:  # it was there when it was scored
+                reasons[key] = str(fault)
+                continue
+            about = {
+                name: record[name] for name in ("key", "task", "instruction", "plan", "scores")
+            }
+            about["provenance"] = {"references": record["references"], **makers}
+            shards.write(about, pictures, target)
     return reasons
 
 
 def report(all_records, reasons, config):
-    """report.md: what each stage dropped and why, and what is left of each task; examples.png.
+    """report.md: what each stage dropped and why, and what is left of each task.
 
     all_records: {stage: {key: record}}; reasons: of `write_shards`. What was begun is what was
     dropped, kept, and not finished yet.
     """
     gone = Counter()  # of (stage, kind of reason)
     for stage, records in all_records.items():
-        of_stage = [one["dropped"] for one in records.values() if "dropped" in one]
-        gone.update((stage, reason.partition(":")[0]) for reason in of_stage)
+        dropped = [record["dropped"] for record in records.values() if "dropped" in record]
+        gone.update((stage, reason.partition(":")[0]) for reason in dropped)
     gone.update(("cuts", reason.partition(":")[0]) for reason in reasons.values() if reason)
     begun = Counter(record["task"] for record in all_records["references"].values())
     kept = Counter(key.rsplit("-", 1)[0] for key, reason in reasons.items() if not reason)
-    total, left = sum(begun.values()), sum(kept.values())
+    total, left = begun.total(), kept.total()
     if total > left + gone.total():
         gone["all", "not finished yet"] = total - left - gone.total()
     lines = ["| stage | dropped because | samples |", "| --- | --- | --- |"]
@@ -395,10 +475,7 @@ def report(all_records, reasons, config):
     text, out = "\n".join(lines), Path(config.out)
     files.write_text(out / "report.md", text + "\n")
     print(text)
-    if left:
-        source = Source(out / "shards")
-        save_samples(out / "examples.png", [source.sample(i) for i in range(min(12, len(source)))])
-        print(f"{left} samples in {config.out}/shards, examples in {config.out}/examples.png")
+    print(f"{left} samples in {out}/shards; python data.py --show {out}/shards draws them")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,47 +483,29 @@ def report(all_records, reasons, config):
 
 
 def estimate(records, config):
-    """Print what the models would be asked, at most one answer each.
-
-    Requests, pictures sent and made, tokens (about).
-    """
+    """Print what the models would be asked, at most one answer each: requests and pictures."""
     records = [record for record in records.values() if "dropped" not in record]
     count, references = len(records), sum(len(record["references"]) for record in records)
-    words = (writer.PROMPT_LENGTH + 2 * 1200) // 4  # four characters a token
-    picture = 1000  # tokens of a picture of about a megapixel, roughly; ask your provider
-    asked = ("plan", "PF", "SC") if config.from_path else ("instruction", "plan", "PF", "SC")
-    sent = len(asked) * references + 2 * count
-    tokens = count * (words + 250) + picture * sent
+    texts = ("plan", "PF", "SC") if config.from_path else ("instruction", "plan", "PF", "SC")
+    sent = len(texts) * references + 2 * count
     print(f"{count} samples, {references} references; nothing was asked")
-    print(
-        f"chat      {len(asked) * count:8,d} requests ({', '.join(asked)}), "
-        f"{sent:8,d} pictures sent, about {tokens:,d} tokens"
-    )
+    print(f"chat    {len(texts) * count:,d} requests ({', '.join(texts)}), {sent:,d} pictures sent")
     if not config.from_path:
-        print(
-            f"images    {count:8,d} requests, {references:8,d} pictures sent, {count:,d} made "
-            f"({config.image_size})"
-        )
-
-
-def settings_of(config):
-    """What the references depend on; UserError where `out` was begun with something else."""
-    names = ("pools", "from_path", "count", "max_references", "seed")
-    settings = {key: getattr(config, key) for key in names}
-    path = Path(config.out) / "settings.json"
-    before = settings | (files.read_json(path) if path.is_file() else {})
-    for key in settings:
-        if before.get(key) != settings[key]:
-            raise UserError(
-                f"{config.out} was begun with {key}={before.get(key)}, "
-                f"now {key}={settings[key]}; choose another --out"
-            )
-    return settings
+        print(f"images  {count:,d} requests, {references:,d} pictures sent, {count:,d} made")
 
 
 def begin(config):
-    """{key: record} of the references: those of before, or drawn and, but for a dry run, kept."""
-    settings, out = settings_of(config), Path(config.out)
+    """{key: record} of the references: those of before, or drawn and, but for a dry run, kept.
+
+    UserError where `out` was begun with other settings.
+    """
+    out = Path(config.out)
+    names = ("pools", "from_path", "count", "max_references", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    if (out / "settings.json").is_file():
+        before = settings | files.read_json(out / "settings.json")
+        if before != settings:
+            raise UserError(f"{out} was begun with {before}, now {settings}; choose another --out")
     if config.config == "toy" and not config.from_path and not Path(config.pools).is_dir():
         draw_pools(config.pools)
     records = by_key(out / "references.jsonl")
@@ -468,20 +527,16 @@ def curate(config):
     files.check_writable(config.out)
     if config.from_path:
         config = replace(config, pools=str(folder_of(config.from_path)))
-    records = {"references": begin(config)}
+    records, before = {"references": begin(config)}, "references"
     if config.dry_run:
         return estimate(records["references"], config)
-    crew, before = Crew(config), "references"
+    crew = Crew(config)
     for name, function in crew.stages.items():
-        if config.stage in ("all", name):
-            if name == "scores":
-                crew.load_scorer()  # before any question: a missing CLIP is found out now
-            records[name] = run_stage(name, records[before], function, config=config)
-        else:
-            records[name] = by_key(Path(config.out) / f"{name}.jsonl")
+        if name == "scores":
+            crew.load_scorer()  # before any question: a missing CLIP is found out now
+        records[name] = run_stage(name, records[before], function, config)
         before = name
-    if config.stage in ("all", "shards"):
-        report(records, write_shards(records["scores"], config), config)
+    report(records, write_shards(records["scores"], config), config)
 
 
 def arguments(argv):

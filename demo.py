@@ -8,7 +8,7 @@ A page where one sees the plan and steers the picture: python demo.py, then a br
 
 One request is computed at a time, the others wait in a queue. The page is served to this machine
 alone (127.0.0.1); nothing is sent anywhere. What it does is in studies/studio.py; this file is
-buttons. It needs Gradio: pip install -r requirements-demo.txt
+buttons. It needs Gradio: pip install -r requirements-optional.txt
 Left out: accounts, a public address, keeping what was made.
 
     python demo.py --checkpoint out/toy-grpo --before out/toy-sft
@@ -454,7 +454,7 @@ def serve(config, studio, block=True):
 @exit_on_user_error(ValueError)
 def main(config):
     if gr is None:
-        raise UserError("the page needs Gradio: pip install -r requirements-demo.txt")
+        raise UserError("the page needs Gradio: pip install -r requirements-optional.txt")
     check_port(config.port)
     studio = open_studio(config)
     processes.choose_threads(config.threads)

@@ -41,9 +41,8 @@ import iccot
 from engine import Request
 from runtime import files
 from runtime.config import UserError
-from studies.endpoint import Access, Endpoint, commonest, in_parallel, to_send
+from studies.endpoint import Access, Endpoint, Fault, Refused, commonest, in_parallel, to_send
 from studies.judge import ask_score
-from studies.replies import Fault, Refused
 from vision import open_image, to_png
 
 SIDE = 1024  # pixels of a picture on disk

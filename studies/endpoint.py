@@ -1,26 +1,25 @@
 """
-Asking models over HTTP: the two OpenAI-compatible routes that curate.py and benchmarks.py need.
+Asking models over HTTP, and reading their replies: what curate.py and the judge need.
 
     POST {url}/chat/completions    a prompt and pictures (data URLs) -> text
     POST {url}/images/edits        a prompt and pictures (multipart) -> a picture
 
-Hosted APIs, vLLM and SGLang have them. An Access says where a model is and how it may be asked, an
-Endpoint asks it. An answer that can be read (replies.py) is kept on disk before it is used, under a
-name made of the model and the whole question: what has been answered once is never asked again,
-however often a run is killed. Nothing else is kept but a refusal, which is an answer too.
+Hosted APIs, vLLM and SGLang have both. The client is `openai` (pip install openai): it ends a
+request after `timeout` and repeats it, `tries` times in all, where there is no network and after
+408, 409, 429 and 5xx, with growing pauses or when the server says (Retry-After). What is ours:
 
-    no readable answer            asked again, TRIES times in all; a reply that was cut off at its
-                                  limit of tokens with four times the limit
-    no network, 408, 429, 5xx     asked again with exponential pauses and jitter, or when the server
-                                  says (Retry-After, as seconds or date), which is said aloud
-    413                           asked once more with pictures of half the side
-    max_tokens is not known       the limit goes by the name of max_completion_tokens from then on
+    kept answers    an answer that can be read is on the disk before it is used, under a name made
+                    of the model and the whole question. What was answered once is never asked
+                    again, however often a run is killed. A refusal is an answer too
+    no answer       a reply that cannot be read is asked for again, TRIES times in all; one that
+                    was cut off at its limit of tokens with four times the limit
+    a Fault         what is left then: of one question, not of the run. Only when most of the last
+                    WINDOW items of `in_parallel` failed does a UserError say so
 
-What is left then is a Fault: of one question, not of the run. Only when most of the last WINDOW
-items of `in_parallel` failed does a UserError say so, with the commonest reason. The key comes from
-the environment only, and is written nowhere.
+Of a reply in text, what stands outside of thinking counts, and of that the last JSON object that
+holds a key. Whatever would take a guess is a ValueError, and the question is asked again.
 
-Left out: streaming, batch interfaces, asynchronous clients.
+Left out: streaming, batch interfaces, tool calls, several choices.
 
     model = Endpoint(Access("http://localhost:8000/v1", "judge"), "out/replies")
     model.ask(Question("What do you see?", (png,)), visible)
@@ -28,37 +27,26 @@ Left out: streaming, batch interfaces, asynchronous clients.
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
-import random
 import re
-import sys
 import threading
-import time
 from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from runtime.config import UserError
 from runtime.files import object_of, published
-from studies.replies import Fault, Refused, cut_off, picture_in, text_in
-from vision import open_image, to_png
+from vision import to_png
 
 TRIES = 3  # answers to get one that can be read
-
-NOTHING = 0  # in place of an HTTP status where nothing came
-
-AGAIN = (NOTHING, 408, 409, 425, 429)  # and 5xx: a request is repeated
-
 WINDOW = 40  # items: when most of the last ones failed, something else is wrong
+LARGEST = 1024 * 1024  # pixels of a picture that is sent
 
 # what an API says that has looked at the content; a proxy's "denied by policy" is none of these
 REFUSALS = re.compile(
@@ -67,7 +55,24 @@ REFUSALS = re.compile(
     re.IGNORECASE,
 )
 
-LARGEST = 1024 * 1024  # pixels of a picture that is sent
+THINKS = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+DECODER = json.JSONDecoder(strict=False)  # a string may hold a line break
+
+
+class Fault(Exception):
+    """Why one sample fails: "kind: detail", one line that any file can hold."""
+
+    def __init__(self, kind, detail):
+        detail = str(detail).encode("utf-8", "replace").decode()
+        super().__init__(f"{kind}: {' '.join(detail.split())}")
+
+
+class Refused(Fault):
+    """The model declined to answer this question; asking again would not help."""
+
+    def __init__(self, detail):
+        super().__init__("refused", detail)
 
 
 @dataclass(frozen=True)
@@ -94,24 +99,9 @@ class Access:
     url: str  # OpenAI-compatible base URL, up to /v1
     model: str  # its name there
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
-    per_minute: float | None = None  # requests a minute, at most; None: no limit
     timeout: float = 180.0  # seconds
     tries: int = 6  # of one request, with growing pauses
-    longest_wait: float = 300.0  # seconds that a server may ask to wait, at most
     max_tokens: int = 1400  # of an answer in text, to begin with
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back from one request."""
-
-    status: int  # of HTTP, or of the error in the reply, or NOTHING
-    content: object  # JSON, or text where it is none
-    pause: float | None = None  # seconds that the server asks to wait
-
-
-# --------------------------------------------------------------------------------------------------
-# pictures that are sent
 
 
 def to_send(image):
@@ -121,39 +111,8 @@ def to_send(image):
     return to_png(image if size == image.size else image.resize(size))
 
 
-def halved(png):
-    """PNG bytes with half the side; as they are, where they cannot be what makes a request big."""
-    image = open_image(io.BytesIO(png), "a picture to send")
-    if min(image.size) < 64:
-        return png
-    return to_png(image.resize((image.width // 2, image.height // 2)))
-
-
 # --------------------------------------------------------------------------------------------------
 # one model
-
-
-class Pace:
-    """At most `per_minute` starts a minute over all threads; None: no limit."""
-
-    def __init__(self, per_minute):
-        self.gap, self.next, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
-
-    def wait(self):
-        """Sleep until it is this caller's turn."""
-        with self.lock:
-            now = time.monotonic()
-            start = max(now, self.next)
-            self.next = start + self.gap
-        time.sleep(start - now)
-
-    def rest(self, seconds):
-        """Nobody starts for so long; returns whether that is news to the others."""
-        with self.lock:
-            until = time.monotonic() + seconds
-            news = until > self.next + seconds / 2
-            self.next = max(self.next, until)
-        return news
 
 
 class Endpoint:
@@ -166,11 +125,17 @@ class Endpoint:
         key = os.environ.get(access.key_variable, "").strip()
         if not key.isascii() or not key.isprintable():
             raise UserError(f"the key in {access.key_variable} is torn; copy it again")
+        try:
+            import openai
+        except ImportError:
+            raise UserError("asking a model needs its client: pip install openai") from None
+        self.client = openai.OpenAI(
+            base_url=self.url,
+            api_key=key or "none",
+            timeout=openai.Timeout(access.timeout, connect=min(15.0, access.timeout)),
+            max_retries=access.tries - 1,
+        )
         self.replies.mkdir(parents=True, exist_ok=True)
-        self.pace, self.session = Pace(access.per_minute), requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=64))
-        self.session.headers["Authorization"] = f"Bearer {key or 'none'}"
         self.limit, self.tokens = "max_tokens", access.max_tokens  # its name, what it is
 
     def ask(self, question, read):
@@ -180,14 +145,13 @@ class Endpoint:
         answer that will not do. Refused; Fault where there is none.
         """
         path = self.replies / f"{question.digest(self.access.model)}.json"
-        kept = _kept(path)
-        if "refused" in kept:
-            raise Refused(kept["refused"])
-        if "reply" in kept:
-            try:
-                return read(self._answer(question, kept["reply"]))
-            except ValueError:
-                pass  # kept by a reader that took more: asked again
+        try:
+            kept = object_of(path.read_bytes())
+            if "refused" in kept:
+                raise Refused(kept["refused"])
+            return read(self._answer(question, kept["reply"]))
+        except (FileNotFoundError, KeyError, ValueError):
+            pass  # nothing is kept, or by a reader that took more
         try:
             reply, value = self._ask(question, read)
         except Refused as error:
@@ -229,143 +193,69 @@ class Endpoint:
         """What a reply holds. Refused; ValueError."""
         if not question.size:
             return text_in(reply)
-        found = picture_in(reply)
-        if isinstance(found, bytes):
-            return found
-        address = urljoin(f"{self.url}/", found)
-        at_home = urlsplit(address).netloc == urlsplit(self.url).netloc
-        get = self.session.get if at_home else requests.get  # nobody else is shown the key
+        picture = picture_in(reply)
+        if isinstance(picture, bytes):
+            return picture
+        address = urljoin(f"{self.url}/", picture)
         try:
-            response = get(address, timeout=self.access.timeout)
+            response = requests.get(address, timeout=self.access.timeout)
             response.raise_for_status()
         except requests.RequestException as error:
-            raise ValueError(f"{address[:100]} gives no picture ({_reason(error)})") from None
+            raise ValueError(f"{address[:100]} gives no picture ({str(error)[:160]})") from None
         return response.content
 
     def _send(self, question, tokens):
         """What the model replies: JSON, or text where it is none. Refused; Fault."""
-        attempt, small = 0, False
-        while True:
-            limit = self.limit
-            reply = self._post(question, {limit: tokens})
-            if reply.status == 200:
-                return reply.content
-            message, code = _complaint(reply.content)
-            if reply.status in (400, 403, 422, 451) and REFUSALS.search(f"{code} {message}"):
-                raise Refused(message)
-            if limit == "max_tokens" and "max_completion_tokens" in message:
+        import openai
+
+        limit = self.limit
+        try:
+            text = self._post(question, limit, tokens)
+        except openai.APIStatusError as error:
+            words = f"{error.code or ''} {error.message}"
+            if error.status_code in (400, 403, 422, 451) and REFUSALS.search(words):
+                raise Refused(words) from None
+            if limit == "max_tokens" and "max_completion_tokens" in words:
                 self.limit = "max_completion_tokens"
-                continue
-            if reply.status == 413 and not small:
-                question = replace(question, images=tuple(map(halved, question.images)))
-                small = True
-                continue
-            attempt += 1
-            again = reply.status in AGAIN or reply.status >= 500
-            if not again or attempt >= self.access.tries or code == "insufficient_quota":
-                kind = f"answered {reply.status}" if reply.status else "cannot be reached"
-                raise Fault(kind, f"{self.url} ({message}){self._advice(reply.status)}")
-            self._pause(attempt, reply.pause)
-
-    def _post(self, question, limits):
-        """One request, when its turn has come."""
-        self.pace.wait()
-        route, content = self._request(question, limits)
-        timeout = (min(15.0, self.access.timeout), self.access.timeout)  # to connect, to answer
+                return self._send(question, tokens)
+            advice = {
+                401: f"; set the environment variable {self.access.key_variable} to a valid key",
+                404: f"; is {self.access.model!r} the name of a model there, and does the URL end "
+                "in /v1?",
+            }.get(error.status_code, "")
+            about = f"{self.url} ({error.message[:200]}){advice}"
+            raise Fault(f"answered {error.status_code}", about) from None
+        except openai.APIConnectionError as error:
+            about = f"{self.url} ({error.__cause__ or error}); check URL and network"
+            raise Fault("cannot be reached", about) from None
         try:
-            response = self.session.post(f"{self.url}/{route}", timeout=timeout, **content)
-        except requests.RequestException as error:
-            return Reply(NOTHING, _reason(error))
-        try:
-            found = response.json()
+            return json.loads(text)
         except (ValueError, RecursionError):
-            found = response.text
-        status = 200 if 200 <= response.status_code < 300 else response.status_code
-        if status == 200 and isinstance(found, dict) and found.get("error"):
-            _, code = _complaint(found)  # some gateways pass on another's error like this
-            status = int(code) if code in map(str, range(400, 600)) else 502
-        return Reply(status, found, _retry_after(response.headers.get("Retry-After", "")))
+            return text
 
-    def _request(self, question, limits):
-        """(route, what requests.post is to send) of a question."""
+    def _post(self, question, limit, tokens):
+        """The text of the reply to one request. limit: the name of the limit of tokens."""
         if question.size:
-            files = [
-                ("image[]", (f"image_{i}.png", image, "image/png"))
-                for i, image in enumerate(question.images, 1)
-            ]
-            data = {"model": self.access.model, "prompt": question.prompt, "size": question.size}
-            return "images/edits", {"files": files, "data": data}
+            reply = self.client.images.with_raw_response.edit(
+                model=self.access.model,
+                prompt=question.prompt,
+                size=question.size,
+                image=[
+                    (f"image_{i}.png", image, "image/png")
+                    for i, image in enumerate(question.images, 1)
+                ],
+            )
+            return reply.text
         content = [{"type": "text", "text": question.prompt}]
         for image in question.images:
             url = "data:image/png;base64," + base64.b64encode(image).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
-        messages = [{"role": "user", "content": content}]
-        body = {"model": self.access.model, "messages": messages, **limits}
-        return "chat/completions", {"json": body}
-
-    def _pause(self, attempt, asked):
-        """Before the next attempt: a growing pause, or what the server asks for, said aloud."""
-        seconds = min(60, 0.5 * 2 ** (attempt - 1)) * random.uniform(1, 1.5)
-        if asked is None or asked <= seconds:
-            time.sleep(seconds)
-            return
-        seconds = min(asked, self.access.longest_wait)
-        if self.pace.rest(seconds):
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
-            print(
-                f"{self.access.model} at {self.url} asks to wait {asked:,.0f} s; the next request "
-                f"goes out in {seconds:,.0f} s, at {until} (--longest_wait)",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _advice(self, status):
-        """What a person can do about this HTTP status."""
-        name = self.access.key_variable
-        return {
-            NOTHING: "; check URL and network",
-            401: f"; set the environment variable {name} to a valid key",
-            403: f"; the key in {name} may not do this",
-            404: f"; is {self.access.model!r} the name of a model there, and does the URL end in "
-            "/v1?",
-        }.get(status, "")
-
-
-def _kept(path):
-    """What is kept under this name, {} if that is nothing."""
-    try:
-        return object_of(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _retry_after(text):
-    """Seconds that a Retry-After asks for, given as a number or as a date; None if as neither."""
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _complaint(content):
-    """(message, code) of what came with an HTTP error."""
-    if not isinstance(content, dict):
-        return str(content)[:200], ""
-    error = content.get("error") or content
-    if not isinstance(error, dict):
-        return str(error)[:200], ""
-    message = error.get("message") or error.get("detail") or error
-    return str(message)[:200], str(error.get("code", ""))
-
-
-def _reason(error):
-    """The innermost words of a chain of network errors."""
-    text = str(error.args[0] if error.args else error)
-    return text.rsplit("Caused by ", 1)[-1][:160].strip("()")
+        reply = self.client.chat.completions.with_raw_response.create(
+            model=self.access.model,
+            messages=[{"role": "user", "content": content}],
+            extra_body={limit: tokens},
+        )
+        return reply.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,26 +268,24 @@ def in_parallel(function, items, workers, *, bar=None, patient=False):
     A Fault takes the place of a result. UserError when most of the last WINDOW items failed, unless
     `patient`; any other error ends it too. bar: a tqdm bar, moved on by each item.
     """
-    recent = deque(maxlen=WINDOW)
+    recent = deque(maxlen=WINDOW)  # of each item its Fault, or None
     with ThreadPoolExecutor(workers) as pool:
-        waiting, pending = iter(items), {}
+        items = {pool.submit(_attempt, function, item): item for item in items}
         try:
-            while True:
-                while len(pending) < 2 * workers and (item := next(waiting, None)) is not None:
-                    pending[pool.submit(_attempt, function, item)] = item
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    yield pending.pop(future), result
-                    recent.append(result if isinstance(result, Fault) else None)
-                    if bar is not None:
-                        bar.update()
-                if not patient:
-                    _check(recent)
+            for future in as_completed(items):
+                result = future.result()
+                yield items.pop(future), result
+                recent.append(str(result) if isinstance(result, Fault) else None)
+                if bar is not None:
+                    bar.update()
+                faults = [fault for fault in recent if fault is not None]
+                if 2 * len(faults) > WINDOW and not patient:
+                    raise UserError(
+                        f"{len(faults)} of the last {len(recent)} samples failed, most often: "
+                        f"{commonest(faults)}; nothing was lost: repeat the command to go on"
+                    )
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _attempt(function, item):
@@ -408,18 +296,91 @@ def _attempt(function, item):
         return fault
 
 
-def _check(recent):
-    """UserError when more than half of WINDOW items failed."""
-    faults = [str(fault) for fault in recent if fault is not None]
-    if 2 * len(faults) > WINDOW:
-        raise UserError(
-            f"{len(faults)} of the last {len(recent)} samples failed, most often: "
-            f"{commonest(faults)}; nothing was lost: repeat the command to go on"
-        )
-
-
 def commonest(reasons):
     """The last of those reasons whose kind (what stands before the colon) is the most frequent."""
-    kinds = [reason.partition(":")[0] for reason in reasons]
-    ((kind, _),) = Counter(kinds).most_common(1)
+    kinds = Counter(reason.partition(":")[0] for reason in reasons)
+    kind = max(kinds, key=kinds.get)
     return [reason for reason in reasons if reason.partition(":")[0] == kind][-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# replies. reply: JSON, or text where it is none
+
+
+def text_in(reply):
+    """The text of a chat reply, with whatever thinking is in it. Refused; ValueError."""
+    choice = _first(reply, "choices")
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise ValueError(f"the reply has no message: {str(reply)[:80]!r}")
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        raise Refused(message.get("refusal") or "content filter")
+    content = message.get("content")
+    if isinstance(content, str) and cut_off(reply):
+        content = content[: content.rfind("}") + 1]
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError("the reply has no text")
+    return content.encode("utf-8", "replace").decode()  # half an emoji cannot be written
+
+
+def cut_off(reply):
+    """Whether a chat reply ended because its limit of tokens was reached."""
+    try:
+        return _first(reply, "choices").get("finish_reason") == "length"
+    except ValueError:
+        return False
+
+
+def picture_in(reply):
+    """The picture of an image reply, as bytes, or its URL as str. ValueError if it has none."""
+    item = _first(reply, "data")
+    content = item.get("b64_json") or item.get("url")
+    if not isinstance(content, str):
+        raise ValueError(f"the reply has no picture: {str(reply)[:80]!r}")
+    if content.startswith("data:"):
+        content = content.partition(",")[2]
+    elif not item.get("b64_json"):
+        return content
+    return base64.b64decode(content)
+
+
+def _first(reply, name):
+    """The first object of a list in a reply."""
+    items = reply.get(name) if isinstance(reply, dict) else None
+    if not isinstance(items, list) or not items or not isinstance(items[0], dict):
+        raise ValueError(f"the reply has no {name}: {str(reply)[:80]!r}")
+    return items[0]
+
+
+def visible(text):
+    """The text outside of thinking: behind the last </think>, and before a <think> without end."""
+    return THINKS.split(THOUGHT.split(text)[-1])[0].strip()
+
+
+def last_object(text, key):
+    """The last JSON object outside of thinking that has this key; {} if it is not sure which.
+
+    Braces that hold no JSON hide what is inside them, and nothing counts if the key stands once
+    more behind the object: neither half of an object nor a draft is taken for the answer.
+    """
+    text = visible(text)
+    found, behind, end = {}, 0, 0
+    while (start := text.find("{", end)) >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, start)
+            json.dumps(value, ensure_ascii=False).encode()  # half an emoji cannot be written
+        except (ValueError, RecursionError):
+            value, end = {}, _end_of_braces(text, start)
+        if key in value:
+            found, behind = value, end
+    return {} if f'"{key}"' in text[behind:] else found
+
+
+def _end_of_braces(text, start):
+    """Where the braces that open at `start` are closed."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return place + 1
+    return len(text)

@@ -5,12 +5,8 @@ An MLLM as the judge of OmniContext's protocol.
     SC    subject consistency    are its subjects those of the references?
 
 Each is one question about the references and the result, in this order, and its answer is a number
-from 0 to 10. Where no answer can be read there is no score: a number is never invented. curate.py
-cuts by these scores, benchmarks.py tabulates them; the judge of the toy world, which knows the
-truth, is toy/judge.py.
-
-    answer    the last JSON object outside of thinking that has a "score", or a score alone
-    score     8 | 8.5 | "8" | "8/10" | "8 out of 10" | [8]
+from 0 to 10: {"score": 8}, "8/10", [8], or 8 alone. Where no answer can be read there is no score:
+a number is never invented. The judge of the toy world, which knows the truth, is toy/judge.py.
 
 The questions are ours: they ask what the official prompts ask, in other words. Left out: those
 prompts word for word, and more than one score a question.
@@ -20,8 +16,7 @@ prompts word for word, and more than one score a question.
 
 import re
 
-from studies.endpoint import Question
-from studies.replies import last_object, visible
+from studies.endpoint import Question, last_object, visible
 
 SCORE = re.compile(r"([0-9]{1,2}(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*10)?")
 
@@ -80,8 +75,8 @@ def _score(value):
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     if isinstance(value, str):
-        found = SCORE.fullmatch(value.strip())
-        value = float(found[1]) if found else None
+        text = SCORE.fullmatch(value.strip())
+        value = float(text[1]) if text else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if 0 <= value <= 10 else None

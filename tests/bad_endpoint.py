@@ -35,6 +35,7 @@ from toy.clip import ToyClipSettings, train_toy_clip  # noqa: E402
 from toy.server import draw_pools  # noqa: E402
 
 WORKERS = 4
+STAGES = ("references", "instructions", "plans", "targets", "scores")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,14 +66,13 @@ def hang_up(handler):
 
 
 BOTH = {
-    "429": error(429, "slow down", Retry_After="0"),
+    "429": error(429, "slow down", Retry_After_ms="5"),
     "429 with a date": until_a_date,
-    "500": error(500, "oops"),
+    "500": error(500, "oops", Retry_After_ms="5"),
     "hangs up": hang_up,
     "HTML": replies(b"<html>Bad gateway</html>"),
     "half of a reply": replies(b'{"choices": [{"message": '),
     "refusal": error(400, "content policy", "content_policy_violation"),
-    "413": error(413, "too large"),
     "429 inside of a 200": replies({"error": {"message": "upstream", "code": 429}}),
 }
 
@@ -102,7 +102,6 @@ def bare(text):
 TEXTS = {
     "thinking before": lambda text: '<think>{Or {"score": 0}? No, {</think>' + text,
     "two objects": of_json(lambda text: '{"score": 1, "reasoning": "a draft"} Better: ' + text),
-    "trailing comma": of_json(lambda text: text[:-1] + ",}"),
     "text after": of_json(lambda text: text + "\nThat is {all}."),
     "bare score": bare,
 }
@@ -221,6 +220,8 @@ class Outcome:
 
 def curate_badly(folder, count, kills):
     """Pools, and curate.py on them until it ends by itself, and once more. Returns an Outcome."""
+    import openai.resources  # noqa: F401  once, and not in each process that is forked
+
     folder, rng = Path(folder), random.Random(0)
     draw_pools(folder / "pools", 16)
     train_toy_clip(folder / "clip", ToyClipSettings(steps=1))
@@ -252,9 +253,9 @@ def audit(outcome):
     """Every sample is finished or dropped with a reason, once; what was answered was not asked
     again but for what was in flight at a kill; the report adds up. Returns counts."""
     out, config = outcome.folder / "out", curate.PRESETS["toy"]
-    stages = {name: curate.by_key(out / f"{name}.jsonl") for name in curate.STAGES[:-1]}
+    stages = {name: curate.by_key(out / f"{name}.jsonl") for name in STAGES}
     dropped, usable = {}, set(stages["references"])
-    for name in curate.STAGES[1:-1]:
+    for name in STAGES[1:]:
         assert set(stages[name]) == usable, f"{name} is not about what came before"
         gone = {key: one["dropped"] for key, one in stages[name].items() if "dropped" in one}
         assert all(": " in reason for reason in gone.values()), gone

@@ -31,8 +31,8 @@ from model import SMOKE, ModelConfig, UnifiedModel
 from runtime import files, loop, processes
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
-from studies import benchmarks, writer
-from studies.pools import pools_of
+from studies import benchmarks
+from studies.material import pools_of
 from toy import server, tasks, world
 from toy.clip import ToyClipSettings, train_toy_clip
 from toy.judge import Verdict
@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory):
     """What curate.py makes of toy pools, see bad_endpoint.py; and its folder."""
+    pytest.importorskip("openai", reason="no client to ask with: pip install openai")
     outcome = bad_endpoint.curate_badly(tmp_path_factory.mktemp("curated"), 32, 3)
     return outcome, outcome.folder
 
@@ -65,7 +66,7 @@ def test_a_fault_of_one_sample_is_a_fault_of_one_sample(curated):
     assert outcome.kills == 3 and outcome.runs == 2  # its kills are all that ended it
     assert counts["kept"] >= 4
     assert {"refused", "answered 400", "a picture does not open"} <= set(counts["dropped"])
-    assert len(outcome.faults) > 20  # of 27 kinds
+    assert len(outcome.faults) > 20  # of 25 kinds
     assert outcome.asked_by_the_last < outcome.requests / 4  # for what failed alone
     assert not list((folder / "out").glob("*.tmp")) + list((folder / "out/shards").glob(".*"))
 
@@ -76,14 +77,13 @@ def test_the_shards_are_right_and_judged_ten(curated, capsys):
     assert ", 0 problems" in capsys.readouterr().out
     source = Source(folder / "out/shards")
     for i in range(len(source)):
-        record, sample = source.record(i), source.sample(i)
+        record, sample = data.record_of(source.entries[i]), source.sample(i)
         assert record["scores"]["PF"] == record["scores"]["SC"] == 10
         assert record["provenance"]["image_model"] == "toy"
         assert sample.target.size == (32, 32)
         assert len(sample.plan.relations) == len(sample.references)
     report = (folder / "out/report.md").read_text()
     assert "caption and target disagree" in report and f"| all | 32 | {len(source)} " in report
-    assert (folder / "out/examples.png").is_file()
 
 
 def test_cuts_can_be_changed_without_asking(curated):
@@ -95,7 +95,7 @@ def test_cuts_can_be_changed_without_asking(curated):
         config = dataclasses.replace(config_of(folder), **cuts)
         return sum(not reason for reason in curate.why_dropped(scored, config).values())
 
-    assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_clip=2.0) == 0
+    assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_pf=11.0) == 0
     scored[next(iter(scored))]["scores"]["PF"] = None
     assert kept(drop_clip=0) == len(scored) - 1
 
@@ -115,12 +115,12 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
         if "dropped" in record:
             continue
         images = curate.pictures_of(record, config_of(folder))
-        question = writer.plan_question(record, images)  # even of a record that knows its target
+        question = curate.plan_question(record, images)  # even of a record that knows its target
         target = (folder / "out" / record["target"]).read_bytes()
         assert len(question.images) == len(record["references"]) and target not in question.images
         assert record["target"] not in question.prompt
         blind = {name: record[name] for name in ("key", "task", "references", "instruction")}
-        assert writer.plan_question(blind, images) == question
+        assert curate.plan_question(blind, images) == question
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +132,6 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
     [
         (["--pools", "nowhere"], "pool nowhere/characters is missing"),
         (["--pools", "empty"], "holds no .png"),
-        (["--stage", "plan"], "expected all or one of"),
         (
             ["--chat_url", "http://127.0.0.1:9/v1", "--pools", "pools", "--tries", "1"],
             "cannot be reached",
@@ -143,6 +142,7 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
+    pytest.importorskip("openai", reason="no client to ask with: pip install openai")
     monkeypatch.chdir(tmp_path)
     for name in ("pools", "empty", "broken", "tiny"):
         draw_pools(name, 2)
@@ -232,6 +232,7 @@ def run_benchmark(folder, model, url, *words):
 
 
 def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
+    pytest.importorskip("openai", reason="no client to ask with: pip install openai")
     write_parquet(tmp_path / "bench")
     train_toy_clip(tmp_path / "clip", ToyClipSettings(steps=1))
 

@@ -4,8 +4,8 @@ The page: what it does without a browser, and then in one (Chromium, driven by S
 In the browser the model is a fresh one that cannot write, so its plans are put into its mouth; what
 is painted is really painted, and noted. Where a trained toy stands (TOY_CHECKPOINT=out/toy-grpo),
 its own plan is edited, and the exact judge says whether the picture changed. Skipped without
-Gradio, Selenium or Chromium: pip install -r requirements-demo.txt, and the packages chromium and
-chromium-driver of the distribution.
+Gradio, Selenium or Chromium: pip install -r requirements-optional.txt, and the distribution's
+packages chromium and chromium-driver.
 """
 
 import dataclasses
@@ -220,7 +220,7 @@ def test_without_gradio(monkeypatch, capsys):
     with pytest.raises(SystemExit) as refused:
         demo.main(CONFIG)
     assert refused.value.code == 2
-    assert "pip install -r requirements-demo.txt" in capsys.readouterr().err
+    assert "pip install -r requirements-optional.txt" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------

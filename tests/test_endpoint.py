@@ -1,7 +1,7 @@
 """
 Questions to models over HTTP, and the reader of what they answer: what a fault is a fault of, what
-is kept, what reasoning models do, how big and how patient requests are. A test is named after what
-it asks for; test_curate.py has the whole pipeline.
+is kept, what reasoning models do, how big requests are. How often and when a request is repeated is
+the client's business. test_curate.py has the whole pipeline.
 """
 
 import base64
@@ -10,9 +10,9 @@ import io
 import json
 import random
 import re
+import sys
 import time
 from contextlib import contextmanager
-from email.utils import formatdate
 from functools import partial
 
 import numpy as np
@@ -24,12 +24,25 @@ import curate
 import evaluate
 from iccot import ICCoT, PlanError, to_json
 from runtime.config import UserError
-from studies import benchmarks, writer
-from studies.endpoint import WINDOW, Access, Endpoint, Question, in_parallel, to_send
+from studies import benchmarks
+from studies.endpoint import (
+    WINDOW,
+    Access,
+    Endpoint,
+    Fault,
+    Question,
+    Refused,
+    in_parallel,
+    picture_in,
+    text_in,
+    to_send,
+    visible,
+)
 from studies.judge import ask_score, read_score
-from studies.replies import Fault, Refused, picture_in, text_in, visible
 from toy import server, world
 from vision import to_png
+
+pytest.importorskip("openai", reason="no client to ask with: pip install openai")
 
 RED = to_png(Image.new("RGB", (32, 32), "red"))
 
@@ -39,9 +52,9 @@ def asked(folder, fault, **options):
     """An endpoint whose server has this fault, a question about one portrait, and the server."""
     portrait = world.portrait(np.random.default_rng(0), world.subjects()[5])
     question = Question("Task type: subject. Write.", (to_png(Image.fromarray(portrait)),))
-    with served(fault) as one:
-        access = Access(f"{one.home}/v1", "toy", **{"timeout": 60.0, "tries": 3, **options})
-        yield Endpoint(access, folder / "replies"), question, one
+    with served(fault) as running:
+        access = Access(f"{running.home}/v1", "toy", **{"timeout": 60.0, "tries": 3, **options})
+        yield Endpoint(access, folder / "replies"), question, running
 
 
 def always(fault):
@@ -68,11 +81,6 @@ def picture_question(question):
     return dataclasses.replace(question, size="32x32")
 
 
-@pytest.fixture
-def no_pauses(monkeypatch):
-    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
-
-
 # --------------------------------------------------------------------------------------------------
 # a fault of one sample is a fault of one sample
 
@@ -81,8 +89,9 @@ def no_pauses(monkeypatch):
     "status, words",
     [(400, "oops"), (401, "OPENAI_API_KEY"), (404, "name of a model"), (503, "oops")],
 )
-def test_an_http_error_is_a_fault_of_one_sample(tmp_path, status, words, no_pauses):
-    with asked(tmp_path, always(error(status, "oops")), tries=2) as (endpoint, question, one):
+def test_an_http_error_is_a_fault_of_one_sample(tmp_path, status, words):
+    fault = always(error(status, "oops", Retry_After_ms="5"))
+    with asked(tmp_path, fault, tries=2) as (endpoint, question, one):
         with pytest.raises(Fault, match=f"answered {status}: .*{words}"):
             endpoint.ask(question, visible)
         assert one.requests == (2 if status == 503 else 1)
@@ -240,7 +249,7 @@ def test_what_was_kept_without_being_an_answer_is_asked_again(tmp_path):
     ],
 )
 def test_a_refusal_is_an_answer(tmp_path, fault):
-    read = partial(writer.read_instruction, {"references": ["a.png"]})
+    read = partial(curate.read_instruction, {"references": ["a.png"]})
     with asked(tmp_path, always(fault)) as (endpoint, question, one):
         for _ in range(2):
             with pytest.raises(Refused, match="refused: "):
@@ -268,7 +277,7 @@ def encoded(content):
     [
         {"url": "data:image/png;base64," + encoded(RED)},
         {"b64_json": "data:image/png;base64," + encoded(RED)},
-        {"b64_json": encoded(RED)[:40] + "\n" + encoded(RED)[40:].rstrip("=")},
+        {"b64_json": encoded(RED)[:40] + "\n" + encoded(RED)[40:]},
         {"url": "/red.png", "b64_json": None},
         {"url": "HOME/red.png"},
     ],
@@ -282,9 +291,9 @@ def test_a_picture_is_read_in_whatever_form_it_comes(tmp_path, item):
         return True
 
     with asked(tmp_path, draw) as (endpoint, question, one):
-        assert endpoint.ask(picture_question(question), writer.read_target) == RED
+        assert endpoint.ask(picture_question(question), curate.read_picture) == RED
     # the server is gone and its URL with it
-    assert endpoint.ask(picture_question(question), writer.read_target) == RED
+    assert endpoint.ask(picture_question(question), curate.read_picture) == RED
 
 
 @pytest.mark.parametrize(
@@ -294,7 +303,7 @@ def test_a_picture_is_read_in_whatever_form_it_comes(tmp_path, item):
 def test_a_picture_that_is_none_is_not_kept(tmp_path, item):
     with asked(tmp_path, always(replies({"data": [item]}))) as (endpoint, question, one):
         with pytest.raises(Fault, match="no usable answer"):
-            endpoint.ask(picture_question(question), writer.read_target)
+            endpoint.ask(picture_question(question), curate.read_picture)
         assert not list((tmp_path / "replies").iterdir())
 
 
@@ -346,8 +355,6 @@ THINKING = '<think>{"score": 1}? {Or <think>{"score": 2}</think> not.</think>'
         ('```json\n{"score": 8.5,\n"reasoning": "y\nz"}\n```', 8.5),
         ('{"score": [6], "reasoning": ""}', 6),
         ('{"score": "8/10"}', 8),
-        ('{"score": 8 / 10, "reasoning": "x"}', 8),
-        ('{"score": 8, "list": [1, 2,],}', 8),
         ('{"score": 8} That is {almost} all.', 8),
         ('{"score": 3} No: {"score": 8}', 8),
         (THINKING + ' {"score": 8}', 8),
@@ -356,6 +363,7 @@ THINKING = '<think>{"score": 1}? {Or <think>{"score": 2}</think> not.</think>'
         ("8", 8),
         ("**Score: 8/10**", 8),
         ("<think>3</think>\n8.5 out of 10.", 8.5),
+        ('{"score": 8, "list": [1, 2,],}', None),
         ("seven", None),
         ("I would say 8/10.", None),
         ("8/100", None),
@@ -389,25 +397,19 @@ def test_scores_are_read_or_refused_and_never_guessed(answer, score):
 @pytest.mark.parametrize("after", ["", "\n```\nI hope {this} helps."])
 def test_plans_are_read_by_the_same_reader(before, after):
     plan = ICCoT("A man.", ("The man is from image_1.",))
-    read = partial(writer.read_plan, {"references": ["a.png"]})
+    read = partial(curate.read_plan, {"references": ["a.png"]})
     found = json.loads(to_json(plan))
     assert read(before + to_json(plan) + after) == {"plan": found}
-    assert read(before + to_json(plan)[:-1] + ",}" + after) == {"plan": found}
     with pytest.raises(PlanError):
         read(before + to_json(plan)[:-1] + after)
 
 
 def test_an_instruction_is_what_stands_outside_of_thinking():
-    read = partial(writer.read_instruction, {"references": ["a.png"]})
+    read = partial(curate.read_instruction, {"references": ["a.png"]})
     assert read(THINKING + ' "Draw  image 1."') == {"instruction": "Draw image 1."}
     for answer in (THINKING, '""', "x" * 1001):
         with pytest.raises(ValueError, match="an instruction of"):
             read(answer)
-
-
-def test_content_in_parts_is_joined():
-    parts = [{"type": "thinking", "text": "no"}, {"type": "text", "text": "yes"}, 3]
-    assert text_in({"choices": [{"message": {"content": parts}}]}) == "yes"
 
 
 PIECES = ("{", "}", '"', ",", ":", "[", "]", "\\", "<think>", "</think>", "\n", "\u2028", "\ud83d")
@@ -443,20 +445,20 @@ ANSWERS = (
     '<think>{{"score": 2}} {{</think>```json\n{{"score": {n}, "reasoning": "x"}}\n```\nDone {{3}}.',
     'Perhaps {{"score": 4}}. No: {{"score": {n}, "reasoning": ["a", 1]}} It is.',
     "1 of them is missing.</think>\n**Score: {n}/10**",
-    '{{"reasoning": "not {{\\"score\\": 2}}", "score": "{n}/10",}}',
+    '{{"reasoning": "not {{\\"score\\": 2}}", "score": "{n}/10"}}',
     "{n}",
     '{{"out_caption": "A {n}.", "relations": [{{"relation_1": "It is from image_1."}}]}}',
 )
 
 
 def test_no_mutated_answer_crashes_the_reader_or_invents_a_score():
-    """20,000 answers; the true scores are 6 to 9, and other digits are noise."""
-    rng, read, seconds = random.Random(0), 0, time.monotonic()
+    """5,000 answers; the true scores are 6 to 9, and other digits are noise."""
+    rng, read = random.Random(0), 0
     record = {"references": ["a.png"]}
-    for _ in range(20000):
+    for _ in range(5000):
         truth = rng.randint(6, 9)
         text = mutated(rng, rng.choice(ANSWERS).format(n=truth))
-        for reader in (read_score, partial(writer.read_plan, record)):
+        for reader in (read_score, partial(curate.read_plan, record)):
             try:
                 answer = text_in({"choices": [{"message": {"content": text}}]})
                 found = reader(answer)
@@ -470,15 +472,14 @@ def test_no_mutated_answer_crashes_the_reader_or_invents_a_score():
                 if "think>" not in text and told and f"{truth}" == told[-1]:
                     assert score == truth, text
             json.dumps(found, ensure_ascii=False).encode()
-    print(f"{read} scores read of 20000 answers in {time.monotonic() - seconds:.1f} s")
-    assert read > 3000  # the reader does not just give up
+    assert read > 750  # the reader does not just give up
 
 
 def test_no_mutated_reply_crashes_the_reader():
     rng = random.Random(0)
     chat = {"choices": [{"message": {"content": "8", "refusal": None}, "finish_reason": "stop"}]}
     picture = {"data": [{"b64_json": encoded(RED), "url": None}]}
-    for _ in range(4000):
+    for _ in range(1000):
         reader, reply = rng.choice([(text_in, chat), (picture_in, picture)])
         text = mutated(rng, json.dumps(reply), 2)
         for word in ('"8"', "null", "[{", "stop"):  # still JSON, of other types
@@ -491,7 +492,7 @@ def test_no_mutated_reply_crashes_the_reader():
             answer = reader(reply)
             assert isinstance(answer, (str, bytes)) and len(answer) > 0, text
             if isinstance(answer, bytes):
-                writer.read_target(answer)
+                curate.read_picture(answer)
         except (ValueError, Refused):
             pass
 
@@ -503,14 +504,8 @@ def test_a_judge_that_cannot_be_read_gives_no_score(tmp_path):
         assert one.requests == 3
 
 
-def test_the_default_models_are_those_of_the_default_endpoint():
-    config = curate.Config()
-    assert "openai.com" in config.chat_url and not config.image_url
-    assert config.chat_model.startswith("gpt-") and config.image_model.startswith("gpt-image")
-
-
 # --------------------------------------------------------------------------------------------------
-# requests: their size, and patience
+# requests: their size, pauses, the key, the client
 
 
 def photograph(width, height):
@@ -531,58 +526,19 @@ def test_phone_photographs_are_shrunk_before_they_are_sent(tmp_path):
     assert to_send(small) == to_png(small)
 
 
-def test_413_halves_once_and_tries_again(tmp_path):
-    sizes = []
-
-    def fault(handler, number):
-        url = json.loads(handler.body)["messages"][0]["content"][1]["image_url"]["url"]
-        picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
-        sizes.append(picture.size)
-        (error(413, "too large") if picture.width > limit else says("Fine."))(handler)
-        return True
-
-    limit = 100
-    with asked(tmp_path, fault, tries=1) as (endpoint, question, _):
-        big = dataclasses.replace(question, images=(to_png(photograph(160, 80)),))
-        assert endpoint.ask(big, visible) == "Fine." and sizes == [(160, 80), (80, 40)]
-        limit = 10
-        bigger = dataclasses.replace(big, prompt="again")
-        with pytest.raises(Fault, match="answered 413"):
-            endpoint.ask(bigger, visible)
-        assert sizes[2:] == [(160, 80), (80, 40)]
-
-
-def in_an_hour():
-    return formatdate(time.time() + 3600, usegmt=True)
-
-
-@pytest.mark.parametrize("header", [lambda: "3600", in_an_hour], ids=["seconds", "date"])
-def test_a_long_retry_after_is_said_aloud_and_capped(tmp_path, header, capsys, no_pauses):
-    fault = then_well(error(429, "slow down", Retry_After=header()))
-    with asked(tmp_path, fault, longest_wait=0.3) as (endpoint, question, one):
+def test_the_client_repeats_a_request_when_the_server_says(tmp_path):
+    faults = [error(429, "slow down", Retry_After="1"), error(503, "oops", Retry_After_ms="5")]
+    with asked(tmp_path, then_well(*faults)) as (endpoint, question, one):
         begun = time.monotonic()
-        assert endpoint.ask(question, visible) and time.monotonic() - begun >= 0.3
-        assert one.requests == 2
-        assert endpoint.ask(question, visible) and one.requests == 2  # kept
-    said = capsys.readouterr().err
-    assert re.search(r"toy at http\S+ asks to wait 3,[56]\d\d s; .* at \d\d:\d\d:\d\d", said)
-    assert "--longest_wait" in said
+        assert endpoint.ask(question, visible) and time.monotonic() - begun >= 1
+        assert one.requests == 3
+        assert endpoint.ask(question, visible) and one.requests == 3  # kept
 
 
-def test_a_retry_after_that_cannot_be_read_or_is_past_does_no_harm(tmp_path, no_pauses):
-    past = formatdate(time.time() - 3600, usegmt=True)
-    headers = [past, "soon", "-1", "nan", "Mon, 99 Foo 2026 99:99:99 GMT", ""]
-    faults = [error(429, "slow down", Retry_After=header) for header in headers]
-    with asked(tmp_path, then_well(*faults), tries=7) as (endpoint, question, one):
-        assert endpoint.ask(question, visible) and one.requests == 7
-
-
-def test_an_empty_purse_is_not_asked_again(tmp_path):
-    fault = error(429, "You exceeded your current quota", "insufficient_quota")
-    with asked(tmp_path, always(fault)) as (endpoint, question, one):
-        with pytest.raises(Fault, match="answered 429: .*quota"):
-            endpoint.ask(question, visible)
-        assert one.requests == 1
+def test_a_client_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match="pip install openai"):
+        Endpoint(Access("http://127.0.0.1:9", "toy"), tmp_path)
 
 
 def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatch):
@@ -600,12 +556,3 @@ def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatc
     monkeypatch.setenv("MY_KEY", "secret\n123")
     with pytest.raises(UserError, match="the key in MY_KEY is torn"):
         Endpoint(Access("http://127.0.0.1:9", "toy", "MY_KEY"), tmp_path)
-
-
-def test_the_pace_is_kept(tmp_path):
-    with asked(tmp_path, never, per_minute=240) as (endpoint, question, _):
-        begun = time.monotonic()
-        for name in "abcd":
-            prompt = f"Task type: subject. {name}"
-            endpoint.ask(dataclasses.replace(question, prompt=prompt), visible)
-        assert time.monotonic() - begun >= 0.7

@@ -23,7 +23,7 @@ COMMANDS = ("sft", "grpo", "sample", "evaluate", "curate", "demo")
 MERGING = {"requirements-demo.txt", "requirements-optional.txt"}
 FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
 PAPERS = ("README.md", "LOG.md", "RESULTS.md", "LICENSE", "CONTRIBUTING.md")
-SETTINGS = ("pyproject.toml", "requirements.txt", "requirements-demo.txt")
+SETTINGS = ("pyproject.toml", "requirements.txt", "requirements-optional.txt")
 
 FILES = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in ROOT.glob(f"{folder}/**/*.py"))]
 PROJECT = [path.relative_to(ROOT).as_posix() for path in sorted(FILES)]
@@ -39,6 +39,7 @@ LATE_IMPORTS = (
     "bitsandbytes",
     "huggingface_hub",
     "matplotlib",
+    "openai",
     "pyarrow",
     "tokenizers",
     "torch.nn.attention",

@@ -14,10 +14,10 @@ import torch
 import data
 import grpo
 import sft
+from data import ShardWriter
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime import loop
 from runtime.pretrained import save_model
-from runtime.shards import ShardWriter
 from runtime.state import TrainingState
 from toy.clip import ToyClipSettings, train_toy_clip
 from toy.painter import Painted, Painter

@@ -35,8 +35,8 @@ import sample
 import sft
 import toy.painter
 import toy.prepare
+from data import ShardWriter
 from runtime import loop, pretrained, processes, state
-from runtime.shards import ShardWriter
 from studies import ablation, benchmarks, metrics
 from studies.endpoint import Access
 from toy.tasks import draw_sample

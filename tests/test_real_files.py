@@ -13,14 +13,13 @@ from pyarrow import parquet
 
 import curate
 import data
-from data import Source
+from data import ShardWriter, Source
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime import files, loop
 from runtime.config import UserError
 from runtime.pretrained import write_tensors
-from runtime.shards import ShardWriter
 from studies import benchmarks
-from studies.pools import pools_of
+from studies.material import pools_of
 
 FORMATS = ("png", "jpeg", "webp", "gif", "tiff", "dds")
 
@@ -69,9 +68,7 @@ def test_lines_end_at_newlines_only(tmp_path):
     source = Source(tmp_path)
     found = [source.sample(number).instruction for number in range(len(source))]
     assert found == [json.loads(line)["instruction"] for line in lines]
-    assert sorted(source.key(number) for number in range(4)) == ["k0", "k1", "k2", "k3"]
-    (tmp_path / "records.jsonl").write_bytes((content + '\n{"key": "torn').encode())
-    assert len(Source(tmp_path)) == 4
+    assert sorted(entry.key for entry in source.entries) == ["k0", "k1", "k2", "k3"]
 
 
 def test_a_torn_line_of_scores_or_records_is_cut_off_and_any_other_is_named(tmp_path):
@@ -305,7 +302,7 @@ def complaints(path):
     """What is said about the samples at `path`; anything but a UserError is a failure."""
     try:
         source = Source(path)
-        keys = [source.key(number) for number in range(len(source))]
+        keys = [entry.key for entry in source.entries]
         data.held_out_keys(keys)
         said = [line for number in range(len(source)) for line in data.problems_of(source, number)]
     except UserError as error:
@@ -314,20 +311,20 @@ def complaints(path):
     return bool(said)
 
 
-def test_five_thousand_broken_tars_and_records_give_one_line_each(tmp_path):
+def test_a_thousand_broken_tars_and_records_give_one_line_each(tmp_path):
     rng, counts = random.Random(0), {"tar": 0, "records": 0, "index": 0, "lines": 0}
     tars = []
     for suffix in FORMATS:
         write_tar(tmp_path / "s.tar", sample_files("a", suffix) | sample_files("b"))
         tars.append((tmp_path / "s.tar").read_bytes())
         (tmp_path / f"a.{suffix}").write_bytes(picture(suffix))
-    for _ in range(2000):
+    for _ in range(400):
         (tmp_path / "s.tar").write_bytes(mutated(rng.choice(tars), rng))
         counts["tar"] += complaints(tmp_path / "s.tar")
     (tmp_path / "s.tar").write_bytes(tars[0])
     assert not complaints(tmp_path / "s.tar")
     index = (tmp_path / "s.index.json").read_bytes()
-    for _ in range(500):
+    for _ in range(100):
         (tmp_path / "s.index.json").write_bytes(mutated(index, rng))
         counts["index"] += complaints(tmp_path / "s.tar")
     pictures = [dict(references=[f"a.{suffix}"], target="a.png") for suffix in ("jpeg", "webp")]
@@ -336,15 +333,15 @@ def test_five_thousand_broken_tars_and_records_give_one_line_each(tmp_path):
     folder.mkdir()
     for suffix in FORMATS:
         shutil.copy(tmp_path / f"a.{suffix}", folder)
-    for _ in range(2000):
+    for _ in range(400):
         (folder / "records.jsonl").write_bytes(mutated("".join(lines).encode(), rng))
         counts["records"] += complaints(folder)
-    for _ in range(500):
+    for _ in range(100):
         (tmp_path / "stage.jsonl").write_bytes(mutated("".join(lines).encode(), rng))
         try:
             curate.by_key(tmp_path / "stage.jsonl")
         except UserError as error:
             counts["lines"] += 1
             assert str(error).isprintable()
-    print(f"\n5,000 broken files, complaints: {counts}")
-    assert counts["tar"] > 1000 and counts["records"] > 1000 and counts["lines"] > 200
+    print(f"\n1,000 broken files, complaints: {counts}")
+    assert counts["tar"] > 200 and counts["records"] > 200 and counts["lines"] > 40

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_shards import record_of
 
+from data import ShardWriter
 from model import REHEARSAL, ModelConfig, UnifiedModel
 from runtime import loop
 from runtime.pretrained import load_model, save_model
-from runtime.shards import ShardWriter
 from toy.tasks import Drawn
 from toy.tokenizer import train_tokenizer
 from vision import to_png

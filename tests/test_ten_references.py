@@ -9,11 +9,10 @@ import pytest
 
 import iccot
 import sft
-from data import Source, hash_of
+from data import ShardWriter, Source, hash_of
 from model import SMOKE, ModelConfig
 from runtime import loop
 from runtime.config import UserError
-from runtime.shards import ShardWriter
 from studies.metrics import HeldOut
 from studies.pictures import save_samples
 from toy import world

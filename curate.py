@@ -67,7 +67,7 @@ from studies.endpoint import (
 )
 from studies.judge import ask_score
 from studies.material import draw_references, folder_of, pools_of, read_triples
-from toy.prepare import metric_clip
+from toy.prepare import toy_clip
 from toy.server import draw_pools, serve
 from vision import open_image, to_png
 
@@ -98,8 +98,7 @@ class Config:
     tries: int = 6  # of one request, with growing pauses
     max_tokens: int = 1400  # of an answer in text, thinking included; raised where it is too few
     # scores and cuts
-    clip_name: str = "ViT-B-32"  # CLIP of the caption-target score
-    clip: str = "openai"
+    clip: str = "ViT-B-32:openai"  # CLIP of the caption-target score, or the folder of one
     aesthetic: str = ""  # .safetensors, weight (1, E) and bias (1,): LAION's linear head; "": none
     drop_clip: float = 10.0  # per cent of each task with the lowest CLIP score
     drop_aesthetic: float = 10.0  # per cent of each task with the lowest aesthetic score
@@ -129,7 +128,6 @@ PRESETS = {
         chat_model="toy",
         image_model="toy",
         image_size="32x32",
-        clip_name="toy",
         clip="out/toy-clip-metric",
         drop_aesthetic=0.0,
         shard_size=25,
@@ -337,7 +335,8 @@ class Crew:
 
     def load_scorer(self):
         """Make ready for `score`: the CLIP, and the aesthetic head on it."""
-        self.clip = metric_clip(self.config.clip_name, self.config.clip, TOY_CLIP_STEPS)
+        steps = TOY_CLIP_STEPS if self.config.config == "toy" else 0
+        self.clip = toy_clip(self.config.clip, steps)
         self.head = aesthetic_head(self.config.aesthetic, self.clip)
 
     def instruct(self, record):

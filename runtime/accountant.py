@@ -42,8 +42,10 @@ WORDS, PLAN = 60, 150  # tokens of an instruction; of a plan in stage 1
 LOGIT = 16  # bytes of a logit in the text loss: as it is, in float32, normalised, two gradients
 # bytes of a CLIP: its weights, and the most that a batch of reward.BATCH pictures takes beside them
 CLIPS = {"ViT-L-14": (1_710_466_052, 1_089_740_800), "ViT-B-32": (605_109_252, 195_035_136)}
-
-PICTURES_LESS = "--weights int8 or nf4, --text_guidance 1, --max_references"
+LESS = (  # what always helps
+    "less is needed with --train lora, --weights nf4, smaller --tokens_per_pack or "
+    "--pictures_at_once, fewer --max_references, more GPUs"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class Walk:
 
     always: dict  # {what: bytes} between the phases
     phases: list
-    less: str  # the options that always help, for a person
 
     def peak(self, phase):
         return phase.own + sum(self.always.values()) * phase.always
@@ -92,7 +93,7 @@ def dry_run(walk, config, shape):
     if not walked.fits(card, spare=1.0):
         raise UserError(
             f"{walked.deciding.name} needs {walked.peak(walked.deciding) / 1e9:.1f} GB of each "
-            f"GPU, more than {card:g}; what needs less: {walked.less}"
+            f"GPU, more than {card:g}; {LESS}"
         )
 
 
@@ -203,22 +204,18 @@ def on_meta(packed, prefix_rows):
     return packed
 
 
-def of_layers(shape, dtype, prefix_rows, measure):
-    """measure(model, prefix) -> bytes, of models of one and of two layers.
+def by_layers(shape, dtype, prefix_rows, measure):
+    """(bytes of all layers, of one more) by measure(model, prefix) for one layer and for two.
 
     prefix: for each layer keys and values of so many rows of a prompt; None for no rows.
     """
     size, found = (prefix_rows, shape.num_key_value_heads, shape.head_dim), []
     for layers in (1, 2):
-        x = torch.empty(layers, 2, *size, dtype=dtype, device="meta")
-        prefix = [[leaf.clone().requires_grad_() for leaf in pair] for pair in x]
+        keys_and_values = torch.empty(layers, 2, *size, dtype=dtype, device="meta")
+        prefix = [[x.clone().requires_grad_() for x in pair] for pair in keys_and_values]
         found.append(measure(thin_model(shape, layers, dtype), prefix if prefix_rows else None))
-    return found
-
-
-def of_all_layers(shape, one, two):
-    """Bytes of all layers from those of one and of two."""
-    return one + (shape.num_hidden_layers - 1) * (two - one)
+    more = found[1] - found[0]
+    return found[0] + (shape.num_hidden_layers - 1) * more, more
 
 
 def forward_bytes(shape, packed, dtype, *, slots=0, prefix_rows=0):
@@ -234,7 +231,7 @@ def forward_bytes(shape, packed, dtype, *, slots=0, prefix_rows=0):
                 model.velocity(packed, gen)
         return live.peak
 
-    return of_all_layers(shape, *of_layers(shape, dtype, prefix_rows, measure))
+    return by_layers(shape, dtype, prefix_rows, measure)[0]
 
 
 def graph_bytes(shape, packed, dtype, checkpointing, *, keys=False, prefix_rows=0):
@@ -253,13 +250,12 @@ def graph_bytes(shape, packed, dtype, checkpointing, *, keys=False, prefix_rows=
                 model(packed, prefix=prefix, losses=True)
         return kept.total
 
-    one, two = of_layers(shape, dtype, prefix_rows, measure)
+    whole, block = by_layers(shape, dtype, prefix_rows, measure)
     if not checkpointing:
-        return of_all_layers(shape, one, two), 0
-    block = two - one + turn
-    one, two = of_layers(shape, dtype, prefix_rows, partial(measure, checkpointing=True))
-    # checkpoint holds RoPE's cos and sin where no hook sees them
-    return of_all_layers(shape, one, two) + 2 * turn, block
+        return whole, 0
+    few, _ = by_layers(shape, dtype, prefix_rows, partial(measure, checkpointing=True))
+    # RoPE's cos and sin: checkpoint holds them where no hook sees them
+    return few + 2 * turn, block + turn
 
 
 @cache
@@ -393,17 +389,13 @@ def group_graphs(shape, dtype, checkpointing, references, side, branches, contex
 
 def fullest(shape, config):
     """The branches of the fullest pack of members, as tree.plant cuts a group."""
-    plan, grid = (
-        config.max_plan_tokens,
-        shape.picture_grid(config.picture_side, config.picture_side),
-    )
-    lengths = [plan] * config.plans_per_group
-    packs = []
-    for pictures in split_members(lengths, SimpleNamespace(grid=grid), config):
+    tokens, grid = config.max_plan_tokens, shape.picture_grid(*[config.picture_side] * 2)
+    picture, packs = len(config.sampler.contexts) * (grid[0] * grid[1] + 2), []
+    of_plans = [tokens] * config.plans_per_group
+    for pictures in split_members(of_plans, SimpleNamespace(grid=grid), config):
         plans = [member // config.pictures_per_plan for member, _ in pictures]
-        packs.append(tuple((plan, plans.count(number)) for number in dict.fromkeys(plans)))
-    picture = len(config.sampler.contexts) * (grid[0] * grid[1] + 2)
-    return max(packs, key=lambda pack: sum(tokens + n * picture for tokens, n in pack))
+        packs.append(tuple((tokens, plans.count(plan)) for plan in dict.fromkeys(plans)))
+    return max(packs, key=lambda pack: sum(plan + count * picture for plan, count in pack))
 
 
 @cache
@@ -537,8 +529,7 @@ def walk_sft(config, shape, gpus):
     }
     phases = [Phase("read", 0, {"encoder": encoding}), Phase("update", tokens, update)]
     standing = stage.always() | {"codec": codec_weights(shape)}
-    less = "--train lora (--weights nf4), --tokens_per_pack, --max_references, more GPUs"
-    return Walk(standing, phases + stage.ends(), less)
+    return Walk(standing, phases + stage.ends())
 
 
 def walk_grpo(config, shape, gpus):
@@ -546,24 +537,18 @@ def walk_grpo(config, shape, gpus):
     prompts = "prompts a step", "prompts_per_step"
     groups = share(config.prompts_per_step, *prompts, parts=config.updates, among=gpus)
     groups = min(groups, max(1, config.pictures_at_once // config.group_size))
-    stage = Stage(config, shape, gpus)
-    side, clip, metric = (config.picture_side, clip_bytes(config.clip), clip_bytes(config.metric))
+    stage, side = Stage(config, shape, gpus), config.picture_side
+    dtype, clip, metric = stage.dtype, clip_bytes(config.clip), clip_bytes(config.metric)
     work = Work(groups, config.max_references, side, config.sampler, config.thinking)
     whole = {"gathered weights": stage.gathered(stage.model)}
-    at_once = dict(
-        plans=config.plans_per_group, pictures=min(config.group_size, config.pictures_at_once)
-    )
-    rollout = painting(shape, stage.dtype, whole, work, **at_once)
+    plans, pictures = config.plans_per_group, min(config.group_size, config.pictures_at_once)
+    rollout = painting(shape, dtype, whole, work, plans=plans, pictures=pictures)
+    group = config.max_references, side, fullest(shape, config), config.sampler.contexts
     prompt, members, of_prompt, of_members, block, plain = group_graphs(
-        shape,
-        stage.dtype,
-        config.checkpointing,
-        config.max_references,
-        side,
-        fullest(shape, config),
-        config.sampler.contexts,
+        shape, dtype, config.checkpointing, *group
     )
-    keys = token_bytes(shape, stage.dtype) * prompt
+    keys = token_bytes(shape, dtype) * prompt
+    old = whole | {"prompts' KV": keys, "pass": plain}
     update = {
         "gathered blocks and root": stage.gathered_units(),
         "prompt's graph": of_prompt + 3 * keys,  # keys and values as leaves, and their gradients
@@ -571,24 +556,19 @@ def walk_grpo(config, shape, gpus):
         "one block again": block,
     }
     # the table at the end: another model, whole on every GPU
-    base = resting(shape, stage.dtype, config.weights, metric)
-    table = painting(shape, stage.dtype, base, config.held_out)
+    base = resting(shape, dtype, config.weights, metric)
+    table = painting(shape, dtype, base, config.held_out)
     table.append(Phase("measure", 0, base | {"CLIP's pass": metric[1]}))
     return Walk(
         stage.always(config.kl_beta > 0) | {"CLIP and codec": codec_weights(shape) + clip[0]},
         [
             *[replace(phase, name=f"rollout: {phase.name}") for phase in rollout],
             Phase("reward", 0, {"CLIP's pass": clip[1]}),
-            Phase(
-                "old policy, reference",
-                prompt + members,
-                whole | {"prompts' KV": keys, "pass": plain},
-            ),
+            Phase("old policy, reference", prompt + members, old),
             Phase("update", prompt + members, update),
             *stage.ends(),
             replace(largest("table", table), always=False),
         ],
-        "--train gen or lora, --pictures_at_once 1, --tokens_per_pack, --max_references, more GPUs",
     )
 
 
@@ -596,7 +576,7 @@ def walk_sample(config, shape, gpus):
     """The Walk of sample.py, one process a GPU, whose config says its `work`."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     base = resting(shape, dtype, config.weights)
-    return Walk(base, painting(shape, dtype, {}, config.work(shape)), PICTURES_LESS)
+    return Walk(base, painting(shape, dtype, {}, config.work(shape)))
 
 
 def walk_evaluate(config, shape, gpus):
@@ -605,4 +585,4 @@ def walk_evaluate(config, shape, gpus):
     clip = clip_bytes(source_of(config.metric_name, config.metric))
     phases = painting(shape, dtype, {}, config.work)
     measure = Phase("measure", 0, {"CLIP's pass": clip[1]})
-    return Walk(resting(shape, dtype, config.weights, clip), [*phases, measure], PICTURES_LESS)
+    return Walk(resting(shape, dtype, config.weights, clip), [*phases, measure])

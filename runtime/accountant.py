@@ -19,7 +19,6 @@ import re
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -392,7 +391,7 @@ def fullest(shape, config):
     tokens, grid = config.max_plan_tokens, shape.picture_grid(*[config.picture_side] * 2)
     picture, packs = len(config.sampler.contexts) * (grid[0] * grid[1] + 2), []
     of_plans = [tokens] * config.plans_per_group
-    for pictures in split_members(of_plans, SimpleNamespace(grid=grid), config):
+    for pictures in split_members(of_plans, grid, config):
         plans = [member // config.pictures_per_plan for member, _ in pictures]
         packs.append(tuple((tokens, plans.count(plan)) for plan in dict.fromkeys(plans)))
     return max(packs, key=lambda pack: sum(plan + count * picture for plan, count in pack))

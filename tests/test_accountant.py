@@ -311,7 +311,7 @@ def test_the_table_of_the_results(script, words, gpus, peak, deciding):
         ("grpo.py", "--init BAGEL-7B-MoT", "24x80", "by 24 processes; use --prompts_per_step=24"),
         ("grpo.py", "", "8x80", "update needs 85.9 GB of each GPU, more than 80; .* --train lora"),
         ("grpo.py", "--init out/full-stf", "8x80", "checkpoint folder not found: out/full-stf"),
-        ("sample.py", "", "1x16", "paint needs 33.. GB of each GPU, more than 16; .* --weights"),
+        ("sample.py", "", "1x16", "decode needs 32.7 GB of each GPU, more than 16; .* --weights"),
         ("grpo.py", "", "8", "memory=8: expected GPUs x GB of each, as 8x80"),
         ("sft.py", "", "0x80", "memory=0x80: expected GPUs x GB"),
     ],

@@ -2,7 +2,7 @@
 The data pipeline and the benchmarks from end to end, against an endpoint that draws and misbehaves
 (bad_endpoint.py; questions by themselves are in test_endpoint.py):
 
-    pools -> curate.py, killed again and again -> shards -> data.py --check -> sft.py
+    pools -> curate.py, killed again and again -> shards -> data.py --check
     a benchmark of toy samples -> evaluate.py --bench -> pictures -> a judge -> the table
 
 What is asked for: nothing is lost, nothing is asked twice, no score is made up, and no question
@@ -25,10 +25,9 @@ import curate
 import data
 import evaluate
 import iccot
-import sft
 from data import Source
 from model import SMOKE, ModelConfig, UnifiedModel
-from runtime import files, loop, processes
+from runtime import files, processes
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
 from studies import benchmarks
@@ -98,14 +97,6 @@ def test_cuts_can_be_changed_without_asking(curated):
     assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_pf=11.0) == 0
     scored[next(iter(scored))]["scores"]["PF"] = None
     assert kept(drop_clip=0) == len(scored) - 1
-
-
-def test_sft_trains_on_it(curated, tmp_path):
-    _, folder = curated
-    mine = dict(data=str(folder / "out/shards"), out=str(tmp_path / "run"), threads=1, steps=20)
-    sft.train(sft.Config(config="smoke", **sft.PRESETS["smoke"] | mine))
-    lines = loop.read_log(tmp_path / "run")
-    assert len(lines) == 20 and lines[-1]["ce"] < lines[0]["ce"]
 
 
 def test_the_target_is_never_in_a_question_about_the_plan(curated):

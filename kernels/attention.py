@@ -16,30 +16,21 @@ head_dim 16 to 256.
 
 This file is the chapter's interface: the mathematics, the reference, the back ends, cautions. Then
 read mask.py (two vectors, and what they can say), tiles.py (what is visited), triton_kernels.py,
-triton_attention.py (how they are launched), sdpa.py (the back end of CPUs), offline.py (what the
-compiler makes of it).
+triton_attention.py (how they are launched), sdpa.py (the back end of CPUs).
 
 Letters: sequence.py; Nq queries and Nk keys.
 Left out: dropout, biases, soft caps, second derivatives, float8.
 Credits: online softmax and its gradient as in FlashAttention-2 (arXiv 2307.08691); per-key row
 intervals and skipping by extrema as in FlashMask (arXiv 2410.01359); splitting long lists as in
 Flash-Decoding.
-
-    python kernels/attention.py          compile the kernels for sm_90 without a GPU: offline.py
 """
 
 import math
 import os
-import sys
-from pathlib import Path
 
 import torch
 from torch.nn.attention import flex_attention as flex
 
-if __name__ == "__main__":  # run as a file: the project is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from kernels.offline import main
 from kernels.sdpa import sdpa_attention
 from kernels.tiles import classify_tiles, compact
 from kernels.triton_attention import has_kernel, interpreted, triton_attention
@@ -144,11 +135,15 @@ _forced = None
 def set_backend(name):
     """Force a back end for this process, one of BACKENDS; None: choose automatically again."""
     global _forced
+    _check_name(name)
+    _forced = name
+
+
+def _check_name(name):
     if name is not None and name not in BACKENDS:
         raise ValueError(
             f"attention back end {name!r} is unknown; expected one of {', '.join(BACKENDS)}."
         )
-    _forced = name
 
 
 set_backend(os.environ.get("REALIGN_ATTENTION") or None)
@@ -240,10 +235,7 @@ def attention(q, k, v, mask, backend=None):
         return flex_attention(q, k, v, mask)
     if name == "reference":
         return reference(q, k, v, mask)
-    if name != "triton":
-        raise ValueError(
-            f"attention back end {name!r} is unknown; expected one of {', '.join(BACKENDS)}."
-        )
+    _check_name(name)
     _check_triton(q)
     return triton_attention(q, k, v, mask)
 
@@ -256,17 +248,8 @@ def attention(q, k, v, mask, backend=None):
 # - Deterministic for one set of tile sizes. A row computed against a cache may fall into another
 #   tile than in the full call, and then differs in the last bits.
 # - float32 goes through three TF32 products, about as exact as float32; not so fast.
-# - Lists live on the mask. Building them does not synchronise and can be captured in a CUDA graph,
-#   if the captured step makes its own Mask around vectors that are updated in place (decoding: q_hi
-#   and q_pos advance, k_hi never changes).
-# - Under torch.compile the first layer of a step builds the lists and the others find them: two
-#   graphs, not one. Lengths do not add graphs (tests/test_attention.py), except that few rows
-#   (decoding) take other tiles than many.
+# - Lists live on the mask; building them does not synchronise.
 # - Kernels are launched on the current CUDA device, which must be that of the tensors.
 # - The interpreter shows that masks, lists and algebra are right. It ignores precision, accepts
 #   tiles that a GPU does not, and gets bfloat16 wrong (tests/test_attention.py repairs that). A GPU
 #   needs the tests run on it once.
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

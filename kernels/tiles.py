@@ -124,45 +124,15 @@ def cut_lists(counts, extra):
     return work[order].int(), torch.stack([first, cut], 1).int()  # as above, (tiles, 2)
 
 
-def _count_lists(n_queries, n_keys, group, block_m, block_n, by_key, wanted):
-    """(tiles, entries, extra): the last is `wanted`, or all that lists so short can use."""
-    rows, keys = ceil_div(n_queries * group, block_m), ceil_div(n_keys, block_n)
-    extra = torch.sym_min(wanted, rows * keys // MIN_PIECE)
-    return (keys, rows, extra) if by_key else (rows, keys, extra)
-
-
-@torch.library.custom_op("realign::tile_lists", mutates_args=())
-def tile_lists(
-    q_hi: torch.Tensor,
-    q_pos: torch.Tensor,
-    k_hi: torch.Tensor,
-    group: int,
-    block_m: int,
-    block_n: int,
-    by_key: bool,
-    wanted: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tile_lists(q_hi, q_pos, k_hi, group, block_m, block_n, by_key, wanted):
     """What one kernel visits: index (tiles, entries), work (tiles + extra, 5), pieces (tiles, 2).
 
     by_key: a list for each key tile, not for each row tile. wanted: extra items that would be well
-    used. An operator, so that compilers see one node.
+    used; as many are allowed, or all that lists so short can use.
     """
     whole, partly = classify_tiles(q_hi, q_pos, k_hi, group, block_m, block_n)
     if by_key:
         whole, partly = whole.T, partly.T  # (key tiles, row tiles)
     index, counts = compact(whole, partly)
-    extra = _count_lists(len(q_hi), len(k_hi), group, block_m, block_n, by_key, wanted)[2]
-    work, pieces = cut_lists(counts, extra)
-    return index, work, pieces
-
-
-@tile_lists.register_fake
-def _(q_hi, q_pos, k_hi, group, block_m, block_n, by_key, wanted):
-    tiles, entries, extra = _count_lists(
-        q_hi.shape[0], k_hi.shape[0], group, block_m, block_n, by_key, wanted
-    )
-    return (
-        q_hi.new_empty(tiles, entries),
-        q_hi.new_empty(tiles + extra, 5),
-        q_hi.new_empty(tiles, 2),
-    )
+    work, pieces = cut_lists(counts, min(wanted, index.numel() // MIN_PIECE))
+    return [index, work, pieces]

@@ -3,13 +3,12 @@ Attention with the Triton kernels: tile sizes, lists, and the operators that lau
 
     triton_attention(q, k, v, mask)     q (Nq, H, D)   k, v (Nk, K, D)   ->   (Nq, H, D)
 
-Forward and backward are operators of torch.library: autograd, torch.compile and activation
-checkpointing see one node each. Sequences of any length; float32, float16, bfloat16; head_dim up to
-256.
+Forward and backward are operators of torch.library: autograd and activation checkpointing see one
+node each. Sequences of any length; float32, float16, bfloat16; head_dim up to 256.
 
 Letters: sequence.py; Nq queries and Nk keys.
 Left out: the mathematics (kernels/attention.py), the lists (kernels/tiles.py), the kernels
-(kernels/triton_kernels.py), what a compiler makes of them (kernels/offline.py).
+(kernels/triton_kernels.py), what a compiler makes of them (tests/offline.py).
 """
 
 import math
@@ -54,7 +53,7 @@ class Tiling(NamedTuple):
 
 
 # The fields of Tiling for BLOCK_D up to 64, 128 and 256. "few": the forward of few rows (decoding).
-# Chosen from what the compiler makes of them (kernels/offline.py): as large as fits without spilled
+# Chosen from what the compiler makes of them (tests/offline.py): as large as fits without spilled
 # registers, in two-byte types (but dq and dkdv of head_dim 256 spill).
 # Three stages, not two: reading the list's entry takes one of them, and with two the compiler keeps
 # a single buffer of keys and values in the first loop, loads nothing ahead, and ptxas runs the
@@ -102,15 +101,15 @@ def _forward_config(q, k):
 # Lists
 
 
-def _lists(mask, group, config, *, by_key, wanted):
+def _lists(mask, group, config, by_key, wanted):
     """The tile lists of one kernel, made once per mask: [index, work, pieces]."""
-    block_m, block_n, _, _ = config
-    key = (group, by_key, wanted, block_m, block_n)
+    key = (group, by_key, wanted, config.block_m, config.block_n)
     if key not in mask.cache:
+        vectors = mask.q_hi, mask.positions(), mask.k_hi
         mask.cache[key] = tile_lists(
-            mask.q_hi, mask.positions(), mask.k_hi, group, block_m, block_n, by_key, wanted
+            *vectors, group, config.block_m, config.block_n, by_key, wanted
         )
-    return list(mask.cache[key])
+    return mask.cache[key]
 
 
 def forward_lists(mask, q, k):
@@ -121,7 +120,7 @@ def forward_lists(mask, q, k):
     config, group, key_heads = _forward_config(q, k), q.shape[1] // k.shape[1], k.shape[1]
     programs = ceil_div(q.shape[0] * group, config.block_m) * key_heads
     wanted = ceil_div(PROGRAMS, key_heads) if programs < PROGRAMS else 0
-    return _lists(mask, group, config, by_key=False, wanted=wanted)
+    return _lists(mask, group, config, False, wanted)
 
 
 def backward_lists(mask, q, k):
@@ -131,9 +130,9 @@ def backward_lists(mask, q, k):
     """
     dq = tile_config("dq", q.shape[2], q.dtype, q.device)
     dkdv = tile_config("dkdv", q.shape[2], q.dtype, q.device)
-    by_row = _lists(mask, q.shape[1] // k.shape[1], dq, by_key=False, wanted=0)
+    by_row = _lists(mask, q.shape[1] // k.shape[1], dq, False, 0)
     wanted = ceil_div(4 * PROGRAMS, k.shape[1])
-    return by_row + _lists(mask, 1, dkdv, by_key=True, wanted=wanted)
+    return by_row + _lists(mask, 1, dkdv, True, wanted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,8 +166,6 @@ def _options(q, k, config):
         BLOCK_D=block_d(q.shape[2]),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        # float32 as three tensor-core products; ignored otherwise
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -237,49 +234,34 @@ def attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
     delta = torch.empty_like(lse)  # (H, Nq)
-    vectors, scale = (q_hi, q_pos, k_hi), scale / math.log(2)
-    _launch_dq(q, k, v, vectors, lists[:3], scale, out=out, do=do, lse=lse, delta=delta, dq=dq)
-    _launch_dkdv(q, k, v, vectors, lists[3:], scale, do=do, lse=lse, delta=delta, dk=dk, dv=dv)
-    return dq, dk, dv
+    scale = scale / math.log(2)
+    (n_queries, _, head_dim), (n_keys, key_heads, _) = q.shape, k.shape
 
-
-def _launch_dq(q, k, v, vectors, lists, scale, *, out, do, lse, delta, dq):
-    """Fill dq and delta."""
-    index, work, _ = lists
-    config = tile_config("dq", q.shape[2], q.dtype, q.device)
-    keys, values = _boxes(k, config.block_n), _boxes(v, config.block_n)
-    sizes = q.shape[0], k.shape[0], index.shape[1]
+    index, work, _ = lists[:3]
+    config = tile_config("dq", head_dim, q.dtype, q.device)
     strides = q.stride(0), q.stride(1), do.stride(0), do.stride(1)
-    dq_kernel[work.shape[0], k.shape[1]](
-        *(q, keys, values, out, do, lse, delta, dq),
-        *(*vectors, index, work, *sizes, *strides, scale),
+    dq_kernel[work.shape[0], key_heads](
+        *(q, _boxes(k, config.block_n), _boxes(v, config.block_n), out, do, lse, delta, dq),
+        *(q_hi, q_pos, k_hi, index, work, n_queries, n_keys, index.shape[1], *strides, scale),
         **_options(q, k, config),
     )
 
-
-def _launch_dkdv(q, k, v, vectors, lists, scale, *, do, lse, delta, dk, dv):
-    """Fill dk and dv; delta is that of dq."""
-    key_heads, head_dim = k.shape[1:]
-    index, work, pieces = lists
+    index, work, pieces = lists[3:]
     config = tile_config("dkdv", head_dim, q.dtype, q.device)
-    block_m, block_n, _, _ = config
     slots = 2 * (work.shape[0] - pieces.shape[0])
-    part_shape = slots, key_heads, 2, block_n, block_d(head_dim)
+    part_shape = slots, key_heads, 2, config.block_n, block_d(head_dim)
     part = torch.empty(part_shape, dtype=torch.float32, device=q.device)
-    q_boxes, do_boxes = _boxes(q, block_m), _boxes(do, block_m)
-    k_boxes, v_boxes = _boxes(k, block_n), _boxes(v, block_n)
-    sizes = q.shape[0], k.shape[0], index.shape[1]
     options = _options(q, k, config)
     dkdv_kernel[work.shape[0], key_heads](
-        *(q_boxes, k_boxes, v_boxes, do_boxes, lse, delta, dk, dv, part),
-        *(*vectors, index, work, *sizes, scale),
+        *(_boxes(q, config.block_m), _boxes(k, config.block_n), _boxes(v, config.block_n)),
+        *(_boxes(do, config.block_m), lse, delta, dk, dv, part),
+        *(q_hi, q_pos, k_hi, index, work, n_queries, n_keys, index.shape[1], scale),
         **options,
     )
     if slots:
         shape = {name: options[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_N")}
-        sum_kernel[pieces.shape[0], key_heads](
-            part, dk, dv, pieces, k.shape[0], **shape, num_warps=8
-        )
+        sum_kernel[pieces.shape[0], key_heads](part, dk, dv, pieces, n_keys, **shape, num_warps=8)
+    return dq, dk, dv
 
 
 @attention_backward.register_fake

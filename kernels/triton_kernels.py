@@ -38,6 +38,8 @@ except ImportError:  # no Triton here: the kernels below are never called, sdpa 
 
 
 constexpr = tl.constexpr if triton else None
+# float32 goes through three tensor-core products; of other types the compiler ignores this
+PRECISION = constexpr("tf32x3") if triton else None
 
 
 def jit(function):
@@ -64,9 +66,10 @@ def descriptor(x, block, width):
 
 
 @jit
-def _load_2d(descriptor, head, start, BLOCK: constexpr, BLOCK_D: constexpr):
-    """Rows start ... start + BLOCK of one head of a (heads, N, D) descriptor, (BLOCK, BLOCK_D)."""
-    return descriptor.load([head, start, 0]).reshape(BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
+def _load_2d(descriptor, head, start):
+    """One box of a (heads, N, D) descriptor: the rows of one head from `start` on."""
+    box = descriptor.load([head, start, 0])  # (1, rows, BLOCK_D)
+    return box.reshape(box.shape[1], box.shape[2])  # (rows, BLOCK_D)
 
 
 @jit
@@ -86,17 +89,7 @@ def _hidden_are_inf(s, rows, keys, start, BLOCK_N: constexpr):
 
 @jit
 def _forward_tiles(
-    state,
-    rows,
-    keys,
-    list_ptr,
-    begin,
-    end,
-    scale,
-    MASKED: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-    PRECISION: constexpr,
+    state, rows, keys, list_ptr, begin, end, scale, MASKED: constexpr, BLOCK_N: constexpr
 ):
     """The online softmax over entries begin ... end of a list; scale is c * log2(e).
 
@@ -107,7 +100,7 @@ def _forward_tiles(
     k_desc, v_desc, head, _, _ = keys
     for x in tl.range(begin, end):
         start = tl.load(list_ptr + x) * BLOCK_N
-        k = _load_2d(k_desc, head, start, BLOCK_N, BLOCK_D)
+        k = _load_2d(k_desc, head, start)
         s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if MASKED:
             s = _hidden_are_inf(s, rows, keys, start, BLOCK_N)
@@ -115,7 +108,7 @@ def _forward_tiles(
         p = tl.exp2(s * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         z = z * alpha + tl.sum(p, 1)
-        v = _load_2d(v_desc, head, start, BLOCK_N, BLOCK_D)
+        v = _load_2d(v_desc, head, start)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     return acc, m, z
@@ -146,7 +139,6 @@ def forward_kernel(
     BLOCK_D: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
-    PRECISION: constexpr,
 ):
     """The rows of one tile against a piece of its list.
 
@@ -172,12 +164,8 @@ def forward_kernel(
     state = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), m, z
     rows, keys = (q, q_hi, q_pos), (k_desc, v_desc, head, k_hi_ptr, n_keys)
     entry = index_ptr + tile * entries
-    state = _forward_tiles(
-        state, rows, keys, entry, begin, middle, scale, False, BLOCK_N, BLOCK_D, PRECISION
-    )
-    acc, m, z = _forward_tiles(
-        state, rows, keys, entry, middle, end, scale, True, BLOCK_N, BLOCK_D, PRECISION
-    )
+    state = _forward_tiles(state, rows, keys, entry, begin, middle, scale, False, BLOCK_N)
+    acc, m, z = _forward_tiles(state, rows, keys, entry, middle, end, scale, True, BLOCK_N)
 
     total = tl.where(z > 0, z, 1.0)
     lse = tl.where(z > 0, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -246,18 +234,7 @@ def combine_kernel(
 
 @jit
 def _dq_tiles(
-    dq,
-    rows,
-    keys,
-    gradient,
-    list_ptr,
-    begin,
-    end,
-    scale,
-    MASKED: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-    PRECISION: constexpr,
+    dq, rows, keys, gradient, list_ptr, begin, end, scale, MASKED: constexpr, BLOCK_N: constexpr
 ):
     """dq += ds k over entries begin ... end of a list; scale is c * log2(e).
 
@@ -269,8 +246,8 @@ def _dq_tiles(
     k_desc, v_desc, head, _, _ = keys
     for x in tl.range(begin, end):
         start = tl.load(list_ptr + x) * BLOCK_N
-        k = _load_2d(k_desc, head, start, BLOCK_N, BLOCK_D)
-        v = _load_2d(v_desc, head, start, BLOCK_N, BLOCK_D)
+        k = _load_2d(k_desc, head, start)
+        v = _load_2d(v_desc, head, start)
         s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if MASKED:
             s = _hidden_are_inf(s, rows, keys, start, BLOCK_N)
@@ -309,7 +286,6 @@ def dq_kernel(
     BLOCK_D: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
-    PRECISION: constexpr,
 ):
     """dq (Nq, H, D) and delta (H, Nq) of the rows of one tile; lists are never cut here."""
     work_ptr += tl.program_id(0) * 5
@@ -338,12 +314,8 @@ def dq_kernel(
     rows, keys = (q, q_hi, q_pos), (k_desc, v_desc, head, k_hi_ptr, n_keys)
     gradient = do, lse, delta
     entry = index_ptr + tile * entries
-    dq = _dq_tiles(
-        dq, rows, keys, gradient, entry, begin, middle, scale, False, BLOCK_N, BLOCK_D, PRECISION
-    )
-    dq = _dq_tiles(
-        dq, rows, keys, gradient, entry, middle, end, scale, True, BLOCK_N, BLOCK_D, PRECISION
-    )
+    dq = _dq_tiles(dq, rows, keys, gradient, entry, begin, middle, scale, False, BLOCK_N)
+    dq = _dq_tiles(dq, rows, keys, gradient, entry, middle, end, scale, True, BLOCK_N)
     dq = dq * (scale * 0.6931471805599453)
     tl.store(dq_ptr + row[:, None] + d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
@@ -360,8 +332,6 @@ def _dkdv_tiles(
     MASKED: constexpr,
     GROUP: constexpr,
     BLOCK_M: constexpr,
-    BLOCK_D: constexpr,
-    PRECISION: constexpr,
 ):
     """dk += ds^T q, dv += p^T do over entries begin ... end of a list, for each head of the group.
 
@@ -376,8 +346,8 @@ def _dkdv_tiles(
         q_head = head * GROUP + x - entry * GROUP
         start = tl.load(list_ptr + entry) * BLOCK_M
         token = start + tl.arange(0, BLOCK_M)
-        q = _load_2d(q_desc, q_head, start, BLOCK_M, BLOCK_D)
-        do = _load_2d(do_desc, q_head, start, BLOCK_M, BLOCK_D)
+        q = _load_2d(q_desc, q_head, start)
+        do = _load_2d(do_desc, q_head, start)
         lse = tl.load(lse_ptr + q_head * n_queries + token, mask=token < n_queries, other=0.0)
         delta = tl.load(delta_ptr + q_head * n_queries + token, mask=token < n_queries, other=0.0)
         s = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed
@@ -420,7 +390,6 @@ def dkdv_kernel(
     BLOCK_D: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
-    PRECISION: constexpr,
 ):
     """The keys of one tile against a piece of its list.
 
@@ -434,20 +403,16 @@ def dkdv_kernel(
         return
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    k = _load_2d(k_desc, head, tile * BLOCK_N, BLOCK_N, BLOCK_D)
-    v = _load_2d(v_desc, head, tile * BLOCK_N, BLOCK_N, BLOCK_D)
+    k = _load_2d(k_desc, head, tile * BLOCK_N)
+    v = _load_2d(v_desc, head, tile * BLOCK_N)
     k_hi = tl.load(k_hi_ptr + key, mask=key < n_keys, other=0)
 
     state = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     keys = k, v, k_hi, key
     queries = q_desc, do_desc, lse_ptr, delta_ptr, q_hi_ptr, q_pos_ptr, head, n_queries
     entry = index_ptr + tile * entries
-    state = _dkdv_tiles(
-        state, keys, queries, entry, begin, middle, scale, False, GROUP, BLOCK_M, BLOCK_D, PRECISION
-    )
-    dk, dv = _dkdv_tiles(
-        state, keys, queries, entry, middle, end, scale, True, GROUP, BLOCK_M, BLOCK_D, PRECISION
-    )
+    state = _dkdv_tiles(state, keys, queries, entry, begin, middle, scale, False, GROUP, BLOCK_M)
+    dk, dv = _dkdv_tiles(state, keys, queries, entry, middle, end, scale, True, GROUP, BLOCK_M)
     dk = dk * (scale * 0.6931471805599453)
     if slot < 0:
         inside = (key[:, None] < n_keys) & (d[None, :] < HEAD_DIM)

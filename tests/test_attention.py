@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -382,7 +383,10 @@ def test_block_mask_for_flex_is_that_of_create_block_mask():
 def test_masks(name):
     mask = MASKS[name]()
     data = tensors(mask)
-    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.float32])
+    found = results(data, mask, "triton")
+    assert_close(found, exact(data, mask), TOLERANCE[torch.float32])
+    if name == "bagel":  # once more: the same bits
+        assert all(map(torch.equal, found, results(data, mask, "triton")))
 
 
 @needs_kernel
@@ -394,19 +398,15 @@ def test_head_ratios(heads, key_heads):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [20, 64, 72, 128, 256])
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    # rows of 72 bytes are no multiple of 16
+    [(torch.float32, 18), *itertools.product((torch.float16, torch.bfloat16), (20, 72, 128, 256))],
+)
 def test_types_and_head_dims(dtype, head_dim, bfloat16_in_the_interpreter):
     mask = mask_of([text(17, image(9), image(6, text(10)))])
     data = tensors(mask, 2, 1, head_dim=head_dim, dtype=dtype)
     assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[dtype])
-
-
-@needs_kernel
-def test_float32_with_a_head_dim_that_is_padded():
-    mask = mask_of([image(33), text(9)])
-    data = tensors(mask, 2, 2, head_dim=18)  # rows of 72 bytes: not a multiple of 16
-    assert_close(results(data, mask, "triton"), exact(data, mask), TOLERANCE[torch.float32])
 
 
 @needs_kernel
@@ -446,18 +446,6 @@ def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
 
 
 @needs_kernel
-def test_log_sum_exp():
-    mask = padded().to(DEVICE)
-    q, k, v = (x.detach() for x in tensors(mask, 4, 4)[:3])
-    vectors, lists = (mask.q_hi, mask.positions(), mask.k_hi), T.forward_lists(mask, q, k)
-    _, lse = T.attention_forward(q, k, v, *vectors, lists, [], 0.25)
-    scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) / 4
-    expected = scores.masked_fill(~mask.dense(), -torch.inf).logsumexp(2)
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-@needs_kernel
 def test_tree_in_one_call_equals_its_branches_run_alone():
     prompt, plans, images = 14, (6, 3), (9, 7)
     tree = mask_of([text(prompt, *[text(n, *[image(m) for m in images]) for n in plans])])
@@ -481,26 +469,6 @@ def test_tree_in_one_call_equals_its_branches_run_alone():
             position += m
         start = position
     assert_close(sums[1:], tree_results[1:], 1e-6)
-
-
-@needs_kernel
-def test_rows_against_a_cache_equal_rows_of_the_whole():
-    whole = mask_of([text(13, image(20, text(17, image(22))))])
-    rows = torch.arange(33, 72)
-    q, k, v, _ = tensors(whole)
-    out = A.attention(q, k, v, whole.to(DEVICE), "triton")[rows]
-    cached = Mask(whole.q_hi[rows], whole.k_hi, rows)
-    torch.testing.assert_close(
-        A.attention(q[rows], k, v, cached.to(DEVICE), "triton"), out, atol=1e-6, rtol=1e-5
-    )
-
-
-@needs_kernel
-def test_the_same_call_gives_the_same_bits():
-    mask = bagel_pack()
-    data = tensors(mask)
-    for a, b in zip(results(data, mask, "triton"), results(data, mask, "triton")):
-        assert torch.equal(a, b)
 
 
 @needs_kernel
@@ -540,28 +508,18 @@ def test_operator_is_registered_soundly():
 
 
 @needs_kernel
-def test_compiled_and_checkpointed_equal_eager():
-    def block(q, k, v, mask):
+def test_checkpointed_equals_eager():
+    mask = mask_of([text(12, image(44), image(11))]).to(DEVICE)
+    q, k, v, gradient = tensors(mask, 2, 2)
+
+    def block(q, k, v):
         return A.attention(q * 2, k, v, mask, "triton") + q
 
-    def run(function, mask, seed):
-        q, k, v, gradient = tensors(mask, 2, 2, seed=seed)
-        out = function(q, k, v, mask.to(DEVICE))
-        return Results(out.detach(), *torch.autograd.grad(out, (q, k, v), gradient))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (44, 70):  # lengths change without a new graph
-        mask = mask_of([text(12, image(n), image(11))])
-        with torch._dynamo.config.patch(error_on_recompile=n == 70):
-            results_compiled = run(compiled, Mask(mask.q_hi, mask.k_hi), n)
-        for a, b in zip(run(block, mask, n), results_compiled):
-            assert torch.equal(a, b)
-
-    def checkpointed(*arguments):
-        return torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
-
-    for a, b in zip(run(block, mask, 0), run(checkpointed, mask, 0)):
+    out = block(q, k, v)
+    again = torch.utils.checkpoint.checkpoint(block, q, k, v, use_reentrant=False)
+    eager = torch.autograd.grad(out, (q, k, v), gradient)
+    recomputed = torch.autograd.grad(again, (q, k, v), gradient)
+    for a, b in zip((out, *eager), (again, *recomputed)):
         assert torch.equal(a, b)
 
 
@@ -660,7 +618,9 @@ def test_shipped_configurations_compile_for_hopper():
     if not os.path.exists(ptxas.get_ptxas(90).path):
         pytest.skip("this Triton brings no NVIDIA assembler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, A.__file__]
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = str(here.parent)
+    command = [sys.executable, str(here / "offline.py")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     print(run.stdout)

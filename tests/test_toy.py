@@ -105,11 +105,6 @@ def test_plans_round_trip_and_match_the_references(samples, held_out):
         assert not set(looks) - {"left", "right"} & set(sample.plan.caption.split())
 
 
-def test_both_ways_to_name_an_image_occur(samples):
-    words = " ".join(sample.instruction.lower() for sample in samples)
-    assert "image 1" in words and "the first image" in words and "image 3" in words
-
-
 def test_a_bad_split_or_number_is_refused():
     with pytest.raises(ValueError, match="'test' does not exist; choose from train, held_out"):
         draw_sample("test", 0)
@@ -311,20 +306,6 @@ def test_a_missing_or_misplaced_thing_lowers_pf(samples):
             verdict = judge(picture, truth)
             # it stands where nobody asked
             assert verdict.pf < missing.pf and verdict.sc <= missing.sc + 1e-9
-
-
-def test_swapped_colours_lower_pf(samples):
-    swapped = 0
-    for sample in samples:
-        things = sample.truth.things
-        if len(things) > 1 and things[0].subject.colour != things[1].subject.colour:
-            other = with_thing(sample.truth, 0, colour=things[1].subject.colour)
-            other = with_thing(other, 1, colour=things[0].subject.colour)
-            assert judge(world.draw(other), sample.truth).pf < 9
-            swapped += 1
-        if swapped == 50:
-            return
-    pytest.fail("too few samples")
 
 
 def test_scenes(samples):

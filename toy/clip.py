@@ -69,16 +69,21 @@ def train_toy_clip(folder, settings: ToyClipSettings, log=print) -> Path:
     folder = Path(folder)
     if _is_trained(folder, settings):
         return folder
+    vision = dict(image_size=world.SIZE, patch_size=settings.patch_size, width=settings.width)
+    config = dict(
+        embed_dim=64,
+        init_logit_scale=math.log(20),
+        vision_cfg=dict(**vision, layers=3, head_width=64),
+        text_cfg=dict(context_length=CONTEXT_LENGTH, width=64, heads=2, layers=2),
+    )
     with published(folder) as hidden:
         hidden.mkdir(parents=True)  # before the work: an unwritable place is found out now
-        config = _model_config(settings.patch_size, settings.width)
         # the caller's random numbers stay as they were; it may have no use for gradients
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(settings.seed)
             model = open_clip.CLIP(**config)
             _train(model, settings, lambda line: log(f"{folder.name}: {line}"))
-        size = config["vision_cfg"]["image_size"]
-        preprocess = dict(size=size, mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash")
+        preprocess = dict(size=world.SIZE, mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash")
         written = dict(model=config, preprocess=preprocess, training=asdict(settings))
         (hidden / "clip.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         save_file(model.state_dict(), hidden / "clip.safetensors")
@@ -100,18 +105,6 @@ def _is_trained(folder: Path, settings: ToyClipSettings) -> bool:
             f"{folder} exists and is not a toy CLIP; delete it or choose another folder"
         )
     return False
-
-
-def _model_config(patch_size: int, width: int) -> dict:
-    """Arguments of open_clip.CLIP."""
-    vision = dict(image_size=world.SIZE, patch_size=patch_size, width=width, layers=3)
-    text = dict(context_length=CONTEXT_LENGTH, width=64, heads=2, layers=2)
-    return dict(
-        embed_dim=64,
-        init_logit_scale=math.log(20),
-        vision_cfg=dict(**vision, head_width=64),
-        text_cfg=text,
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,9 +139,7 @@ def _train(model: torch.nn.Module, settings: ToyClipSettings, log) -> None:
             log(f"{done}/{settings.steps}  {words}")
 
 
-def _pairs(
-    step: int, settings: ToyClipSettings, rng: np.random.Generator
-) -> tuple[torch.Tensor, list[str]]:
+def _pairs(step: int, settings: ToyClipSettings, rng) -> tuple[torch.Tensor, list[str]]:
     """Pictures (B, 3, 32, 32) in [-1, 1]; B right captions, then `wrong` for each picture."""
     count = settings.batch_size
     samples = [draw_sample("train", step * count + i, settings.seed) for i in range(count)]
@@ -169,9 +160,7 @@ def _augment(pictures: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(count, 1, 1, 1) < 0.15, blurred, pictures).clamp(-1, 1)
 
 
-def _loss(
-    model: torch.nn.Module, pictures: torch.Tensor, captions: list[str]
-) -> tuple[torch.Tensor, float]:
+def _loss(model, pictures: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, float]:
     """The loss at the top of this file; and how often the right caption came first."""
     e = model.encode_image(pictures, normalize=True)  # (B, E)
     u = _encode_text(model, _tokens(captions, model.context_length))  # (B + wrong, E)

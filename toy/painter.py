@@ -109,6 +109,8 @@ class Painted(torch.utils.data.Dataset):
 
     def _limits(self):
         """{task: the cosine below which a target is dropped}."""
-        some = [self._painted(number) for number in range(FIRST)]
-        found = {task: [self._cosine(one) for one in some if one.task == task] for task in TASKS}
-        return {task: float(np.quantile(found[task], self.painter.dropped)) for task in TASKS}
+        cosines = {task: [] for task in TASKS}
+        for number in range(FIRST):
+            sample = self._painted(number)
+            cosines[sample.task].append(self._cosine(sample))
+        return {task: float(np.quantile(cosines[task], self.painter.dropped)) for task in TASKS}

@@ -48,15 +48,17 @@ from vision import to_png
 # seeing: a picture of the toy world -> what it shows
 
 
+def _check_side(image, side):
+    if image.size != (side, side):
+        raise ValueError(f"expected {side} x {side} pixels, not {image.width} x {image.height}")
+
+
 def subject_of(image):
     """The subject of a portrait on paper of any tint. ValueError for a picture of another size.
 
     It has the least |m (x - s)|^2 + |(1 - m) (x - paper)|^2: s a sprite, m its silhouette.
     """
-    if image.size != (world.HALF, world.HALF):
-        raise ValueError(
-            f"a portrait has {world.HALF} x {world.HALF} pixels, not {image.width} x {image.height}"
-        )
+    _check_side(image, world.HALF)
     x, known = np.asarray(image, np.float32).reshape(-1, 3) / 255, templates()  # (256, 3)
     paper = np.square(x - 0.96).sum(1)  # (256,)
     inside = known.silhouettes @ (np.square(x).sum(1) - paper)  # (subjects,)
@@ -66,10 +68,7 @@ def subject_of(image):
 
 def scene_of(image):
     """(scene, {place: subject}) of a picture. ValueError if it has not 32 x 32 pixels."""
-    if image.size != (world.SIZE, world.SIZE):
-        raise ValueError(
-            f"a scene has {world.SIZE} x {world.SIZE} pixels, not {image.width} x {image.height}"
-        )
+    _check_side(image, world.SIZE)
     picture, backgrounds = pixels_of(image), templates().backgrounds
     # (scenes, 1024)
     errors = np.square(backgrounds - picture).sum(-1).reshape(len(backgrounds), -1)
@@ -194,8 +193,8 @@ def _pool_picture(pool, number, rng):
         source = tasks.picture_to_edit(rng, "train", 1)
         return world.draw(source) if number % 2 else world.scene_picture(source.scene)
     wanted = world.CHARACTERS if pool == "characters" else OBJECTS
-    of_the_kind = [one for one in tasks.pool_of("train", world.Subject) if one.kind in wanted]
-    return world.portrait(rng, world.pick(rng, of_the_kind))
+    subjects = [s for s in tasks.pool_of("train", world.Subject) if s.kind in wanted]
+    return world.portrait(rng, world.pick(rng, subjects))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,16 +210,20 @@ def answer_text(prompt, images):
     return iccot.to_json(plan) if "Write a plan" in prompt else instruction
 
 
-def _judge(prompt, images):
-    """The exact judge's score of the last picture; another instruction than ours gets 0."""
-    instruction, truth = prompt.split("Editing instruction: ")[1], None
+def _read_as_any_task(images):
+    """(instruction, truth) of each task that has such references."""
     for task in TASKS:
         try:
-            made, _, found = compose(task, images[:-1])
+            instruction, _, truth = compose(task, images)
         except (IndexError, StopIteration, ValueError):
             continue  # these references are none of this task
-        if made == instruction:
-            truth = found
+        yield instruction, truth
+
+
+def _judge(prompt, images):
+    """The exact judge's score of the last picture; another instruction than ours gets 0."""
+    instruction = prompt.split("Editing instruction: ")[1]
+    truth = dict(_read_as_any_task(images[:-1])).get(instruction)
     verdict = judge(images[-1], truth) if truth else Verdict(0, 0, 0)
     score = verdict.sc if "subjects of the result" in prompt else verdict.pf
     return json.dumps({"score": round(score, 1), "reasoning": "compared with the true picture"})
@@ -231,11 +234,7 @@ def answer_image(prompt, images, errors=0.0):
 
     errors: share of the targets that show one wrong fact (toy/painter.py), always the same ones.
     """
-    for task in TASKS:
-        try:
-            instruction, _, truth = compose(task, images)
-        except (IndexError, StopIteration, ValueError):
-            continue  # these references are none of this task
+    for instruction, truth in _read_as_any_task(images):
         if f"Instruction: {instruction}\n" in prompt:
             shown = painted(truth, chance_of("paint", images), errors)
             return to_png(Image.fromarray(world.draw(shown)))

@@ -1,7 +1,7 @@
 """
 What the compiler makes of the kernels, without a GPU: registers, spills, shared memory.
 
-    python kernels/attention.py [head_dim [bf16 | fp16 | fp32]]
+    PYTHONPATH=. python tests/offline.py [head_dim [bf16 | fp16 | fp32]]
 
 One line for each shipped configuration, compiled for sm_90 (H100) with the assembler that Triton
 brings. These numbers chose the tile sizes in kernels/triton_attention.py; spilled registers or
@@ -22,18 +22,8 @@ from kernels import triton_kernels
 from kernels.triton_attention import block_d, interpreted, tile_config
 from kernels.triton_kernels import triton
 
-POINTERS = {  # types of the kernels' arguments, where they are not those of q
-    "lse_ptr": "*fp32",
-    "delta_ptr": "*fp32",
-    "part_ptr": "*fp32",
-    "part_lse_ptr": "*fp32",
-    "q_hi_ptr": "*i32",
-    "q_pos_ptr": "*i32",
-    "k_hi_ptr": "*i32",
-    "index_ptr": "*i32",
-    "work_ptr": "*i32",
-    "pieces_ptr": "*i32",
-}
+INTEGERS = ("q_hi_ptr", "q_pos_ptr", "k_hi_ptr", "index_ptr", "work_ptr", "pieces_ptr")
+FLOATS = ("lse_ptr", "delta_ptr", "part_ptr", "part_lse_ptr")
 
 
 def _source(kernel, config, head_dim, *, group, dtype):
@@ -41,7 +31,8 @@ def _source(kernel, config, head_dim, *, group, dtype):
     width = block_d(head_dim)
     rows = {name: config.block_m for name in ("q_desc", "do_desc")}
     rows |= {name: config.block_n for name in ("k_desc", "v_desc")}
-    types = POINTERS | {"scale": "fp32"}
+    types = {name: "*i32" for name in INTEGERS} | {name: "*fp32" for name in FLOATS}
+    types["scale"] = "fp32"
     types |= {name: f"tensordesc<{dtype}[1, {n}, {width}]>" for name, n in rows.items()}
     values = dict(
         GROUP=group,
@@ -49,7 +40,6 @@ def _source(kernel, config, head_dim, *, group, dtype):
         BLOCK_D=width,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        PRECISION="tf32x3" if dtype == "fp32" else "tf32",
     )
     function = getattr(triton_kernels, kernel)
     signature, constants, attributes = {}, {}, {}
@@ -118,3 +108,7 @@ def main():
         numbers = " ".join(f"{key} {value}" for key, value in found.items())
         print(f"{name:8} {shape:33} {numbers}", flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -54,7 +54,7 @@ from runtime.processes import (
 )
 from runtime.quantised import count, library
 from runtime.sharding import whole_weights
-from runtime.state import Saver, newest_step, update_average
+from runtime.state import newest_step, save_state, update_average
 from runtime.tracker import Tracker
 from toy import world
 
@@ -187,7 +187,7 @@ class Run:
             state.load(folder, self.first)
         cut_log(folder, self.first)
         self.saved_at, self.writing = time.perf_counter(), 0.0  # seconds that a state takes
-        self.stop, self.saver = Stop(), Saver(folder)
+        self.stop = Stop()
         kind = config.tracker if is_main() and not config.export else ""
         self.tracker = Tracker(kind, folder, self.first, options=to_dict(config))
 
@@ -221,7 +221,7 @@ class Run:
         last, stopped = step + 1 == self.config.steps, self.stop.wanted()
         if self.state_is_due(step) or stopped or self.time_is_due():
             begun = time.perf_counter()
-            self.saver.save(step + 1, self.state.tensors())
+            save_state(self.folder, step + 1, self.state.tensors())
             self.saved_at = time.perf_counter()
             self.writing = self.saved_at - begun
         if stopped and not last:

@@ -6,7 +6,7 @@ The training state on disk, so that the same command continues a run from where 
         average.<name>                  their moving average, if the run has one
         optimizer.step.<name>           AdamW's count and moments; a parameter that never had a
         optimizer.exp_avg.<name>  ...   gradient has none
-    out/<name>/.state-000400.tmp/       being written; the next save deletes what a crash left of it
+    out/<name>/.state-000400.tmp/       being written; the next save deletes what a crash left
 
     average <- decay * average + (1 - decay) * parameters               `update_average`
 
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -31,11 +30,9 @@ from runtime.config import UserError
 from runtime.files import hidden_path, publish, remove
 from runtime.processes import barrier, is_main, reduced, size
 
+KEPT = 2  # states of a run: the newest, and the one before
 # what dcp raises when a state is torn, or does not fit
 UNREADABLE = (OSError, CheckpointException, EOFError, ValueError, RuntimeError, KeyError)
-
-# --------------------------------------------------------------------------------------------------
-# what it is made of
 
 
 @dataclass
@@ -47,7 +44,7 @@ class TrainingState:
     average: dict  # {name: tensor} of their moving averages; {} without any
 
     def tensors(self):
-        """{key: tensor} of all of it under the names on disk, for Saver.save."""
+        """{key: tensor} of all of it under the names on disk, for `save_state`."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
@@ -59,28 +56,23 @@ class TrainingState:
 
     def load(self, folder, step):
         """Read the state after `step` steps of the run in `folder`, in place; UserError if it is
-        torn or of another model. Any number of processes may read what another number wrote."""
+        torn or of another model."""
         path = state_path(folder, step)
-        _quiet()
         try:
-            self._make_moments(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
-            dcp.load(self.tensors(), checkpoint_id=path, no_dist=size() == 1)
+            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            for name, parameter in self.parameters.items():
+                if f"optimizer.step.{name}" in stored:  # make room for its moments
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter.detach()),
+                        "exp_avg_sq": torch.zeros_like(parameter.detach()),
+                    }
+            _quietly(dcp.load, self.tensors(), path)
         except UNREADABLE as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} is torn or of another model ({reason}); delete it to continue from the "
-                f"state before"
+                f"{path} is torn or of another model ({_reason(error)}); delete it to continue "
+                f"from the state before"
             ) from None
-
-    def _make_moments(self, stored):
-        """Room for the moments of those parameters that have some among the `stored` keys."""
-        for name, parameter in self.parameters.items():
-            if f"optimizer.step.{name}" in stored:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter.detach()),
-                    "exp_avg_sq": torch.zeros_like(parameter.detach()),
-                }
 
 
 def new_average(parameters):
@@ -90,10 +82,8 @@ def new_average(parameters):
 
 @torch.no_grad()
 def update_average(average, parameters, decay):
-    """average <- decay * average + (1 - decay) * parameters, in place.
-
-    Both are {name: tensor} with the same names in the same order.
-    """
+    """average <- decay * average + (1 - decay) * parameters, in place; both have the same names in
+    the same order."""
     values = [p.detach() for p in parameters.values()]
     torch._foreach_lerp_(list(average.values()), values, 1 - decay)
 
@@ -113,90 +103,47 @@ def states(folder):
 
 
 def newest_step(folder):
-    """Step of the newest state, 0 if there is none; as the first process sees it, since a shared
-    file system may show the others less."""
-    found = states(folder)
-    step = int(found[-1].name.removeprefix("state-")) if found and is_main() else 0
+    """Step of the newest state, 0 if there is none, as the first process sees it: a shared file
+    system may show the others less."""
+    finished = states(folder) if is_main() else []
+    step = int(finished[-1].name.removeprefix("state-")) if finished else 0
     return int(reduced([step])[0])
 
 
-class Saver:
-    """Writes training states, in the background if asked to; `keep` of them stay.
-
-    All processes make the same calls in the same order. In the background a state costs one more
-    copy of itself on the host; it is published by the next `poll`, `wait` or `save`.
-    """
-
-    def __init__(self, folder, keep=2, asynchronous=False):
-        self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
-        self.pending = None  # (step, future) of what is being written
-        self.group = None  # of its own, beside the collectives of training
-        if asynchronous and dist.is_initialized():
-            self.group = dist.new_group(backend="gloo")
-
-    def save(self, step, tensors):
-        """Write the state after `step` steps: {key: tensor}, from TrainingState.tensors.
-
-        The values of this moment count, whatever training does next. UserError if they cannot be
-        written; an error in the background comes with the next call.
-        """
-        self.wait()
-        hidden = hidden_path(state_path(self.folder, step))
+def save_state(folder, step, tensors):
+    """Write {key: tensor}, from TrainingState.tensors, as the state after `step` steps; the KEPT
+    newest ones stay. UserError if it cannot be written; nothing is left then."""
+    final = state_path(folder, step)
+    hidden = hidden_path(final)
+    if is_main():
+        for left in Path(folder).glob(".state-*"):  # by a run that was killed
+            remove(left)
+    barrier()
+    try:
+        _quietly(dcp.save, tensors, hidden)
         if is_main():
-            for left in self.folder.glob(".state-*"):  # by a run that was killed
-                remove(left)
-        barrier()
-        _quiet()
-        try:
-            if self.asynchronous:
-                future = dcp.async_save(tensors, checkpoint_id=hidden, process_group=self.group)
-                self.pending = step, future
-            else:
-                dcp.save(tensors, checkpoint_id=hidden, no_dist=size() == 1)
-                self._publish(step)
-        except (OSError, CheckpointException) as error:
-            self._refuse(step, error)
-
-    def poll(self):
-        """Publish a state that has been written in the meantime."""
-        if self.pending is not None and self.pending[1].done():
-            self.wait()
-
-    def wait(self):
-        """Finish what is being written."""
-        if self.pending is None:
-            return
-        (step, future), self.pending = self.pending, None
-        try:
-            # of the first process: all processes have written, and the index is there
-            future.result()
-            self._publish(step)
-        except (OSError, CheckpointException) as error:
-            self._refuse(step, error)
-
-    def _publish(self, step):
-        """Give the state its name, and delete the oldest beyond `keep`."""
-        if is_main():
-            final = state_path(self.folder, step)
-            publish(hidden_path(final), final)
-            for old in states(self.folder)[: -self.keep]:
+            publish(hidden, final)
+            for old in states(folder)[:-KEPT]:
                 remove(old)
-
-    def _refuse(self, step, error):
-        """UserError with the first reason why the state could not be written; nothing is left."""
+    except (OSError, CheckpointException) as error:
         if is_main():
             with suppress(OSError):
-                remove(hidden_path(state_path(self.folder, step)))
-        reasons = [error]
-        if isinstance(error, CheckpointException):
-            reasons = list(error.failures.values())
-        reason = " ".join(str(getattr(reasons[0], "__cause__", None) or reasons[0]).split())[:200]
+                remove(hidden)
         raise UserError(
-            f"the training state after step {step} could not be written to {self.folder} "
-            f"({reason}); the state before it is untouched: make room and repeat the command"
+            f"the training state after step {step} could not be written to {folder} "
+            f"({_reason(error)}); the state before it is untouched: make room and repeat the "
+            f"command"
         ) from error
 
 
-def _quiet():
-    """A world of one has no process group, and dcp need not say so each time."""
+def _quietly(transfer, tensors, path):
+    """dcp.save or dcp.load; a world of one has no process group, and need not say so each time."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    transfer(tensors, checkpoint_id=path, no_dist=size() == 1)
+
+
+def _reason(error):
+    """Why something failed, on one line: the first of what the processes say."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))  # and its traceback
+    return " ".join(str(getattr(error, "__cause__", None) or error).split())[:200]

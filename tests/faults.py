@@ -51,7 +51,7 @@ def command(folder):
     return [*words.split(), "--out", str(folder)]
 
 
-def start(folder, config, timeout_minutes=1.0):
+def start(folder, timeout_minutes=1.0):
     """Two processes as torchrun starts them, in a process group of their own."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     words = [sys.executable, *torchrun, *command(folder)]
@@ -91,9 +91,9 @@ def losses(folder):
     ]
 
 
-def hang(folder, config):
+def hang(folder):
     """Seconds from the stop of one process to the end of the job, with a time-out of 6 s."""
-    launcher = start(folder, config, 0.1)
+    launcher = start(folder, 0.1)
     while steps_done(folder) < 2:
         time.sleep(0.05)
     stopped, begun = workers(launcher)[-1], time.time()
@@ -115,16 +115,16 @@ def main(config):
     )
     with tempfile.TemporaryDirectory() as temporary:
         whole, folder = Path(temporary) / "whole", Path(temporary) / "run"
-        out, _ = (launcher := start(whole, config)).communicate(timeout=600)
+        out, _ = (launcher := start(whole)).communicate(timeout=600)
         assert launcher.returncode == 0, out.decode()[-2000:]
         expected, expected_losses = load_file(whole / "model" / "ema.safetensors"), losses(whole)
         if config.hang:
             counts["seconds until a hung process ended the job"] = round(
-                hang(Path(temporary) / "hung", config), 1
+                hang(Path(temporary) / "hung"), 1
             )
         pace = sum(line["seconds"] for line in loop.read_log(whole)) / STEPS
         while counts["kills"] < config.rounds or (folder / "config.json").is_file():
-            launcher, before = start(folder, config), steps_done(folder)
+            launcher, before = start(folder), steps_done(folder)
             if counts["kills"] < config.rounds:
                 while launcher.poll() is None and steps_done(folder) <= min(
                     before, state.newest_step(folder)

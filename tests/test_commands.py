@@ -243,17 +243,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         out=str(folder),
     )
     half = {"sft": 30, "grpo": 1}[script]
-    saved = state.Saver.save
+    saved = loop.save_state
 
-    def stop(self, step, tensors):
-        saved(self, step, tensors)
+    def stop(folder, step, tensors):
+        saved(folder, step, tensors)
         if step == half:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(state.Saver, "save", stop)
+    monkeypatch.setattr(loop, "save_state", stop)
     with pytest.raises(KeyboardInterrupt):
         module.train(config)
-    monkeypatch.setattr(state.Saver, "save", saved)
+    monkeypatch.setattr(loop, "save_state", saved)
     # a line written after the state: cut away on resume
     loop.log(folder, {"step": half, "torn": True})
     module.train(dataclasses.replace(config, export=True))

@@ -222,7 +222,7 @@ def test_work_that_cannot_be_shared_is_refused(monkeypatch):
 class Forked(forked.Command):
     """Two processes with what tests/faults.py asks of torchrun, which ends the others too."""
 
-    def __init__(self, folder, config, timeout_minutes=1.0):
+    def __init__(self, folder):
         super().__init__(*faults.command(folder), processes=2)
 
     def communicate(self, timeout):

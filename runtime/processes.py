@@ -7,11 +7,9 @@ The processes of a run, their threads and their random numbers.
 
 Every process runs the same script, and `launch` joins them. What is one for all (the log, pictures,
 the model) is written by the first, `is_main()`. Losses are sums divided by counts over all
-processes (`reduced`), so the number of processes changes no mean.
-
-Collective, so all have to come to them in one order: `launch`, `reduced`, `joined`, `spread`,
-`merged`, `barrier`, `first_alone`; and of others what calls them: loop.Stop's `wanted` and `check`,
-Run's `save_is_due` and `save`, sharding's `whole_weights`, `step_if_finite`, `gathered`.
+processes (`reduced`), so the number of processes changes no mean. What talks to the other processes
+(`launch`, `reduced`, `joined`, `merged`, `barrier`, `first_alone`, and whatever calls them) has to
+be called by all of them, in one order.
 
 Nothing random is carried from step to step: data, noise and times come from `generator(seed, step,
 sample, ...)` and depend on these numbers alone. So a resumed run equals an uninterrupted one bit
@@ -25,7 +23,6 @@ import functools
 import os
 import re
 import sys
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -43,11 +40,15 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # the variables that make a process one of several
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
-# what each launcher sets, all of it: numbers, then words
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"), ("MASTER_ADDR",)
+# what each launcher sets, all of it
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = (
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID"),
-    ("SLURM_STEP_NODELIST",),
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NODELIST",
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -57,80 +58,58 @@ SRUN = (
 def launch():
     """Join the other processes, if torchrun or srun started any.
 
-    On a GPU a world of one gets a process group too, so that the same sharding code runs; on a CPU
-    it needs none. A process that waits longer than TIMEOUT_MINUTES (of the environment,
-    30 if unset) for another ends the job.
+    A world of one needs no process group on a CPU; on a GPU it gets one, so that the same sharding
+    code runs. A process that waits longer for another than TIMEOUT_MINUTES of the environment (30)
+    ends the job.
     """
     if dist.is_initialized():
         return
-    place = placement(os.environ)
+    number, local_number, count, address = placement(os.environ)
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(gpu_of(place["local_rank"], torch.cuda.device_count()))
-    elif place["size"] == 1:
+        torch.cuda.set_device(gpu_of(local_number, torch.cuda.device_count()))
+    elif count == 1:
         return
-    where = {"init_method": place["address"]} if place["address"] else {"store": dist.HashStore()}
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
         device_id=device() if gpu else None,
-        rank=place["rank"],
-        world_size=place["size"],
+        init_method=address,
+        store=None if address else dist.HashStore(),
+        rank=number,
+        world_size=count,
         timeout=timedelta(minutes=float(os.environ.get("TIMEOUT_MINUTES", 30))),
-        **where,
     )
 
 
 def placement(environment):
-    """{rank, local_rank, size, address} of this process: torchrun's, srun's, or a world of one.
+    """(number of this process, its number on this machine, how many there are, address of the
+    first): torchrun's, srun's, or a world of one, which has no address.
 
     The batch shell of sbatch has SLURM_NTASKS too, but no step of several tasks: it is no rank.
     UserError where a launcher's variables are there in part only.
     """
     e = environment
     if "RANK" in e:
-        check_launcher(e, "torchrun", TORCHRUN[0], words=TORCHRUN[1])
-        return {
-            "rank": int(e["RANK"]),
-            "local_rank": int(e["LOCAL_RANK"]),
-            "size": int(e["WORLD_SIZE"]),
-            "address": f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}",
-        }
-    if (e.get("SLURM_STEP_NUM_TASKS") or "1") != "1":
-        check_launcher(e, "srun", SRUN[0], words=SRUN[1])
-        port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 12_000
-        host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
-        return {
-            "rank": int(e["SLURM_PROCID"]),
-            "local_rank": int(e["SLURM_LOCALID"]),
-            "size": int(e["SLURM_STEP_NUM_TASKS"]),
-            "address": f"tcp://{host}:{port}",
-        }
-    return {"rank": 0, "local_rank": 0, "size": 1, "address": None}
+        check_launcher(e, "torchrun", TORCHRUN)
+        address = f"tcp://{e['MASTER_ADDR']}:{e['MASTER_PORT']}"
+        return int(e["RANK"]), int(e["LOCAL_RANK"]), int(e["WORLD_SIZE"]), address
+    count = int(e.get("SLURM_STEP_NUM_TASKS") or 1)
+    if count == 1:
+        return 0, 0, 1, None
+    check_launcher(e, "srun", SRUN)
+    port = 20_000 + (int(e["SLURM_JOB_ID"]) * 100 + int(e["SLURM_STEP_ID"])) % 12_000
+    host = e.get("MASTER_ADDR") or first_host(e["SLURM_STEP_NODELIST"])
+    return int(e["SLURM_PROCID"]), int(e["SLURM_LOCALID"]), count, f"tcp://{host}:{port}"
 
 
-def gpu_of(local_rank, visible):
-    """The number of this process's GPU: its own, or the only one that its launcher lets it see."""
-    if visible == 1:
-        return 0
-    if local_rank >= visible:
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU: {visible} are visible; start one "
-            f"process a GPU"
-        )
-    return local_rank
-
-
-def check_launcher(environment, launcher, numbers, *, words=()):
-    """UserError unless all variables of this launcher are set, and its numbers are numbers."""
-    missing = [name for name in (*numbers, *words) if not environment.get(name)]
+def check_launcher(environment, launcher, names):
+    """UserError unless all variables of this launcher are set."""
+    missing = [name for name in names if not environment.get(name)]
     if missing:
         raise UserError(
-            f"{numbers[0]} is set, but {', '.join(missing)} not: start the processes with "
-            f"{launcher}, or unset {numbers[0]} for one process alone"
+            f"{names[0]} is set, but {', '.join(missing)} not: start the processes with "
+            f"{launcher}, or unset {names[0]} for one process alone"
         )
-    for name in numbers:
-        if not environment[name].isdecimal():
-            raise UserError(f"{name}={environment[name]}: expected a whole number, as {launcher}'s")
 
 
 def first_host(nodes):
@@ -139,9 +118,18 @@ def first_host(nodes):
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def gpu_of(local_number, visible):
+    """The number of this process's GPU: its own, or the only one that its launcher lets it see."""
+    if 1 < visible <= local_number:
+        raise UserError(
+            f"process {local_number} of this machine has no GPU: {visible} are visible; start one "
+            f"process a GPU"
+        )
+    return 0 if visible == 1 else local_number
+
+
 def finish():
-    """Leave the process group; without this, the last process waits for the others until the
-    time-out."""
+    """Leave the process group: otherwise the last process waits for the others to the time-out."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -177,26 +165,17 @@ def placed(name, dtype):
 
     auto: the first that is there of cuda, mps and cpu; bfloat16 on a GPU, float32 on a CPU.
     """
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    there = ["cuda"] if torch.cuda.is_available() else []
+    there += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if name == "auto":
-        name = next(kind for kind, found in here.items() if found)
-    kind, colon, number = name.partition(":")
-    if kind not in here or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise UserError(f"--device={name}: expected auto, cuda, mps or cpu; one of several: cuda:1")
-    if not here[kind]:
+        name = there[0]
+    if name not in there:
         raise UserError(
-            f"--device={name}: there is no {kind.upper()} device here; use --device cpu"
-        )
-    if number and int(number) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+            f"--device={name}: expected auto, cuda, mps or cpu; here there is {', '.join(there)}"
         )
     if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
+        dtype = "float32" if name == "cpu" else "bfloat16"
     return torch.device(name), getattr(torch, dtype)
 
 
@@ -214,7 +193,7 @@ def warn(text):
 
 
 def share(count, what, option, *, parts=1, among=None):
-    """`count` divided by the number of processes; each share can be cut into `parts` equal parts.
+    """`count` divided by the number of processes, which can be cut into `parts` equal parts.
 
     UserError with the next numbers that can be divided. what, option: the words of that sentence;
     among: so many processes, not those there are (a dry run).
@@ -224,40 +203,39 @@ def share(count, what, option, *, parts=1, among=None):
     if count % unit:
         below, above = count // unit * unit, (count // unit + 1) * unit
         in_parts = f" in {parts} updates" if parts > 1 else ""
-        better = " or ".join(str(n) for n in (below, above) if n)
         raise UserError(
             f"{count} {what} cannot be shared evenly by {among} processes{in_parts}; "
-            f"use --{option}={better}"
+            f"use --{option}={f'{below} or ' if below else ''}{above}"
         )
     return count // among
 
 
 def dealt(numbers, weight, among):
-    """Numbers dealt to `among` takers: as many to each, and about as much weight.
+    """Numbers dealt to `among` takers, who divide them: as many to each, and about as much weight.
 
     The heaviest go to one taker after another, the next heaviest back, and so on. Each has its own
     in that order; a single taker has all as they come. weight(number): alike on all processes.
-    ValueError if `among` does not divide them.
     """
     if among == 1:
         return [list(numbers)]
-    ranked = sorted(numbers, key=weight, reverse=True)
-    rows = [ranked[i : i + among] for i in range(0, len(ranked), among)]
-    rows[1::2] = [row[::-1] for row in rows[1::2]]
-    return [list(own) for own in zip(*rows, strict=True)]
+    takers = [[] for _ in range(among)]
+    for place, number in enumerate(sorted(numbers, key=weight, reverse=True)):
+        turn, taker = divmod(place, among)
+        takers[taker if turn % 2 == 0 else among - 1 - taker].append(number)
+    return takers
 
 
 # --------------------------------------------------------------------------------------------------
 # numbers of all processes
 
 
-def reduced(numbers, how="sum"):
+def reduced(numbers, operation="sum"):
     """A list of numbers, summed (or "max", "min") over all processes."""
     if size() == 1:
         return list(numbers)
     operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, operations[how])
+    dist.all_reduce(tensor, operations[operation])
     return tensor.tolist()
 
 
@@ -291,17 +269,14 @@ def merged(values):
     """
     if size() == 1:
         return values
-    line = {}
-    for how in ("sum", "min", "max"):
-        keys = [key for key in values if _how_merged(key) == how]
-        for key, number in zip(keys, reduced([values[key] for key in keys], how)):
-            total = how != "sum" or key.endswith("tokens") or key == "truncated"
-            line[key] = type(values[key])(number if total else number / size())
-    return {key: line[key] for key in values}
-
-
-def _how_merged(key):
-    return key[-3:] if key.endswith(("_min", "_max")) else "sum"
+    operations = {key: key[-3:] if key.endswith(("_min", "_max")) else "sum" for key in values}
+    line = dict(values)  # in this order
+    for operation in ("sum", "min", "max"):
+        keys = [key for key in values if operations[key] == operation]
+        for key, number in zip(keys, reduced([values[key] for key in keys], operation)):
+            is_mean = operation == "sum" and not key.endswith("tokens") and key != "truncated"
+            line[key] = type(values[key])(number / size() if is_mean else number)
+    return line
 
 
 def barrier():
@@ -335,24 +310,7 @@ def generator(*numbers):
 
 
 def choose_threads(wanted):
-    """Set the number of CPU threads: `wanted`, or with 0 the faster of one and two, measured.
-
-    Returns it. On a busy machine two can be slower than one.
-    """
-    if wanted == 0:
-        wanted = min((1, min(2, os.cpu_count() or 1)), key=_seconds)
-    torch.set_num_threads(wanted)
-    return wanted
-
-
-def _seconds(threads):
-    """The best time of a piece of work of the toy's size, with so many threads."""
-    torch.set_num_threads(threads)
-    x, w = torch.randn(2048, 128), torch.randn(128, 384)
-    best = float("inf")
-    for _ in range(12):
-        begun = time.perf_counter()
-        for _ in range(8):
-            torch.nn.functional.silu(x @ w).sum()
-        best = min(best, time.perf_counter() - begun)
-    return best
+    """Compute on so many CPU threads (0: as PyTorch chooses). Returns their number."""
+    if wanted:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()

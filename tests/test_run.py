@@ -147,41 +147,19 @@ def test_stage_2_runs_on_two_processes(worlds):
 
 
 def test_placement():
-    torchrun_names = {
-        "RANK": "3",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "4",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "1",
-    }
-    assert processes.placement(torchrun_names) == {
-        "rank": 3,
-        "local_rank": 1,
-        "size": 4,
-        "address": "tcp://h:1",
-    }
-    alone = {"rank": 0, "local_rank": 0, "size": 1, "address": None}
+    alone = (0, 0, 1, None)
     assert processes.placement({}) == alone
-    batch_shell = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_NTASKS": "8",
-        "SLURM_PROCID": "0",
-        "SLURM_STEP_NUM_TASKS": "",
-    }
-    assert processes.placement(batch_shell) == alone
-    step = batch_shell | {
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NODELIST": "gpu[003-004,010]",
-    }
-    assert processes.placement(step) == {
-        "rank": 5,
-        "local_rank": 1,
-        "size": 8,
-        "address": "tcp://gpu003:20700",
-    }
+    by_torchrun = dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="h", MASTER_PORT="1")
+    assert processes.placement(by_torchrun) == (3, 1, 4, "tcp://h:1")
+    with pytest.raises(UserError, match="RANK is set, but WORLD_SIZE not: start .* torchrun"):
+        processes.placement(by_torchrun | {"WORLD_SIZE": ""})
+    batch_shell = dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0")
+    assert processes.placement(batch_shell | {"SLURM_STEP_NUM_TASKS": ""}) == alone
+    task = batch_shell | dict(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="5")
+    task |= dict(SLURM_LOCALID="1", SLURM_STEP_NODELIST="gpu[003-004,010]")
+    assert processes.placement(task) == (5, 1, 8, "tcp://gpu003:20700")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS is set, but SLURM_LOCALID not"):
+        processes.placement(task | {"SLURM_LOCALID": ""})
 
 
 def test_each_process_takes_its_own_gpu_or_the_only_visible_one():

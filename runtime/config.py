@@ -19,17 +19,14 @@ Not a concept of the paper. Left out: files of settings, nested options, abbrevi
 of more than one line.
 """
 
-import ast
 import dataclasses
 import difflib
 import errno
 import inspect
-import io
 import math
 import os
+import re
 import sys
-import textwrap
-import tokenize
 import types
 import typing
 from contextlib import contextmanager
@@ -43,12 +40,11 @@ class UserError(ValueError):
 
 @contextmanager
 def exit_on_user_error(*kinds: type[Exception]):
-    """`with exit_on_user_error(): ...`, or as a decorator: a user's mistake ends the process with
-    one line on stderr and exit status 2.
+    """A block, or with @ a function, in which a user's mistake ends the process with one line on
+    stderr and exit status 2.
 
     A mistake is a UserError, an OSError about a named file, a full disk or with a text of our own,
-    and whatever `kinds` lists: put `exit_on_user_error(ValueError)` around input checks only.
-    Everything else is a bug and keeps its traceback.
+    and whatever `kinds` lists. Everything else is a bug and keeps its traceback.
     """
     try:
         yield
@@ -81,7 +77,7 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
         kinds = {name: hints[name] for name in fields}
         _check_presets(presets, kinds)
         if "--help" in argv or "-h" in argv:
-            print(_help(Config, presets, kinds))
+            print(_help(Config, presets, fields, kinds))
             sys.exit(0)
         given = _read(argv, kinds)
         preset = given.pop("config", next(iter(presets)))
@@ -90,7 +86,7 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
             raise UserError(f"unknown preset {preset!r}{hint} (presets: {', '.join(presets)})")
         values = {**presets[preset], **given, **({"config": preset} if "config" in kinds else {})}
         for name, field in fields.items():
-            if name not in values and _default(field) is dataclasses.MISSING:
+            if name not in values and field.default is dataclasses.MISSING:
                 raise UserError(f"--{name} is required (see --help)")
         try:
             config = Config(**values)
@@ -104,25 +100,19 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
 
 def with_path(argv: list[str], flags: tuple[str, ...], words: int, *, option: str) -> list[str]:
     """`--flag … PATH` written as `--flag … --option PATH`, for the first of `flags` that has one.
-
-    PATH is the word after the flag and its `words` values. Returns a new list.
-    """
-    argv = list(argv)
+    PATH is the word after the flag and its `words` values."""
     for i, word in enumerate(argv):
         place = i + 1 + words
-        value = argv[place] if place < len(argv) else "--"
-        if word in flags and not value.startswith("--") and value.lower() not in BOOLEANS:
-            argv.insert(place, option)
-            break
+        path = argv[place] if place < len(argv) else "--"
+        if word in flags and not path.startswith("--") and path.lower() not in BOOLEANS:
+            return [*argv[:place], option, *argv[place:]]
     return argv
 
 
 def to_dict(config) -> dict:
     """The resolved options, ready for JSON."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+    values = dataclasses.asdict(config).items()
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,10 +122,9 @@ def to_dict(config) -> dict:
 def _read(argv: list[str], kinds: dict[str, type]) -> dict:
     """{key: value} of the options in argv, of the types in `kinds`; "config" is the preset."""
     kinds = {**kinds, "config": str}
-    given, position = {}, 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
+    given, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
         if not word.startswith("--") or word == "--":
             raise UserError(
                 f"unexpected argument {word!r}; options are written --key=value (see --help)"
@@ -144,15 +133,13 @@ def _read(argv: list[str], kinds: dict[str, type]) -> dict:
         key = key.replace("-", "_")
         if key not in kinds:
             raise UserError(f"unknown option --{key}{_did_you_mean(key, kinds, '--')} (see --help)")
-        if not equals:
-            following = argv[position] if position < len(argv) else None
-            if kinds[key] is bool and (following is None or following.lower() not in BOOLEANS):
-                text = "true"
-            elif following is None or following.startswith("--"):
-                raise UserError(f"--{key} needs a value: --{key}=<{_name(kinds[key])}>")
-            else:
-                text = following
-                position += 1
+        following = words[0] if words else "--"
+        if not equals and kinds[key] is bool and following.lower() not in BOOLEANS:
+            text = "true"
+        elif not equals and following.startswith("--"):
+            raise UserError(f"--{key} needs a value: --{key}=<{_name(kinds[key])}>")
+        elif not equals:
+            text = words.pop(0)
         value = _convert(key, text, kinds[key])
         if typing.get_origin(kinds[key]) is tuple:
             given[key] = given.get(key, ()) + value
@@ -189,8 +176,7 @@ def _optional(kind):
     """T for T | None, otherwise None."""
     if typing.get_origin(kind) not in (types.UnionType, typing.Union):
         return None
-    kinds = [part for part in typing.get_args(kind) if part is not type(None)]
-    return kinds[0] if len(kinds) == 1 else None
+    return next(part for part in typing.get_args(kind) if part is not type(None))
 
 
 def _name(kind) -> str:
@@ -217,8 +203,9 @@ def _check_presets(presets: dict[str, dict], kinds: dict[str, type]) -> None:
                 hint = _did_you_mean(key, kinds)
                 raise UserError(f"preset {name!r} sets the unknown option {key!r}{hint}")
             if not _is(value, kinds[key]):
-                expected = _name(kinds[key])
-                raise UserError(f"preset {name!r} sets {key}={value!r}: expected {expected}")
+                raise UserError(
+                    f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}"
+                )
 
 
 def _is(value, kind) -> bool:
@@ -232,12 +219,6 @@ def _is(value, kind) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _default(field: dataclasses.Field):
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
 def _show(value) -> str:
     if value is dataclasses.MISSING:
         return "required"
@@ -246,39 +227,33 @@ def _show(value) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value) or '""'
 
 
-def _help(Config: type, presets: dict[str, dict], kinds: dict[str, type]) -> str:
+def _help(Config: type, presets: dict[str, dict], fields: dict, kinds: dict[str, type]) -> str:
     """The first paragraph of the script's docstring, and a table with one column a preset."""
     module = sys.modules.get(Config.__module__)
     head = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0] if module else ""
     meanings = _comments(Config)
     which = f"which column applies; {next(iter(presets))} if not given"
     rows = [("option", "type", *presets, "meaning"), ("--config", "preset", *presets, which)]
-    for field in dataclasses.fields(Config):
-        name = field.name
-        if name in kinds and name != "config":
-            values = [_show(preset.get(name, _default(field))) for preset in presets.values()]
+    for name, field in fields.items():
+        if name != "config":
+            values = [_show(preset.get(name, field.default)) for preset in presets.values()]
             rows.append((f"--{name}", _name(kinds[name]), *values, meanings.get(name, "")))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
-    return "\n".join([head, ""] * bool(head) + lines)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [head, ""] if head else []
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return "\n".join(lines)
 
 
 def _comments(Config: type) -> dict[str, str]:
-    """{field: trailing comment} of the class and those it inherits from, read from the source."""
-    found = {}
+    """{field: the comment behind it} of the class and those it inherits from, from their source."""
+    comments = {}
     for part in reversed(Config.__mro__[:-1]):
         try:
-            source = textwrap.dedent(inspect.getsource(part))
+            lines = inspect.getsource(part).splitlines()
         except (OSError, TypeError):  # a class typed at a prompt has no source: no help texts
             continue
-        comments = {
-            token.start[0]: token.string.lstrip("# ")
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign) and node.end_lineno in comments:
-                found[node.target.id] = comments[node.end_lineno]
-    return found
+        for line in lines:
+            if match := re.match(r" +(\w+): .*?  # (.*)", line):
+                comments[match[1]] = match[2]
+    return comments

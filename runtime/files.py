@@ -7,11 +7,10 @@ Files that appear whole or not at all, and text that is read with a clear word w
 The name is given by a rename, so nobody ever reads half of a file. A process that is killed inside
 the block leaves what stood under the name untouched, and beside it a hidden file or folder
 (.name.tmp) that the next attempt replaces. A folder cannot be renamed over another one: the older
-one steps aside first (.name.old) and is deleted after; killed just between, the name is free.
-Whatever made a file, it gets the mode that the umask grants.
+one steps aside first (.name.old); killed just between, the name is free.
 
 Text is UTF-8, whatever the locale; a byte order mark at its beginning is no part of it. Lines end
-at a newline only: U+2028 and U+0085 stand within one. What Windows puts before it means nothing.
+at a newline only: U+2028 and U+0085 stand within one.
 
 Not a concept of the paper. Left out: locks between processes; one of them writes, or each its own.
 """
@@ -45,9 +44,9 @@ def hidden_path(path, unique=""):
 
 @contextmanager
 def published(path, unique=""):
-    """Yields the hidden path to write to; after an error nothing is published and nothing is left.
+    """Yields the hidden path to write to, which does not exist yet; the folder around it must.
 
-    The hidden path does not exist yet, the folder around it must. unique: see `hidden_path`.
+    After an error nothing is published and nothing is left. unique: see `hidden_path`.
     """
     hidden = hidden_path(path, unique)
     remove(hidden)
@@ -59,28 +58,19 @@ def published(path, unique=""):
 
 
 def publish(hidden, path):
-    """Give a finished hidden file or folder its name; what had that name before is replaced."""
-    path = Path(path)
+    """Give a finished hidden file or folder its name, and the mode that the umask grants (some
+    libraries make files for the owner alone); what had that name before is replaced."""
+    hidden, path = Path(hidden), Path(path)
     old = path.with_name(f".{path.name}.old")
     remove(old)
-    share(Path(hidden))
+    for part in (hidden, *hidden.rglob("*")):
+        with suppress(OSError):  # where modes cannot be changed they stay as they are
+            if not part.is_symlink():
+                part.chmod(part.stat().st_mode | (0o777 if part.is_dir() else 0o666) & ~UMASK)
     if path.is_dir():
         os.replace(path, old)
     os.replace(hidden, path)
     remove(old)
-
-
-def share(path):
-    """Give a file, or a folder with all in it, the mode that the umask grants.
-
-    Some libraries make theirs for the owner alone (safetensors). Where modes cannot be changed they
-    stay as they are.
-    """
-    for part in (path, *path.rglob("*")):
-        with suppress(OSError):
-            mode, wanted = part.stat().st_mode, (0o777 if part.is_dir() else 0o666) & ~UMASK
-            if mode & wanted != wanted and not part.is_symlink():
-                part.chmod(mode | wanted)
 
 
 def remove(path):
@@ -93,10 +83,8 @@ def remove(path):
 
 
 def is_hidden(path):
-    """Whether a file is one that a system left beside those of people, as `._a.png` of a Mac.
-
-    path: relative to the folder or the archive where it was found.
-    """
+    """Whether a system left this file beside those of people, as `._a.png` of a Mac; its path is
+    relative to the folder or the archive where it was found."""
     path = Path(path)
     return path.name[:1] in ("", ".") or "__MACOSX" in path.parts
 
@@ -114,10 +102,9 @@ def check_name(name, what):
     """
     named = isinstance(name, str) and NAME.fullmatch(name)
     if not named or len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
-        shown = repr(name)
         raise UserError(
-            f"{what}: {shown[:60]}{'…' if len(shown) > 60 else ''} names files; expected a text of "
-            f"at most {LONGEST_NAME} bytes without slashes that does not begin with a dot"
+            f"{what}: {repr(name)[:60]} names files; expected a text of at most {LONGEST_NAME} "
+            f"bytes without slashes that does not begin with a dot"
         )
 
 
@@ -157,14 +144,14 @@ def read_text(path):
 def to_json(value, indent=None):
     """JSON text of objects, lists and numbers; null for what is not finite, which JSON lacks."""
 
-    def known(x):
-        if isinstance(x, dict):
-            return {key: known(item) for key, item in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [known(item) for item in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
+    def finite(part):
+        if isinstance(part, dict):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(known(value), indent=indent, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def read_json(path):
@@ -209,21 +196,20 @@ def read_lines(path, *names):
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    found = []
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    records = []
     for number, line in lines_of(path):
         try:
-            found.append(object_of(line))
-            missing = [name for name in names if name not in found[-1]]
-            if missing:
+            record = object_of(line)
+            if missing := [name for name in names if name not in record]:
                 raise ValueError(f"it has no {' and no '.join(missing)}")
         except ValueError as error:
             raise UserError(
                 f"{path}, line {number} is none of ours: {error}; delete it to make it again"
             ) from None
-    return found
+        records.append(record)
+    return records
 
 
 def append_line(path, record):

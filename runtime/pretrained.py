@@ -128,9 +128,8 @@ def save_model(model, tokenizer, folder, *, weights=None):
         if model.config.codec == "flux":
             write_tensors(hidden / "ae.safetensors", dict(model.codec.weights.named_parameters()))
         for name, content in official_configs(model.config).items():
-            (hidden / f"{name}.json").write_text(
-                json.dumps(content, indent=1) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(content, indent=1) + "\n"
+            (hidden / f"{name}.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(hidden)
 
 
@@ -157,16 +156,16 @@ def write_tensors(path, tensors):
 # finding
 
 
+def is_on_the_hub(path):
+    """Whether a path can name a repository `owner/name`: no path and no folder like it is here."""
+    here = Path(path).exists() or Path(path).parent.exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))) and not here
+
+
 def find_model(path):
     """The model folder at `path`: the folder itself, that of a run, or a Hugging Face repository
-    `owner/name`. FileNotFoundError if it is none of them.
-
-    A name is looked up on the hub only where no such path and no folder `owner` exists here.
-    """
-    path = Path(path)
-    is_a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))
-    if is_a_name and not path.exists() and not path.parent.exists():
-        path = download(str(path))
+    `owner/name`. FileNotFoundError if it is none of them."""
+    path = download(str(path)) if is_on_the_hub(path) else Path(path)
     for folder in (path, path / "model"):
         if (folder / "llm_config.json").is_file():
             return folder
@@ -180,10 +179,8 @@ def find_model(path):
 
 
 def download(name):
-    """The folder of a Hugging Face repository, from the cache or the network.
-
-    FileNotFoundError if neither has it.
-    """
+    """The folder of a Hugging Face repository, from the cache or the network; FileNotFoundError if
+    neither has it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -217,16 +214,15 @@ def load_config(folder):
     ValueError if they ask for what is not built, or give a value of another type.
     """
     names = ("llm_config", "vit_config", "config")
-    read = {name: read_object(Path(folder) / f"{name}.json") for name in names}
-    for name, fixed in BUILT_IN.items():
-        for key, value in fixed.items():
-            if read[name].get(key, value) != value:
+    llm, vit, own = (read_object(Path(folder) / f"{name}.json") for name in names)
+    for name, content in zip(names, (llm, vit)):
+        for key, value in BUILT_IN[name].items():
+            if content.get(key, value) != value:
                 raise ValueError(
-                    f"{folder}/{name}.json has {key}={read[name][key]!r}; this model is built for "
+                    f"{folder}/{name}.json has {key}={content[key]!r}; this model is built for "
                     f"{value!r}"
                 )
-    read["llm_config"] |= _rope_theta(f"{folder}/llm_config.json", read["llm_config"])
-    values = _our_values(read)
+    values = _our_values(llm | _rope_theta(f"{folder}/llm_config.json", llm), vit, own)
     for field in fields(ModelConfig):
         if isinstance(values.get(field.name), list):
             values[field.name] = tuple(values[field.name])
@@ -246,8 +242,7 @@ def shape_of(path, name, default=""):
     """
     if path and Path(path).exists():
         return load_config(find_model(path))
-    is_a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
-    on_the_hub = is_a_name and not Path(path).parent.exists() and not path.startswith("out/")
+    on_the_hub = is_on_the_hub(path) and not path.startswith("out/")
     if path not in ("", default) and not on_the_hub:
         raise UserError(
             f"checkpoint folder not found: {path}; its shape would be that of preset {name} only "
@@ -285,26 +280,25 @@ def _rope_theta(path, llm):
     Older configs have it at the top and a scaling in `rope_scaling`; transformers 5 has both in
     `rope_parameters`. ValueError for any scaling, and for two values.
     """
-    given = [llm["rope_theta"]] if llm.get("rope_theta") is not None else []
+    thetas = [llm["rope_theta"]] if llm.get("rope_theta") is not None else []
+    plain = {"rope_type": ("default",), "type": ("default",)}  # of any other key: 1 or nothing
     for name in ("rope_scaling", "rope_parameters"):
-        if (about := llm.get(name)) is not None:
-            if not isinstance(about, dict) or not all(map(_scales_nothing, about.items())):
-                raise ValueError(f"{path} has {name}={about}; this model's RoPE is not scaled")
-            given += [about["rope_theta"]] if "rope_theta" in about else []
-    if llm.get("rope_parameters") is not None and not given or given and given[0] != given[-1]:
-        raise ValueError(f"{path} gives {given or 'none'} as rope_theta; expected one value")
-    return {"rope_theta": given[-1]} if given else {}
+        if (about := llm.get(name)) is None:
+            continue
+        if not isinstance(about, dict) or not all(
+            key == "rope_theta" or value in (None, *plain.get(key, (1,)))
+            for key, value in about.items()
+        ):
+            raise ValueError(f"{path} has {name}={about}; this model's RoPE is not scaled")
+        thetas += [about["rope_theta"]] if "rope_theta" in about else []
+    none = llm.get("rope_parameters") is not None and not thetas
+    if none or thetas and thetas[0] != thetas[-1]:
+        raise ValueError(f"{path} gives {thetas or 'none'} as rope_theta; expected one value")
+    return {"rope_theta": thetas[0]} if thetas else {}
 
 
-def _scales_nothing(item):
-    """Whether (key, value) of a description of RoPE leaves it as it is."""
-    key, value = item
-    return key == "rope_theta" or value in (None, "default" if key in ("rope_type", "type") else 1)
-
-
-def _our_values(read):
+def _our_values(llm, vit, own):
     """{field of ModelConfig: value} of the objects in the three files, as far as they say."""
-    llm, vit, own = read["llm_config"], read["vit_config"], read["config"]
     values = {key: llm[key] for key in LLM_KEYS if key in llm}
     values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
     if isinstance(vit.get("num_hidden_layers"), int):
@@ -358,31 +352,31 @@ def read_tensors(path, module, rename, *, device, tables):
         rename(name): (name, p) for name, p in module.named_parameters() if ".lora_" not in name
     }
     tables = {rename(name): table for name, table in tables.items()}
-    wanted = {key: tuple(p.shape) for key, (_, p) in parameters.items()}
-    optional = {key: tuple(table.shape) for key, table in tables.items()}
-    try:
-        with open_tensors(path) as held:
-            found = {key: tuple(part.get_slice(key).get_shape()) for key, part in held.items()}
-            check_keys(path, found, wanted, optional=optional)
-            for key, (name, parameter) in parameters.items():
-                sharded = isinstance(parameter, DTensor)
-                if sharded:
-                    tensor = held[key].get_slice(key)[own_rows(parameter)]
-                else:
-                    tensor = held[key].get_tensor(key)
-                if not tensor.is_floating_point():
-                    raise ValueError(
-                        f"{path}: {key} is {tensor.dtype}; expected floating point numbers"
-                    )
-                if sharded:
-                    parameter.to_local().detach().copy_(tensor)
-                else:
-                    _replace(module, name, tensor.to(device, parameter.dtype, copy=True))
-            _check_tables(path, held, tables)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); the file is torn: copy or train it again"
-        ) from None
+    with open_tensors(path) as files:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}
+        wanted = {key: tuple(p.shape) for key, (_, p) in parameters.items()}
+        optional = {key: tuple(table.shape) for key, table in tables.items()}
+        check_keys(path, found, wanted, optional=optional)
+        for key, (name, parameter) in parameters.items():
+            sharded = isinstance(parameter, DTensor)
+            if sharded:
+                tensor = files[key].get_slice(key)[own_rows(parameter)]
+            else:
+                tensor = files[key].get_tensor(key)
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{path}: {key} is {tensor.dtype}; expected floating point numbers"
+                )
+            if sharded:
+                parameter.to_local().detach().copy_(tensor)
+            else:
+                _replace(module, name, tensor.to(device, parameter.dtype, copy=True))
+        for key in tables.keys() & files.keys():
+            stored = files[key].get_tensor(key).float()
+            if not torch.allclose(stored, tables[key], rtol=0, atol=1e-2):
+                raise ValueError(
+                    f"{path}: {key} is not the sin-cos table that the configs describe"
+                )
 
 
 @contextmanager
@@ -391,17 +385,17 @@ def open_tensors(path):
 
     FileNotFoundError, ValueError: one of them is missing or torn.
     """
-    held = {}
-    with ExitStack() as stack:
-        for part in parts_of(path):
-            try:
-                opened = stack.enter_context(safe_open(part, "pt"))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{part} cannot be read ({error}); the file is torn: copy or train it again"
-                ) from None
-            held |= dict.fromkeys(opened.keys(), opened)
-        yield held
+    files, part = {}, path
+    try:
+        with ExitStack() as stack:
+            for part in parts_of(path):
+                file = stack.enter_context(safe_open(part, "pt"))
+                files |= dict.fromkeys(file.keys(), file)
+            yield files
+    except SafetensorError as error:
+        raise ValueError(
+            f"{part} cannot be read ({error}); the file is torn: copy or train it again"
+        ) from None
 
 
 def parts_of(path):
@@ -428,14 +422,6 @@ def parts_of(path):
     return [path.with_name(name) for name in sorted(set(places.values()))]
 
 
-def _check_tables(path, held, tables):
-    """ValueError if the open files {key: file} have other values for one of {key: table}."""
-    for key in [key for key in tables if key in held]:
-        table = held[key].get_tensor(key).float()
-        if not torch.allclose(table, tables[key], rtol=0, atol=1e-2):
-            raise ValueError(f"{path}: {key} is not the sin-cos table that the configs describe")
-
-
 def _replace(module, name, tensor):
     """Put a tensor in the place of the parameter of this name, frozen or not as that one was."""
     owner, _, leaf = name.rpartition(".")
@@ -453,23 +439,24 @@ def own_rows(parameter):
 
 def check_keys(path, found, wanted, *, optional):
     """ValueError with everything that is missing, extra or misshapen. All three: {key: shape}."""
-    shapes = [
-        f"{key} is {found[key]}, expected {shape}"
-        for key, shape in sorted((wanted | optional).items())
-        if found.get(key, shape) != shape
-    ]
-    wrong = {
+    problems = {
         "missing": sorted(set(wanted) - set(found)),
         "unknown": sorted(set(found) - set(wanted) - set(optional)),
-        "of another shape": shapes,
+        "of another shape": [
+            f"{key} is {found[key]}, expected {shape}"
+            for key, shape in sorted((wanted | optional).items())
+            if found.get(key, shape) != shape
+        ],
     }
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in wrong.items()
+    sentences = [
+        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for problem, keys in problems.items()
         if keys
     ]
-    if parts:
-        raise ValueError(f"{path} does not fit the configs beside it: tensors {'; '.join(parts)}")
+    if sentences:
+        raise ValueError(
+            f"{path} does not fit the configs beside it: tensors {'; '.join(sentences)}"
+        )
 
 
 def stored_tensor(folder, name):

@@ -64,11 +64,11 @@ def count(parameters):
 
 def quantised_layers(model):
     """(module, name of a layer of it, the layer) of all that `quantise` replaces."""
-    experts = [expert for block in model.blocks for expert in (block.und, block.gen)]
-    for expert in experts:
-        for name, layer in list(expert.named_children()):
-            if isinstance(layer, nn.Linear):
-                yield expert, name, layer
+    for block in model.blocks:
+        for expert in (block.und, block.gen):
+            for name, layer in list(expert.named_children()):
+                if isinstance(layer, nn.Linear):
+                    yield expert, name, layer
 
 
 @torch.no_grad()

@@ -2,18 +2,15 @@
 Weights sharded over processes block by block (FSDP2), whole when needed; steps all or none take.
 
     shard(model, "bfloat16")                    each process keeps 1 / size of every weight
-    sum_gradients(model, last)                  before each backward pass of a step
     norm, stepped = step_if_finite(optimizer, 1.0)
     with gathered(model): ...                   rollouts and pictures, without communication
     with exchanged(model, average): ...         the same model with other weights, for a while
     whole_weights(average, torch.bfloat16)      to be saved, on the first process
 
 Shards, summed gradients and moments are float32, whatever `precision` the arithmetic has; weights
-that are frozen have the type that they are given. A process that keeps the whole model (a world of
-one, or frozen weights rounded to few bits) uses frozen weights as it holds them: only trained ones
-are copied to be gathered. FSDP2 averages gradients over the processes: a loss that is divided by
-counts over all of them is to be multiplied by their number before the backward pass. In a world of
-one without a process group all of this is the identity, and the same code runs.
+that are frozen have the type that they are given. FSDP2 averages gradients over the processes: a
+loss that is divided by counts over all of them is to be multiplied by their number before the
+backward pass. In a world of one without a process group all of this is the identity.
 
 Not a concept of the paper. Left out: tensor and pipeline parallelism, offloading to the host.
 """
@@ -41,8 +38,8 @@ def shard(model, precision="float32", replicas=1):
     is done. Returns the model.
 
     precision: of the arithmetic ("float32" or "bfloat16"). replicas: copies of the model, each
-    sharded over size / replicas processes (hybrid sharding). UserError if they cannot be had.
-    Weights that are frozen stay so, and have that precision already where nothing is split.
+    sharded over size / replicas processes; UserError if they cannot be had. Weights that are frozen
+    stay so; where nothing is split they are used as they are held, in that precision already.
     """
     if size() % replicas:
         raise UserError(f"replicas={replicas} does not divide {size()} processes")
@@ -62,7 +59,7 @@ def shard(model, precision="float32", replicas=1):
     if precision == "bfloat16":
         # the model casts its own inputs: FSDP2 would narrow flow times, and fails on a Packed
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # a module that returns a view: nobody writes to it
+    # of a module that returns a view: nobody writes to it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # where nothing is split, gathered weights would be a second copy; rounded ones cannot be split
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -78,11 +75,8 @@ def shard(model, precision="float32", replicas=1):
 
 @contextmanager
 def gathered(model):
-    """All weights whole on every process: forward passes inside need no communication, and no equal
-    number of them.
-
-    For rollouts and evaluation: gradients are off inside, and the optimiser must not step.
-    """
+    """All weights whole on every process, for rollouts and pictures: forward passes inside need no
+    communication, and no equal number of them. Gradients are off, the optimiser must not step."""
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     if units:
         # the root must know its units before the first of them is gathered
@@ -110,20 +104,15 @@ def sum_gradients(model, on):
         model.set_requires_gradient_sync(on)
 
 
-def clip_gradients(parameters, max_norm):
-    """Scale the gradients down to the norm `max_norm`. Returns the norm before, a number: that over
-    all processes, the same on each."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
-
-
 def step_if_finite(optimizer, max_norm):
-    """Clip and step, on all processes or on none; clears the gradients.
+    """Scale the gradients down to the norm `max_norm` and step, on all processes or on none; clears
+    the gradients.
 
-    Returns the norm of the gradient before clipping, and whether it was finite, so that the step
-    was made.
+    Returns the norm of the gradient (of all processes) before, and whether it was finite, so that
+    the step was made.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_gradients(parameters, max_norm)
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -135,17 +124,16 @@ def exchanged(model, values):
     """The model with `values` ({name: tensor}) in place of those parameters: their average, or what
     they once were. Inside, `values` hold the parameters; no second copy of the model is made.
 
-    A graph that was built before must not be used after: its parameters have been written to in
-    between.
+    A graph that was built before must not be used after: its parameters were written to.
     """
     parameters = dict(model.named_parameters())
 
+    @torch.no_grad()
     def swap():
-        with torch.no_grad():
-            for name, value in values.items():
-                held = parameters[name].detach().clone()
-                parameters[name].copy_(value)
-                value.copy_(held)
+        for name, value in values.items():
+            held = parameters[name].detach().clone()
+            parameters[name].copy_(value)
+            value.copy_(held)
 
     swap()
     try:
@@ -164,9 +152,9 @@ def whole_weights(weights, dtype):
 
     Gathered one by one, so that a device holds one whole tensor at a time.
     """
-    found = {}
+    copies = {}
     for name, tensor in weights.items():
         tensor = whole(tensor)
         if is_main():
-            found[name] = tensor.detach().to("cpu", dtype, copy=True)
-    return found
+            copies[name] = tensor.detach().to("cpu", dtype, copy=True)
+    return copies

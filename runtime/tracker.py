@@ -4,9 +4,9 @@ The log where people look at curves: TensorBoard events or a Weights & Biases ru
     --tracker tensorboard     out/<name>/events.out.*, for tensorboard --logdir out
     --tracker wandb           out/<name>/wandb, written offline; `wandb sync` sends it, if one wants
 
-The values are those of metrics.jsonl, which stays the log of the run. Neither library is needed
-otherwise, and nothing is sent: W&B runs offline unless WANDB_MODE says otherwise. Resumed runs go
-on: TensorBoard forgets the steps that are done again, W&B continues the run of the folder's name.
+The values are those of metrics.jsonl, which stays the log of the run. Nothing is sent: W&B runs
+offline unless WANDB_MODE says otherwise. Resumed runs go on: TensorBoard forgets the steps that are
+done again, W&B continues the run of the folder's name.
 
 Not a concept of the paper. Left out: pictures (they lie in samples/), other trackers.
 """

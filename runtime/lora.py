@@ -49,9 +49,9 @@ def add_adapter(layer, rank, alpha):
     """
     weight = layer.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    how = dict(device=weight.device, dtype=dtype)
-    layer.lora_a = nn.Parameter(torch.zeros(rank, layer.in_features, **how))
-    layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, **how))
+    a = torch.zeros(rank, layer.in_features, device=weight.device, dtype=dtype)
+    b = torch.zeros(layer.out_features, rank, device=weight.device, dtype=dtype)
+    layer.lora_a, layer.lora_b = nn.Parameter(a), nn.Parameter(b)
 
     def add(layer, inputs, y):
         return y + F.linear(F.linear(inputs[0], layer.lora_a), layer.lora_b) * (alpha / rank)
@@ -67,11 +67,12 @@ def reset_lora(model, seed):
         if name.endswith("lora_b"):
             parameter.zero_()
         if name.endswith("lora_a"):
-            whole = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            start = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
             if hasattr(parameter, "device_mesh"):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                whole = distribute_tensor(whole.to(parameter.device), mesh, placements)
-            parameter.copy_(whole)
+                start = distribute_tensor(
+                    start.to(parameter.device), parameter.device_mesh, parameter.placements
+                )
+            parameter.copy_(start)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ plain Qwen2 folder.
 import json
 import re
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -39,7 +39,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model import MODELS, ModelConfig, UnifiedModel
 from runtime.config import UserError
 from runtime.files import check_name, object_of, published
-from runtime.processes import first_alone
 
 # --------------------------------------------------------------------------------------------------
 # names: ours and BAGEL's
@@ -249,29 +248,6 @@ def shape_of(path, name, default=""):
             f"if it were {default or 'left out'}"
         )
     return ModelConfig(**MODELS.get(name, {}))
-
-
-def shape_with(config, preset):
-    """The shape that `config` asks for, or with `init` that of the checkpoint.
-
-    config: has the fields of ModelConfig; preset: {option: value} that it started from. UserError
-    for an option that contradicts the checkpoint. All processes take part.
-    """
-    names = [field.name for field in fields(ModelConfig)]
-    options = ModelConfig(**{name: getattr(config, name) for name in names})
-    if not config.init:
-        return options
-    with first_alone():  # it may be downloaded
-        found = load_config(find_model(config.init))
-    default = replace(ModelConfig(), **{k: v for k, v in preset.items() if k in names})
-    for name in names:
-        given = getattr(options, name)
-        if given not in (getattr(default, name), getattr(found, name)):
-            raise UserError(
-                f"--{name}={given}: the model's shape comes from {config.init}, which has "
-                f"{name}={getattr(found, name)}; leave the option out"
-            )
-    return found
 
 
 def _rope_theta(path, llm):

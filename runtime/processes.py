@@ -239,27 +239,14 @@ def reduced(numbers, operation="sum"):
     return tensor.tolist()
 
 
-def joined(tensor, parts, dim):
-    """The tensors (of one shape) of `parts` neighbouring processes, one behind the other on `dim`.
-
-    Processes 0 to parts - 1 are neighbours, and so on; all of them get the same.
-    """
-    if parts == 1:
+def joined(tensor):
+    """The tensors (of one shape) of all processes, one behind the other; all get the same."""
+    if size() == 1:
         return tensor
     tensor = tensor.to(device()).contiguous()
-    found = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(found, tensor)
-    begin = rank() // parts * parts
-    return torch.cat(found[begin : begin + parts], dim)
-
-
-def spread(values):
-    """The standard deviation of a tensor's values, of all processes together."""
-    if size() == 1:
-        return values.std(correction=0)
-    wide = values.double()
-    count, total, squares = reduced([wide.numel(), float(wide.sum()), float(wide.square().sum())])
-    return torch.tensor(max(0.0, squares / count - (total / count) ** 2) ** 0.5).to(values)
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
 
 
 def merged(values):

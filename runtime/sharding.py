@@ -93,17 +93,6 @@ def gathered(model):
             unit.reshard()
 
 
-def sum_gradients(model, on):
-    """Whether the coming backward pass sums gradients over the processes and keeps a shard of them,
-    or only adds to what this process has.
-
-    Off for all but the last pass of an optimiser step, gradients travel once, and stand whole in
-    memory until then; on for every pass, a shard of them stays.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
-
-
 def step_if_finite(optimizer, max_norm):
     """Scale the gradients down to the norm `max_norm` and step, on all processes or on none; clears
     the gradients.

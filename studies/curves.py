@@ -164,7 +164,7 @@ def save_strip(folder, step, engine: Engine, *, held_out):
     with gathered(engine.model):
         results = eight.paint(engine, [samples[number] for number in mine], mine)
     own = torch.stack([torch.from_numpy(np.array(one.image)) for one in results])  # (each, h, w, 3)
-    pictures = joined(own, size(), 0)[: len(samples)].cpu().numpy()
+    pictures = joined(own)[: len(samples)].cpu().numpy()
     if is_main():
         rows = reference_cells(samples)
         for row, sample, picture in zip(rows, samples, pictures):

@@ -25,13 +25,12 @@ some rows of a sequence writes their keys and values into their slots and attend
 Left out: dropout, biases other than q, k, v, and the official code's separate training and
 inference paths.
 
-    python model.py --config full --count          the parameter table of BAGEL-7B-MoT, on no memory
-    python model.py --config full --memory         bytes that sampling and training need
+    python model.py --config full --count     the parameter table of BAGEL-7B-MoT, on no memory
 """
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -43,18 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import attention
 from runtime.config import parse
 from sequence import Layout, Packed
-from vision import (
-    CodecConfig,
-    Eye,
-    EyeConfig,
-    FluxCodec,
-    Reference,
-    Resized,
-    ResizeRule,
-    SpaceToDepth,
-    patchify,
-    resize,
-)
+from vision import Eye, FluxCodec, Reference, Resized, ResizeRule, SpaceToDepth, patchify, resize
 
 MAX_LOGITS = 2**26  # computed at a time in the text loss: 268 MB in float32
 MLP_ROWS = {"cuda": 8192, "cpu": 512}  # computed at a time where no gradient is asked for
@@ -145,30 +133,6 @@ class ModelConfig:
         longest = self.vit_longest or self.vit_side * self.vit_patch
         return ResizeRule(longest, self.vit_shortest, self.vit_patch)
 
-    @property
-    def eye_config(self) -> EyeConfig:
-        """Shape of the eye."""
-        return EyeConfig(
-            hidden_size=self.vit_hidden_size,
-            intermediate_size=self.vit_intermediate_size,
-            num_layers=self.vit_num_layers,
-            num_heads=self.vit_num_heads,
-            patch=self.vit_patch,
-            side=self.vit_side,
-        )
-
-    @property
-    def codec_config(self) -> CodecConfig:
-        """Shape of the FLUX autoencoder, where it is the codec."""
-        return CodecConfig(
-            channels=self.vae_channels,
-            multipliers=self.vae_multipliers,
-            blocks=self.vae_blocks,
-            latent_channels=self.latent_channels,
-            scale=self.vae_scale,
-            shift=self.vae_shift,
-        )
-
     def picture_grid(self, width: int, height: int) -> tuple[int, int]:
         """(h, w) tokens of a picture of this size in pixels, after the codec's resize."""
         width, height = self.image_rule.size(width, height)
@@ -194,10 +158,14 @@ class ModelConfig:
 
     def tokens_of(self, picture: Resized) -> int:
         """Tokens of a reference in a packed sequence, markers included."""
-        parts = (picture.for_codec, self.token_pixels), (picture.for_eye, self.vit_patch)
-        return sum(
-            (one.width // side) * (one.height // side) + 2 for one, side in parts if one is not None
-        )
+        tokens = 0
+        for image, side in (
+            (picture.for_codec, self.token_pixels),
+            (picture.for_eye, self.vit_patch),
+        ):
+            if image is not None:
+                tokens += (image.width // side) * (image.height // side) + 2
+        return tokens
 
     def position_table(self, side: int) -> Tensor:
         """The sin-cos table (side * side, W) of this model, see `sincos_table`."""
@@ -284,17 +252,18 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def heads(self, x, cos, sin, *, read=None):
+    def heads(self, x, cos, sin, rows=None):
         """Queries, keys and values of x (n, W): (n, H, D), (n, K, D), (n, K, D).
 
-        read: the rows whose queries are wanted, None: all.
+        rows: those whose queries are wanted, None: all.
         """
         x = self.input_layernorm(x)
-        asked, places = (x, (cos, sin)) if read is None else (take(x, read), (cos[read], sin[read]))
-        pairs = (self.q_proj, asked), (self.k_proj, x), (self.v_proj, x)
-        # (n, H, D), (n, K, D), (n, K, D)
-        q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim)) for proj, rows in pairs)
-        return rotate(self.q_norm(q), *places), rotate(self.k_norm(k), cos, sin), v
+        asked = x if rows is None else take(x, rows)
+        q = self.q_proj(asked).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q_cos, q_sin = (cos, sin) if rows is None else (cos[rows], sin[rows])
+        return rotate(self.q_norm(q), q_cos, q_sin), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x, attended):
         """Residual update from the attention output (n, H * D), then the MLP."""
@@ -321,78 +290,56 @@ class Block(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(config), Expert(config)
 
-    def forward(self, und, gen, packed, turn, cache=None, prefix=None):
-        """und (U, W) and gen (L, W), sorted by expert -> the same, and the keys and values.
+    def forward(self, und, gen, packed, turn, *, both, read=None, cache=None, prefix=None):
+        """und (U, W) and gen (L, W) -> the same one layer on, and the keys and values (N, K, D) of
+        these rows in sequence order.
 
-        turn: cos and sin (N, 1, D), sorted by expert, see `rope`. cache, prefix: (keys, values)
-        of this layer, (slots, K, D) and (rows before this pack, K, D), see `UnifiedModel.forward`.
-        The keys and values that are returned are those of these rows, (N, K, D), in sequence order.
-        A row of gen that the pack does not have is a ghost (`UnifiedModel.embed`): it goes through
-        the expert, counts nothing, and gives every weight that rows of gen reach a gradient of 0.
-        Of a pack with `read` those rows alone go beyond keys and values, and come back.
+        turn: cos and sin (N, 1, D), sorted by expert, see `rope`. both: whether the generation
+        expert runs; it need not where the pack has no latents. read: of these rows alone anything
+        is wanted beyond keys and values, and they alone come back. cache, prefix: (keys, values) of
+        this layer, (slots, K, D) and (rows before this pack, K, D), see `UnifiedModel.forward`.
         """
-        ghost = gen if len(gen) > len(packed.latent_index) else None  # (1, W)
-        q, own, ghost_q = self._heads(und, gen, packed, turn=turn, ghost=ghost)
-        k, v = keys_seen(own, packed, cache, prefix=prefix)  # (Nk, K, D)
-        rows = packed
-        if packed.read is not None:
-            rows = packed.read
-            if not len(rows.order):
+        cos, sin = turn
+        split = len(und)
+        und_rows, gen_rows = (None, None) if read is None else (read.und, read.gen)
+        q, k, v = self.und.heads(und, cos[:split], sin[:split], und_rows)
+        if both:
+            q_gen, k_gen, v_gen = self.gen.heads(gen, cos[split:], sin[split:], gen_rows)
+            q, k, v = torch.cat([q, q_gen]), torch.cat([k, k_gen]), torch.cat([v, v_gen])
+        if not packed.all_text:  # from sorted by expert to the order of the sequence
+            k, v = take(k, packed.inverse), take(v, packed.inverse)
+        own = k, v
+        if cache is not None:
+            k, v = write(cache, own, packed.slots)
+        elif prefix is not None:
+            k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
+        if read is not None:
+            if not len(read.order):
                 return und, gen, own
-            und, gen = take(und, rows.und), gen if ghost is not None else take(gen, rows.gen)
-        q = in_sequence(q, rows)
+            und, gen = take(und, read.und), take(gen, read.gen)
+        rows = packed if read is None else read
+        if not rows.all_text:
+            q = take(q, rows.inverse)
         attended = attention(q, k, v, rows.mask)  # (N, H, D)
         del q, k, v  # what follows needs as much memory
         if not rows.all_text:
             attended = take(attended, rows.order)
         # (U, H * D), (L, H * D)
         from_und, from_gen = attended.flatten(1).tensor_split([len(und)])
-        if len(und):
-            und = self.und.finish(und, from_und)
-        if ghost is not None:
-            gen = self.gen.finish(ghost, ghost_q)  # (1, W)
-            und = und + 0 * gen
-        elif len(gen):
+        und = self.und.finish(und, from_und)
+        if both:
             gen = self.gen.finish(gen, from_gen)
         return und, gen, own
 
-    def _heads(self, und, gen, packed, *, turn, ghost):
-        """Queries (n, H, D) sorted by expert, keys and values (N, K, D) in sequence order, and what
-        the ghost attends to, zeros (1, H * D)."""
-        (cos, sin), read = turn, packed.read
-        both = (self.und, und, slice(len(und))), (self.gen, gen, slice(len(und), None))
-        parts = [part for part in both if len(part[1]) and part[1] is not ghost]
-        asked = {} if read is None else {self.und: read.und, self.gen: read.gen}
-        heads = [
-            expert.heads(x, cos[rows], sin[rows], read=asked.get(expert))
-            for expert, x, rows in parts
-        ]
-        q, k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*heads))
-        k, v = in_sequence(k, packed), in_sequence(v, packed)
-        if ghost is None:
-            return q, (k, v), None
-        none_q, none_k, none_v = (0 * x for x in self.gen.heads(ghost, cos[:1], sin[:1]))
-        return q, (k + none_k, v + none_v), none_q.flatten(1)
 
-
-def in_sequence(x, rows):
-    """x (n, ...) sorted by expert -> in the order of the sequence. rows: Packed, or Read."""
-    return x if rows.all_text else take(x, rows.inverse)
-
-
-def keys_seen(own, packed, cache, *, prefix):
-    """All keys and values (Nk, K, D) that a pack attends to: its `own`, and those of a cache, which
-    they are written to, or of a prefix."""
-    if cache is not None:
-        for stored, x in zip(cache, own):
-            if packed.slots is None:
-                stored.copy_(x)
-            else:
-                stored.index_copy_(0, packed.slots, x)
-        return cache
-    if prefix is not None:
-        return [take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own)]
-    return own
+def write(cache, own, slots):
+    """Write the keys and values of a pack into their slots (None: all). Returns the cache."""
+    for stored, x in zip(cache, own):
+        if slots is None:
+            stored.copy_(x)
+        else:
+            stored.index_copy_(0, slots, x)
+    return cache
 
 
 class Cache:
@@ -453,15 +400,14 @@ class UnifiedModel(nn.Module):
         self.time_embedder = TimeEmbedder(c.hidden_size)
         self.latent_in = nn.Linear(c.token_channels, c.hidden_size)
         self.latent_out = nn.Linear(c.hidden_size, c.token_channels)
-        self.eye = Eye(c.eye_config)
+        self.eye = Eye(c)
         self.connector = Connector(c.vit_hidden_size, c.hidden_size)
         self.register_buffer("latent_positions", c.position_table(c.latent_side), persistent=False)
         self.register_buffer("vit_positions", c.position_table(c.vit_side), persistent=False)
-        flux = c.codec == "flux"
-        self.codec = FluxCodec(c.codec_config) if flux else SpaceToDepth(c.codec_factor)
+        self.codec = FluxCodec(c) if c.codec == "flux" else SpaceToDepth(c.codec_factor)
         # recompute each block and each layer of the eye in the backward pass
         self.checkpointing = False
-        # sharded over several processes: every pass with gradients runs every unit, see `embed`
+        # sharded over several processes: every pass with gradients runs every unit, see `_run`
         self.every_unit = False
         self.tokens = 0  # that went through the blocks, for the logs
         self.trained_tokens = 0  # of them, those in passes with gradients
@@ -496,33 +442,27 @@ class UnifiedModel(nn.Module):
             self.codec.initialise(generator)
         return self
 
-    def embed(self, packed: Packed) -> tuple[Tensor, Tensor]:
+    def embed(self, packed: Packed, both: bool = True) -> tuple[Tensor, Tensor]:
         """The packed content as vectors: understanding tokens (U, W), latent tokens (L, W).
 
-        Processes that share a model must run the same units in the same order and give the same
-        weights gradients, whatever their packs hold. With `every_unit` a pack without ViT tokens
-        shows the eye an empty patch, which counts nothing, and one without latents carries an
-        empty latent as a ghost through the generation experts (`Block.forward`).
+        both: also what the pack has none of goes through its layers; an empty patch for the eye.
         """
-        ghosts = self.every_unit and torch.is_grad_enabled()
         und = self.embed_tokens(packed.text_ids)  # (X, W)
         if len(packed.vit_index):
             patches, ids = packed.vit_patches.to(und.dtype), packed.vit_position_ids
             features = self.eye(patches, ids, packed.vit_lengths, self.checkpointing)
             seen = self.connector(features) + self.vit_positions[ids].to(und.dtype)  # (V, W)
             und = torch.cat([und, seen])  # (U, W)
-        elif ghosts:
+        elif both and self.every_unit:
             patch = und.new_zeros(1, 3 * self.config.vit_patch**2)
             place = torch.zeros(1, dtype=torch.long, device=und.device)
             und = und + 0 * self.connector(self.eye(patch, place, (1,), self.checkpointing))
-        if not len(packed.latent_index):
-            if not ghosts:
-                return und, und[:0]
-            latent, t = und.new_zeros(1, self.config.token_channels), und.new_zeros(1)
-            return und, self.latent_in(latent) + self.time_embedder(t)  # (1, W)
+        if not both:
+            return und, und[:0]
         time = take(self.time_embedder(packed.timesteps), packed.image_of_latent)  # (L, W)
         place = self.latent_positions[packed.latent_position_ids].to(und.dtype)  # (L, W)
-        return und, self.latent_in(packed.latents.to(und.dtype)) + time + place
+        latents = packed.latents.view(len(place), self.config.token_channels)  # (L, C), none too
+        return und, self.latent_in(latents.to(und.dtype)) + time + place
 
     def forward(
         self,
@@ -553,22 +493,32 @@ class UnifiedModel(nn.Module):
         return self._run(packed, read=packed.reading(losses=False), keep=True)[2]
 
     def _run(self, packed, cache=None, prefix=None, *, read=None, keep=False):
+        """Hidden states und (U, W) and gen (L, W), and if asked the keys and values of each layer.
+
+        Processes that share a model must run the same units in the same order and give the same
+        weights gradients, whatever their packs hold. So with `every_unit` a pack without latents
+        goes through the generation experts too: of no rows, the gradient of a weight is 0.
+        """
+        grad = torch.is_grad_enabled()
         self.tokens += len(packed)
-        self.trained_tokens += len(packed) * torch.is_grad_enabled()
-        und, gen = self.embed(packed)
+        self.trained_tokens += len(packed) * grad
+        both = len(packed.latent_index) > 0 or (self.every_unit and grad)
+        und, gen = self.embed(packed, both)
         c, places = self.config, packed.positions[packed.order]  # (N,)
         turn = rope(places, c.head_dim, c.rope_theta, dtype=und.dtype)
-        kept = []
+        kept, last = [], len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            if read is not None and layer == len(self.blocks) - 1:
-                packed = replace(packed, read=read)
-            before = None if prefix is None else prefix[layer]
-            if self.checkpointing and torch.is_grad_enabled():
-                inputs = und, gen, packed, turn, None, before
-                und, gen, own = checkpoint(block, *inputs, use_reentrant=False)
+            inputs = dict(
+                both=both,
+                read=read if layer == last else None,
+                cache=None if cache is None else (cache.keys[layer], cache.values[layer]),
+                prefix=None if prefix is None else prefix[layer],
+            )
+            if self.checkpointing and grad:
+                rows = und, gen, packed, turn
+                und, gen, own = checkpoint(block, *rows, use_reentrant=False, **inputs)
             else:
-                slots = None if cache is None else (cache.keys[layer], cache.values[layer])
-                und, gen, own = block(und, gen, packed, turn, slots, before)
+                und, gen, own = block(und, gen, packed, turn, **inputs)
             if keep:
                 kept.append(own)
             del own
@@ -668,14 +618,6 @@ def sincos_table(side: int, width: int, scale: float = 1.0, *, theta: float = 1e
     return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1).float()
 
 
-@dataclass(frozen=True)
-class TableConfig(ModelConfig):
-    """What `python model.py` prints, and of which model."""
-
-    count: bool = False  # print the number of parameters of each part
-    memory: bool = False  # print the bytes that each way of using the model needs
-
-
 def parameter_table(model: UnifiedModel) -> dict[str, int]:
     """{part: values}, docs/BAGEL.md §2; both frozen position tables count, the codec does not."""
     parts = {
@@ -701,44 +643,15 @@ def parameter_table(model: UnifiedModel) -> dict[str, int]:
     return table
 
 
-def memory_table(model: UnifiedModel) -> dict[str, int]:
-    """{use: bytes}: weights, their gradients and AdamW's moments.
+@dataclass(frozen=True)
+class CountConfig(ModelConfig):
+    """The model whose parameters `python model.py` counts."""
 
-    Activations come on top; they depend on the pack.
-    """
-    c, values = model.config, sum(parameter_table(model).values())
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    codec = 0
-    if c.codec == "flux":
-        codec = sum(tensor.numel() for tensor in model.codec.weights.parameters())
-    gen = sum(p.numel() for name, p in model.named_parameters() if ".gen." in name)
-    return {
-        "weights, bfloat16": 2 * values,
-        "weights, float32": 4 * values,
-        "codec, float32": 4 * codec,
-        "KV cache, 1,000 tokens, bfloat16": 2000 * cache,
-        "KV cache, 1,000 tokens, float32": 4000 * cache,
-        "training, float32 (weights, gradients, moments, average)": 20 * values,
-        "training the generation expert alone, float32": 8 * values + 12 * gen,
-    }
-
-
-def print_tables(config: TableConfig) -> None:
-    """Print what was asked for, of a model on the meta device, which has shapes and no memory."""
-    with torch.device("meta"):
-        model = UnifiedModel(config)
-    if config.count:
-        table = parameter_table(model)
-        for part, values in [*table.items(), ("total", sum(table.values()))]:
-            print(f"{part:24s}{values:18,d}")
-    if config.memory:
-        for use, size in memory_table(model).items():
-            print(f"{use:58s}{size / 1e9:10.3f} GB")
-    if not config.count and not config.memory:
-        told = "nothing to do; --count prints the parameter table, --memory what it needs"
-        print(told, file=sys.stderr)
-        sys.exit(2)
+    count: bool = True  # print the number of parameters of each part
 
 
 if __name__ == "__main__":
-    print_tables(parse(TableConfig, MODELS, sys.argv[1:]))
+    with torch.device("meta"):  # it has shapes and no memory
+        table = parameter_table(UnifiedModel(parse(CountConfig, MODELS, sys.argv[1:])))
+    for part, values in [*table.items(), ("total", sum(table.values()))]:
+        print(f"{part:24s}{values:18,d}")

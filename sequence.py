@@ -123,7 +123,6 @@ class Packed:
     # (N,) bool: outside all branches and noised images of its document
     shared: Tensor | None = None
     extra: Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
-    read: Read | None = None  # the rows that the last layer is asked for, None: all
     # (N,) row of this pack for each row of the model's residual stream, and the other way round
     order: Tensor = field(init=False)
     inverse: Tensor = field(init=False)

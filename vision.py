@@ -207,18 +207,6 @@ class SpaceToDepth:
         return F.pixel_shuffle(latents, self.factor)  # (..., 3, h, w)
 
 
-@dataclass(frozen=True)
-class CodecConfig:
-    """Shape of the FLUX.1 autoencoder (docs/BAGEL.md §8)."""
-
-    channels: int = 128  # at full resolution
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the channels, at each resolution
-    blocks: int = 2  # residual blocks a resolution
-    latent_channels: int = 16
-    scale: float = 0.3611  # latents = scale * (z - shift)
-    shift: float = 0.1159
-
-
 def group_norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
@@ -284,11 +272,11 @@ class FluxEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        channels = config.channels
-        widths = [channels] + [channels * m for m in config.multipliers]
+        channels = config.vae_channels
+        widths = [channels] + [channels * m for m in config.vae_multipliers]
         pairs = zip(widths[:-1], widths[1:])
         self.conv_in = conv3(3, channels)
-        self.down = nn.ModuleList(level(a, b, config.blocks) for a, b in pairs)
+        self.down = nn.ModuleList(level(a, b, config.vae_blocks) for a, b in pairs)
         for width, one in list(zip(widths[1:], self.down))[:-1]:
             one["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
         self.mid = middle(widths[-1])
@@ -316,11 +304,12 @@ class FluxDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.channels * m for m in (*config.multipliers, config.multipliers[-1])]
+        multipliers = config.vae_multipliers
+        widths = [config.vae_channels * m for m in (*multipliers, multipliers[-1])]
         pairs = zip(widths[:-1], widths[1:])
         self.conv_in = conv3(config.latent_channels, widths[-1])
         self.mid = middle(widths[-1])
-        self.up = nn.ModuleList(level(b, a, config.blocks + 1) for a, b in pairs)
+        self.up = nn.ModuleList(level(b, a, config.vae_blocks + 1) for a, b in pairs)
         for width, one in list(zip(widths, self.up))[1:]:
             one["upsample"] = nn.ModuleDict({"conv": conv3(width, width)})
         self.norm_out, self.conv_out = group_norm(widths[0]), conv3(widths[0], 3)
@@ -346,10 +335,10 @@ class FluxCodec:
     of ae.safetensors. Always float32.
     """
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config):
         parts = {"encoder": FluxEncoder(config), "decoder": FluxDecoder(config)}
         self.weights = nn.ModuleDict(parts).requires_grad_(False).float()
-        self.scale, self.shift = config.scale, config.shift
+        self.scale, self.shift = config.vae_scale, config.vae_shift
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights, fan-in scaled: the same on all processes and whenever a run goes on."""
@@ -383,32 +372,20 @@ class FluxCodec:
 # the eye
 
 
-@dataclass(frozen=True)
-class EyeConfig:
-    """Shape of the eye (docs/BAGEL.md §7)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    patch: int  # pixels, side of a patch
-    side: int  # of the position table, in patches
-
-
 class EyeLayer(nn.Module):
     """Pre-LN transformer layer with full attention inside each picture."""
 
     def __init__(self, config, eps=1e-6):
         super().__init__()
-        width, self.num_heads = config.hidden_size, config.num_heads
+        width, self.num_heads = config.vit_hidden_size, config.vit_num_heads
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
         self.layer_norm2 = nn.LayerNorm(width, eps)
-        self.fc1 = nn.Linear(width, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, width)
+        self.fc1 = nn.Linear(width, config.vit_intermediate_size)
+        self.fc2 = nn.Linear(config.vit_intermediate_size, width)
 
     def forward(self, x, mask):
         h = self.layer_norm1(x)  # (V, W)
@@ -419,14 +396,14 @@ class EyeLayer(nn.Module):
 
 
 class Eye(nn.Module):
-    """SigLIP NaViT (docs/BAGEL.md §7); W, H and D are the eye's own."""
+    """SigLIP NaViT (docs/BAGEL.md §7); W, H and D are its own. config: model.ModelConfig."""
 
-    def __init__(self, config: EyeConfig):
+    def __init__(self, config):
         super().__init__()
-        width = config.hidden_size
-        self.patch_embedding = nn.Linear(3 * config.patch * config.patch, width)
-        self.position_embedding = nn.Embedding(config.side * config.side, width)
-        self.layers = nn.ModuleList(EyeLayer(config) for _ in range(config.num_layers))
+        width = config.vit_hidden_size
+        self.patch_embedding = nn.Linear(3 * config.vit_patch**2, width)
+        self.position_embedding = nn.Embedding(config.vit_side**2, width)
+        self.layers = nn.ModuleList(EyeLayer(config) for _ in range(config.vit_num_layers))
         self.post_layernorm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, patches, position_ids, lengths, checkpointing=False):

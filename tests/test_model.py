@@ -144,7 +144,7 @@ def test_attention_is_grouped_softmax_attention(model):
     x = x + each(lambda e, i: e.down_proj(F.silu(e.gate_proj(m[i])) * e.up_proj(m[i])))
     cos, sin = angle[packed.order].cos(), angle[packed.order].sin()  # (N, D / 2)
     both = torch.cat([cos, cos], 1)[:, None], torch.cat([-sin, sin], 1)[:, None]  # (N, 1, D)
-    got = in_order(packed, *block(und, gen, packed, both)[:2])
+    got = in_order(packed, *block(und, gen, packed, both, both=True)[:2])
     torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
 
 

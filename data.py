@@ -510,14 +510,11 @@ def problems_of(source: Source, number: int, context_length: int = 77) -> list[s
     sample, reason = source.try_to_read(number)
     if reason:
         return [f"{source.name(number)}: {reason}"]
-    count, problems = len(sample.references), []
+    problems = []
     if not sample.references:
         problems.append("it has no reference")
     if not sample.instruction.strip() or len(sample.instruction) > LONGEST:
         problems.append(f"its instruction has {len(sample.instruction)} characters")
-    for image, _, certain in iccot.image_numbers(sample.instruction):
-        if certain and not 1 <= image <= count:
-            problems.append(f"its instruction names image {image}, it has {count} references")
     tokens = len(clip_tokenizer().encode(sample.plan.caption)) + 2
     if tokens > context_length:
         problems.append(f"its caption has {tokens} CLIP tokens, CLIP reads {context_length}")

@@ -308,9 +308,7 @@ class Page:
         """The plan as it is written, into its fields."""
         with said_on_the_page():
             ask = self._asked(values).ask
-            _, doubts = self.studio.request(ask)
-            for doubt in doubts:
-                gr.Warning(as_words(doubt))
+            self.studio.request(ask)  # UserError for what is wrong with it
             text, count = "", len(ask.references)
             for text in self.studio.thoughts(ask):
                 yield so_far(text, count, self.most)

@@ -33,12 +33,10 @@ Letters: sequence.py. Left out: top-k and beam search; answers about pictures (s
 import itertools
 import math
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -51,7 +49,6 @@ from vision import Reference, to_pil, unpatchify
 
 MAX_DECODED = 1024 * 1024  # pixels that the codec decodes at a time: bounds the memory
 THINKING, PAINTING = 1, 2  # purposes of the random numbers of a request
-BLOCK = 512  # tokens whose probabilities are cumulated together
 CACHED = 3  # velocities that one is extrapolated from: a parabola
 LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewhere every token
 
@@ -64,8 +61,8 @@ LOOK = {"cuda": 8}  # tokens between two looks at which plans have ended; elsewh
 class Request:
     """One picture to make. references: PIL RGB; grid: (h, w) latent tokens of the picture.
 
-    system: a text in front of everything (iccot.GENERATION_SYSTEM_PROMPT); plan: the text to paint,
-    "": what the model thinks.
+    system: a text in front of everything (iccot.GENERATION_SYSTEM_PROMPT).
+    plan: the text to paint; "": what the model thinks.
     """
 
     references: tuple[Image.Image, ...]
@@ -118,19 +115,16 @@ class Sampler:
 
     def __post_init__(self):
         if self.num_timesteps < 2:
-            raise ValueError(
-                f"num_timesteps={self.num_timesteps}: expected at least 2 grid points, noise and "
-                f"picture"
-            )
+            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points")
         if not 0 < self.timestep_shift < math.inf:
-            raise ValueError(
-                f"timestep_shift={self.timestep_shift}: expected a number above 0; 1 shifts nothing"
-            )
+            raise ValueError(f"timestep_shift={self.timestep_shift}: expected a number above 0")
         if self.cache_interval < 1:
             raise ValueError(f"cache_interval={self.cache_interval}: expected 1 (off) or more")
-        for name in ("text_guidance", "image_guidance"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number; 1 is off")
+        if not math.isfinite(self.text_guidance) or not math.isfinite(self.image_guidance):
+            raise ValueError(
+                f"text_guidance={self.text_guidance}, image_guidance={self.image_guidance}: "
+                f"expected numbers; 1 is off"
+            )
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -161,13 +155,10 @@ class Prompt:
 
     def hollow(self) -> "Prompt":
         """The same places without the patches: for packs that leave the prompt out (`cut`)."""
-        return Prompt(
-            tuple(
-                item if is_text(item) else replace(item, patches=item.patches[:, :0])
-                for item in self.items
-            ),
-            self.vae,
-        )
+        items = []
+        for item in self.items:
+            items.append(item if is_text(item) else replace(item, patches=item.patches[:, :0]))
+        return Prompt(tuple(items), self.vae)
 
     def __len__(self) -> int:
         """Tokens in a packed sequence."""
@@ -219,10 +210,12 @@ def lay_out(
     sequence, rows = Sequence(layout), {name: [] for name in contexts}
 
     def leaves(name, group, branches):
-        for noised in (one for branch in branches for one in branch.noised) if name in rows else ():
-            begin = sequence.noised_tokens
-            rows[name].append(torch.arange(begin, begin + len(noised.x)))
-            sequence.noise(noised.x, group.grid, noised.timestep)
+        if name in rows:
+            for branch in branches:
+                for noised in branch.noised:
+                    begin = sequence.noised_tokens
+                    rows[name].append(torch.arange(begin, begin + len(noised.x)))
+                    sequence.noise(noised.x, group.grid, noised.timestep)
 
     for group in groups:
         prompt = group.prompt
@@ -291,12 +284,12 @@ def guided(
 def draw_noise(lengths: list[int], channels: int, generators: list) -> torch.Tensor:
     """Standard normal (sum of lengths, C) on the CPU, a picture from each generator."""
     pairs = zip(lengths, generators, strict=True)
-    return torch.cat([torch.randn(n, channels, generator=one) for n, one in pairs])
+    return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in pairs])
 
 
 def draw_uniform(count: int, generators: list) -> torch.Tensor:
     """(B, count) of [0, 1) in float64 on the CPU, a row from each generator."""
-    rows = [torch.rand(count, generator=one, dtype=torch.float64) for one in generators]
+    rows = [torch.rand(count, generator=each, dtype=torch.float64) for each in generators]
     return torch.stack(rows)
 
 
@@ -304,9 +297,8 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
     """The next token of each row, (B, vocabulary) -> (B,), where the logits are.
 
     uniform: (B,) of [0, 1); the token is where the cumulated probabilities exceed its number. Not
-    needed where decoding is greedy. Found in two steps, the block of tokens and the token in it.
-    Cumulated in the type of `uniform`, float64 where there is one: at 152,064 tokens, rounding in
-    float32 is as large as the probability of most of them.
+    needed where decoding is greedy. Cumulated in the type of `uniform`, float64 where there is one:
+    at 152,064 tokens, rounding in float32 is as large as the probability of most of them.
     """
     if thinking.temperature == 0:
         return logits.argmax(-1)
@@ -315,19 +307,10 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
         ordered, index = probabilities.sort(-1, descending=True)
         behind = ordered.cumsum(-1) - ordered >= thinking.top_p  # likelier ones make up top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(behind, 0))
-    padding = -logits.shape[-1] % BLOCK
-    blocks = F.pad(probabilities, (0, padding)).unflatten(-1, (-1, BLOCK))  # (B, blocks, BLOCK)
-    ends = blocks.sum(-1).to(uniform).cumsum(-1)  # (B, blocks)
-    drawn = uniform[:, None] * ends[:, -1:]  # (B, 1), below the last
-    block = torch.searchsorted(ends, drawn, right=True).clamp_max(ends.shape[1] - 1)  # (B, 1)
-    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (B, BLOCK)
-    inside = inside.to(uniform).cumsum(-1)
-    end = ends.gather(1, block)  # (B, 1)
-    begin = F.pad(ends, (1, 0)).gather(1, block)  # (B, 1)
-    # the place in the block, below 1: rounding must not lead to a token that cannot come
-    place = ((drawn - begin) / (end - begin)).clamp_max(1 - 4 * torch.finfo(ends.dtype).eps)
-    found = torch.searchsorted(inside, place * inside[:, -1:], right=True)  # (B, 1)
-    return (block * BLOCK + found).squeeze(1).clamp_max(logits.shape[-1] - 1)
+    ends = probabilities.to(uniform.dtype).cumsum(-1)  # (B, vocabulary)
+    # below the last end, or rounding could lead to a token that cannot come
+    uniform = uniform.clamp_max(1 - torch.finfo(uniform.dtype).eps)
+    return torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,13 +365,21 @@ class Engine:
         return cache
 
     def think(
-        self, prompts: list[Prompt], thinking: Thinking, **how
+        self,
+        prompts: list[Prompt],
+        thinking: Thinking,
+        *,
+        count: int = 1,
+        generators: list | None = None,
+        prefix: Cache | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
-        """Decode plans for each prompt, all together. how: as for `tokens`.
+        """Decode plans for each prompt, all together; the arguments are those of `tokens`.
 
         Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time.
         """
-        (tokens,) = deque(self.tokens(prompts, thinking, **how), maxlen=1)  # the last
+        *_, tokens = self.tokens(
+            prompts, thinking, count=count, generators=generators, prefix=prefix
+        )
         rows, eos = tokens.tolist(), self.layout.eos
         plans = [row[: row.index(eos)] if eos in row else row for row in rows]
         return plans, [eos in row for row in rows]
@@ -421,29 +412,21 @@ class Engine:
         packed = sequence.pack().to(self.device)
         cache = Cache(self.model, len(packed))
         cache.take_over(packed.rows_of("given"), prefix)
-        how = dict(thinking=thinking, generators=generators)
-        yield from self._decode(packed, cache, sequence.reserved, **how)
-
-    def _decode(self, packed, cache, reserved, *, thinking, generators):
-        """Decode into the reserved slots; rows that have ended leave the batch.
-
-        On a GPU they leave every few tokens (LOOK), so that the host need not wait for each.
-        """
-        slots = torch.tensor(reserved, device=self.device)  # (B,) B = prompts * count
         uniform = None
         if thinking.temperature:
             wide = torch.float32 if self.device.type == "mps" else torch.float64
             uniform = draw_uniform(thinking.max_tokens, generators)  # (B, max_tokens)
             uniform = uniform.to(self.device, wide)
+        slots = torch.tensor(sequence.reserved, device=self.device)  # (B,) of the first tokens
         fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
-        tokens = slots.new_full((len(slots), thinking.max_tokens), -1)  # (B, steps)
+        tokens = slots.new_full((len(slots), thinking.max_tokens), -1)
         open_rows = torch.arange(len(slots), device=self.device)
+        # rows that have ended leave; on a GPU every few tokens, so that the host need not wait
         look = LOOK.get(self.device.type, 1)
         for step in range(thinking.max_tokens):
             hidden, _ = self.model(packed.decoding(slots[open_rows] + step, fed), cache)  # (B, W)
             logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
-            drawn = None if uniform is None else uniform[open_rows, step]
-            fed = choose(logits, thinking, drawn)
+            fed = choose(logits, thinking, None if uniform is None else uniform[open_rows, step])
             tokens[open_rows, step] = fed
             yield tokens
             if (step + 1) % look == 0:
@@ -452,13 +435,21 @@ class Engine:
                 if not len(open_rows):
                     break
 
-    def paint(self, groups: list[Group], sampler: Sampler, **how) -> torch.Tensor:
+    def paint(
+        self,
+        groups: list[Group],
+        sampler: Sampler,
+        *,
+        step: Callable | None = None,
+        prefix: Cache | None = None,
+    ) -> torch.Tensor:
         """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
 
-        how: as for `steps`.
+        The arguments are those of `steps`.
         """
-        ((x, _),) = deque(self.steps(groups, sampler, **how), maxlen=1)  # the last
-        return x
+        for x, _ in self.steps(groups, sampler, step=step, prefix=prefix):
+            final = x
+        return final
 
     @torch.no_grad()
     def steps(
@@ -479,13 +470,16 @@ class Engine:
         """
         if prefix is not None:
             groups = [replace(group, prompt=group.prompt.hollow()) for group in groups]
-        noise = [one.x for group in groups for branch in group.branches for one in branch.noised]
+        noise = [
+            start.x for group in groups for branch in group.branches for start in branch.noised
+        ]
         x = torch.cat(noise).to(self.device)  # (I * T, C)
         lengths = torch.tensor([len(x) for x in noise], device=self.device)  # (I,)
         velocity = self._velocity(groups, sampler, lengths, prefix=prefix)
         grid = flow.time_grid(sampler.num_timesteps, sampler.timestep_shift)
-        guides = flow.guidance_active(grid, sampler.guidance_interval).tolist()
-        active = [one and len(sampler.contexts) > 1 for one in guides]
+        active = flow.guidance_active(grid, sampler.guidance_interval).tolist()
+        if len(sampler.contexts) == 1:
+            active = [False] * len(grid)
         past = []  # (t, v) of the last passes of the model
         for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
             if k and active[k] != active[k - 1]:
@@ -494,9 +488,12 @@ class Engine:
                 v = velocity(x, t, active[k])  # (I * T, C)
                 past = [*past, (t, v)][-CACHED:]
             else:
-                v = flow.extrapolate(*zip(*past), t)
-            times, estimate = dict(t=t, t_next=t_next), x - t * v  # (I * T, C)
-            x = step(k, x, v, **times) if step else flow.euler_step(x, v, **times)
+                v = flow.extrapolate([time for time, _ in past], [v for _, v in past], t)
+            estimate = x - t * v  # (I * T, C)
+            if step is None:
+                x = flow.euler_step(x, v, t, t_next=t_next)
+            else:
+                x = step(k, x, v, t=t, t_next=t_next)
             yield x, estimate
 
     def _velocity(self, groups, sampler, lengths, *, prefix):
@@ -509,7 +506,6 @@ class Engine:
         packed = packed.to(self.device)
         rows = {name: index.to(self.device) for name, index in rows.items()}
         image_of_token = torch.repeat_interleave(lengths)  # (I * T,)
-        how = dict(sampler=sampler, image_of_token=image_of_token, images=len(lengths))
         cache, canvases = self._fill(packed, prefix), {}
 
         def velocity(x, t, active):
@@ -521,7 +517,9 @@ class Engine:
             canvas.latents = x[token]  # (M, C)
             canvas.timesteps = torch.full_like(canvas.timesteps, t)
             v = self.model.velocity(canvas, self.model(canvas, cache)[1])  # (M, C)
-            return guided(v, asked, t, **how)
+            return guided(
+                v, asked, t, sampler=sampler, image_of_token=image_of_token, images=len(lengths)
+            )
 
         return velocity
 
@@ -542,7 +540,7 @@ class Engine:
         """
         config, decoded = self.model.config, []
         for (h, w), same in itertools.groupby(zip(grids, tokens), operator.itemgetter(0)):
-            latents = [unpatchify(one, (h, w), config.latent_patch) for _, one in same]
+            latents = [unpatchify(picture, (h, w), config.latent_patch) for _, picture in same]
             at_once = max(1, MAX_DECODED // (h * w * config.token_pixels**2))
             for part in torch.stack(latents).split(at_once):  # (B, c, h, w)
                 decoded += map(to_pil, self.model.codec.decode(part))
@@ -558,7 +556,7 @@ class Engine:
         seeds: list[tuple[int, ...]],
         step: Callable | None = None,
     ) -> list[Result]:
-        """Plans and pictures for all requests: the one road from prompts to pictures.
+        """Plans and pictures for all requests.
 
         thinking: None paints straight from the prompts. batch: requests at a time, bounds the
         memory. seeds: for each request the numbers that its plan and its noise depend on, whatever
@@ -567,27 +565,26 @@ class Engine:
         results = []
         for begin in tqdm(range(0, len(requests), batch), disable=None, desc="paint", leave=False):
             part = requests[begin : begin + batch]
-            prompts = [self.prompt(one.references, one.instruction, one.system) for one in part]
-            draw = {
-                purpose: [generator(*seed, purpose) for seed in seeds[begin : begin + batch]]
-                for purpose in (THINKING, PAINTING)
-            }
-            plans = [self.tokenizer.encode(one.plan) if one.plan else None for one in part]
+            numbers = seeds[begin : begin + batch]
+            prompts = [self.prompt(r.references, r.instruction, r.system) for r in part]
+            plans = [self.tokenizer.encode(r.plan) if r.plan else None for r in part]
             ask = [i for i, plan in enumerate(plans) if plan is None and thinking is not None]
             prefix = self.prefill(prompts) if len(ask) == len(part) else None
             if ask:
-                how = dict(generators=[draw[THINKING][i] for i in ask], prefix=prefix)
-                written, _ = self.think([prompts[i] for i in ask], thinking, **how)
+                generators = [generator(*numbers[i], THINKING) for i in ask]
+                written, _ = self.think(
+                    [prompts[i] for i in ask], thinking, generators=generators, prefix=prefix
+                )
                 for i, plan in zip(ask, written):
                     plans[i] = plan
-            groups = [
-                Group(prompt, one.grid, (Branch(plan, (self.start(one.grid, noise),)),))
-                for prompt, one, plan, noise in zip(prompts, part, plans, draw[PAINTING])
-            ]
+            groups = []
+            for request, prompt, plan, seed in zip(part, prompts, plans, numbers):
+                start = self.start(request.grid, generator(*seed, PAINTING))
+                groups.append(Group(prompt, request.grid, (Branch(plan, (start,)),)))
             x = self.paint(groups, sampler, step=step, prefix=prefix)
             del prefix  # the codec needs memory too
-            latents = x.split([one.grid[0] * one.grid[1] for one in part])  # (T, C) each
-            images = self.pictures(latents, [one.grid for one in part])
+            latents = x.split([r.grid[0] * r.grid[1] for r in part])  # (T, C) each
+            images = self.pictures(latents, [r.grid for r in part])
             results += map(self._result, part, plans, images)
         return results
 

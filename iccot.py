@@ -53,65 +53,10 @@ LOOSE_TAG = re.compile(
     r"<\s*(/?)\s*(think|out[_ -]?caption|relation[_ -]?\d{1,2})\s*>", re.IGNORECASE
 )
 
-JSON_FIELD = re.compile(
-    r'"(out_caption|relation_\d{1,2})"\s*:\s*"((?:[^"\\]|\\.)*)("?)', re.IGNORECASE | re.DOTALL
-)
-
-# how people name a reference: "image 3", "image_3", "<image 3>", "images 1 and 3", "figure three",
-# "the 3rd photo", "图3", "第三张图"; not "image 3 times", "image 90°", "image 16:9", "图一样"
-ORDINALS = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
-CARDINALS = tuple("one two three four five six seven eight nine ten".split())
-HAN = tuple("一二三四五六七八九十")
-NUMBERS = {word: i for words in (ORDINALS, CARDINALS, HAN) for i, word in enumerate(words, 1)}
-
-COUNT = rf"(?:\d{{1,2}}|{'|'.join(CARDINALS)})"
-UNITS = (
-    r"percent|px|pixels?|times|deg|degrees?|mm|cm|inch(?:es)?|stops?|steps?|shades?|"
-    r"years?|months?|weeks?|days?|hours?|minutes?|seconds?"
-)
-# after the number: no angle, size, factor, ratio, fraction, year or end of a file's name
-COUNTED = (
-    r"(?![A-Za-z0-9_]|\.(?:\d|png|jpe?g|webp)|[:：/x×]\d|\s[:：x×]\s?\d"
-    rf"|\s*(?:[%°º度倍次]|像素|(?:{UNITS})\b))"
-)
-
+# a reference that a relation names without doubt: "image_3", "image 3"; not "the image 3 times"
 IMAGE_NUMBER = re.compile(
-    r"(?<![A-Za-z])(image|img|picture|photo|figure|fig\.?|reference)"
-    rf"(?:(s)[ _]?((?:{COUNT}\s*(?:,|and|or|to|&|/|-)\s*(?:and\s*)?)*)"
-    rf"|[ _-]?(?:#|no\. ?)?[(\[]?\s?)({COUNT}){COUNTED}",
-    re.IGNORECASE,
+    r"(?<![A-Za-z])(?:image_|(?<!the )image )(\d{1,2})(?![A-Za-z0-9_%°:]|\.[a-z])", re.IGNORECASE
 )
-
-IMAGE_ORDINAL = re.compile(
-    rf"(?<![A-Za-z])({'|'.join(ORDINALS)}|\d{{1,2}}(?=st|nd|rd|th))(?:st|nd|rd|th)?[ -]"
-    r"((?:reference|input|given) )?(image|picture|photo|photograph|reference)"
-    r"(?![A-Za-z]| (?:frame|album|book|booth)s?\b)",
-    re.IGNORECASE,
-)
-
-IMAGE_HAN = re.compile(
-    rf"(?<![地拼构插蓝版绘制画截底草])(?:[图圖][片像象]?|[照相]片)[ _#]{{0,2}}"
-    rf"(\d{{1,2}}(?![个個只隻条條位张張幅名种種])|[{''.join(HAN)}](?=\W|[中里内內上的和与與跟及或是为為]|$))"
-    rf"{COUNTED}"
-)
-
-IMAGE_HAN_ORDINAL = re.compile(
-    rf"第 ?(\d{{1,2}}|[{''.join(HAN)}]) ?[张張幅副个個]?(?:参考|參考|输入|輸入)?"
-    r"([图圖](?![书書表标標案纸紙层層])|[照相]片)"
-)
-
-# a name has no article; "picture" and "figure" are verbs too, but not after these words
-ARTICLE = re.compile(r"\b(?:an?|the|this|that|another|every|each|your|my|its)\s+$", re.IGNORECASE)
-IN_USE = re.compile(
-    r"(?:\b(?:of|in|from|to|with|and|or|by|on|at|into|onto|like|as|for|use|using)\s+|[,(<\[|])$",
-    re.IGNORECASE,
-)
-# "the second picture", and "the second image on the wall", may hang there
-SOMEWHERE = re.compile(
-    r"\s+(?:on|in|at|of|above|over|under|below|behind|near|next|beside|along|inside|hanging)\b",
-    re.IGNORECASE,
-)
-MOST = 20  # references that anybody gives; a higher number is likelier an angle or a size
 
 
 class PlanError(ValueError):
@@ -204,10 +149,9 @@ def parse(text: str, references: int | None = None) -> ICCoT:
     while text.startswith(f"<relation_{len(relations) + 1}>", position):
         start = position
         relation, position = _field(text, position, f"relation_{len(relations) + 1}")
-        if references is not None:
-            for number, offset, _ in _absent(text[start:position], references):
-                message = f"a relation names image {number}, but {_there_are(references)}"
-                _fail(text, start + offset, message)
+        for match in _absent(text[start:position], references):
+            message = f"a relation names image {match[1]}, but {_there_are(references)}"
+            _fail(text, start + match.start(), message)
         relations.append(relation)
     read = len(relations)
     if references is not None and read < references and not _stray(text, position):
@@ -334,8 +278,7 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
         return parse(text, references), []
     except PlanError as error:
         notes = [str(error)]
-    json_fields = JSON_FIELD.findall(text)
-    fields = _loose_json(json_fields, notes) if json_fields else _loose_tags(text, notes)
+    fields = _loose_tags(text, notes)
     caption = fields.pop("out_caption", "")
     if not caption:
         return None, notes + ["no caption"]
@@ -348,7 +291,7 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
     for i, relation in enumerate(relations, 1):
         if not relation:
             notes.append(f"relation_{i} is missing")
-        elif references is not None and _absent(relation, references):
+        elif _absent(relation, references):
             notes.append(f"relation_{i} names an image that is not there")
     return ICCoT(caption, relations), notes
 
@@ -378,25 +321,6 @@ def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
     return fields
 
 
-def _loose_json(found: list[tuple[str, str, str]], notes: list[str]) -> dict[str, str]:
-    """Fields of a JSON plan that may be cut off anywhere.
-
-    found: (name, raw text, closing quote) of each.
-    """
-    notes.append("read as JSON")
-    fields: dict[str, str] = {}
-    for name, raw, quote in found:
-        name = re.sub(r"relation_0*(\d)", r"relation_\1", name.lower())
-        if not quote:
-            notes.append(f'"{name}" was not closed')
-        try:
-            content = json.loads(f'"{raw}"', strict=False)
-        except json.JSONDecodeError:  # an escape that JSON does not know: keep the raw characters
-            content = raw
-        _keep(fields, name, content, notes=notes)
-    return fields
-
-
 def _keep(fields: dict[str, str], name: str, content: str, *, notes: list[str]) -> None:
     """Store a cleaned field unless it is empty or a duplicate."""
     content = re.sub(r"</?[\w ]*$", "", content)  # a closing tag cut off by the end of the text
@@ -407,66 +331,12 @@ def _keep(fields: dict[str, str], name: str, content: str, *, notes: list[str]) 
         fields[name] = content
 
 
-# --------------------------------------------------------------------------------------------------
-# references named in a sentence
-
-
-def image_numbers(text: str) -> list[tuple[int, int, bool]]:
-    """(number, offset, certain) of each reference that a sentence names, in English or Chinese.
-
-    certain: it can mean nothing else; not so "the image 3", "the second picture on the wall".
-    """
-    found = []
-    for match in IMAGE_NUMBER.finditer(text):  # "images 1, 2 and 3" is one match with three numbers
-        words = re.findall(COUNT, f"{match[3] or ''} {match[4]}", re.IGNORECASE)
-        found += [(word, match.start(), _is_a_name(text, match)) for word in words]
-    for match in IMAGE_ORDINAL.finditer(text):
-        loose = match[3].lower() == "image" and not SOMEWHERE.match(text, match.end())
-        certain = match[2] or match[3].lower() == "reference" or loose
-        another = re.search(r"\b(?:an?|another) $", text[: match.start()], re.IGNORECASE)
-        found.append((match[1], match.start(), bool(certain and not another)))
-    for match in IMAGE_HAN.finditer(text):
-        found.append((match[1], match.start(), True))
-    for match in IMAGE_HAN_ORDINAL.finditer(text):
-        elsewhere = text[: match.start()].endswith(tuple("的上里裡中内內边邊"))
-        found.append((match[1], match.start(), match[2] in "图圖" and not elsewhere))
-    numbered = [(NUMBERS.get(word.lower()) or int(word), *rest) for word, *rest in found]
-    return [(number, offset, certain and number <= MOST) for number, offset, certain in numbered]
-
-
-def _is_a_name(text: str, match: re.Match) -> bool:
-    """Whether what IMAGE_NUMBER found is certainly the name of a reference."""
-    noun, number = match[1].lower(), match[4].lower()
-    if match[2]:  # the plural: "images 1 and 3", not "the sign pictures 3 men"
-        return bool(match[3])
-    if not text[match.end(1) : match.start(4)].isspace():  # "image_3", "image3", "image #3"
-        return number.isdecimal()
-    if ARTICLE.search(text, 0, match.start()) or noun == "figure" and number in ("8", "eight"):
-        return False
-    return noun in ("image", "img", "reference") or bool(IN_USE.search(text, 0, match.start()))
-
-
-def check_instruction(instruction: str, references: int) -> list[str]:
-    """ValueError when the instruction certainly names a reference image that was not given.
-
-    Returns a sentence for each one that it may name.
-    """
-    doubts = []
-    for number, offset, certain in _absent(instruction, references, only_certain=False):
-        sentence = (
-            f"the instruction {'names' if certain else 'may name'} image {number} (at character "
-            f"{offset}: {instruction[offset : offset + 20]!r}), but {_there_are(references)}"
-        )
-        if certain:
-            raise ValueError(f"{sentence}; give the missing reference or change the instruction")
-        doubts.append(sentence)
-    return doubts
-
-
-def _absent(text: str, references: int, only_certain: bool = True) -> list[tuple[int, int, bool]]:
-    """Those of `image_numbers` that are not among the references."""
-    found = [one for one in image_numbers(text) if not 1 <= one[0] <= references]
-    return [one for one in found if one[2] or not only_certain]
+def _absent(relation: str, references: int | None) -> list[re.Match]:
+    """Where a relation names an image that is not among the references."""
+    if references is None:
+        return []
+    named = IMAGE_NUMBER.finditer(relation)
+    return [match for match in named if not 1 <= int(match[1]) <= references]
 
 
 def _there_are(references: int) -> str:

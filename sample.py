@@ -205,11 +205,8 @@ def request_of(config, model, job):
         )
     try:
         iccot.arranged(job.references, job.prompt)
-        doubts = iccot.check_instruction(job.prompt, len(job.references))
     except ValueError as error:
         raise UserError(f"{job.out}: {error}") from None
-    for doubt in doubts:
-        processes.warn(f"{job.out}: {doubt}")
     if job.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
     references = [open_image(path) for path in job.references]

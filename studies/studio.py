@@ -95,15 +95,11 @@ class Studio:
                 ) from None
         return tuple(pictures)
 
-    def request(self, ask: Ask) -> tuple[Request, list[str]]:
-        """The Request of an Ask, and doubts about its words; UserError."""
+    def request(self, ask: Ask) -> Request:
+        """The Request of an Ask; UserError if it asks for nothing."""
         if not ask.instruction.strip():
             raise UserError("the instruction is empty: say what to draw")
-        try:
-            doubts = iccot.check_instruction(ask.instruction, len(ask.references))
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return Request(ask.references, ask.instruction, self._grid(ask.references)), doubts
+        return Request(ask.references, ask.instruction, self._grid(ask.references))
 
     def _grid(self, references):
         """(h, w) latent tokens: the members' side, or like the last reference."""
@@ -122,7 +118,7 @@ class Studio:
 
     def thoughts(self, ask: Ask):
         """The text of the plan, longer with every token."""
-        request, _ = self.request(ask)
+        request = self.request(ask)
         engine, eos = self.engine, self.engine.layout.eos
         how = dict(generators=[generator(ask.seed, THINKING)])
         thinking = Thinking(self.members.max_plan_tokens, ask.temperature)
@@ -148,7 +144,7 @@ class Studio:
 
     def stages(self, ask: Ask, text: str, engine: Engine | None = None):
         """Paint the plan `text`, "": straight from the prompt. (steps done, PIL), the last is x."""
-        request, _ = self.request(ask)
+        request = self.request(ask)
         engine = engine or self.engine
         plan = self.encode(engine, text)
         start = engine.start(request.grid, generator(ask.seed, PAINTING))
@@ -196,7 +192,7 @@ class Studio:
         """[(PIL, words)]: members that plan for themselves, the best first; UserError."""
         if self.clip is None:
             raise UserError("rewards need a CLIP: start the page with --clip")
-        request, _ = self.request(ask)
+        request = self.request(ask)
         (height, width), unit = request.grid, self.engine.model.config.token_pixels
         if height != width:
             raise UserError("groups are painted square, as in training: start with --square")

@@ -41,7 +41,7 @@ def test_round_trips_of_random_plans():
             pass
         return text
 
-    for _ in range(500):
+    for _ in range(150):
         plan = ICCoT(sentence(), tuple(sentence() for _ in range(rng.randint(0, 12))))
         if any(iccot.TAG.search(field) for field in (plan.caption, *plan.relations)):
             continue
@@ -206,18 +206,6 @@ def test_every_truncation_is_refused_strictly_and_salvaged():
             ICCoT("A cat.", ("a", "from image 7")),
             "relation_2 names an image that is not there",
         ),
-        (
-            '```json\n{"out_caption": "A \\"cat\\".", '
-            '"relations": [{"relation_1": "a"}, {"relation_2": "b"}]}\n```',
-            ICCoT('A "cat".', ("a", "b")),
-            "read as JSON",
-        ),
-        (
-            '<think>{"out_caption": "A cat.", '
-            '"relations": [{"relation_1": "a"}, {"relation_2": "b is fr',
-            ICCoT("A cat.", ("a", "b is fr")),
-            '"relation_2" was not closed',
-        ),
     ],
 )
 def test_salvage_repairs_and_tells(text, plan, note):
@@ -227,15 +215,7 @@ def test_salvage_repairs_and_tells(text, plan, note):
 
 
 def test_salvage_without_a_caption_or_with_a_huge_number():
-    for text in (
-        "",
-        "A cat.",
-        "<think></think>",
-        R1,
-        "<out_caption></out_caption>" + R1,
-        "{}",
-        '{"out_caption": ""}',
-    ):
+    for text in ("", "A cat.", "<think></think>", R1, "<out_caption></out_caption>" + R1):
         plan, notes = iccot.salvage(text, 1)
         assert plan is None and notes[-1] == "no caption"
     plan, _ = iccot.salvage(C + "<relation_999999999>x</relation_999999999>")
@@ -290,133 +270,34 @@ def test_from_json_complaints(value, complaint):
 
 
 @pytest.mark.parametrize(
-    "instruction, number",
+    "relation, number",
     [
-        ("Put the ball of image 3 on the table", 3),
-        ("as in image_3", 3),
-        ("Image #3", 3),
-        ("image3", 3),
-        ("the third image", 3),
-        ("the 3rd image", 3),
-        ("the third reference image", 3),
-        ("<|image_3|>", 3),
-        ("<img><|image_3|></img>", 3),
-        ("images 1 and 3", 3),
-        ("images 1, 2, and 4", 4),
-        ("images 2-3", 3),
-        ("image 0", 0),
-        ("image 1 beside image 12", 12),
-        ("put <image 3> on the table", 3),
-        ("<image3>", 3),
-        ("the man of [image 3]", 3),
-        ("image no. 3", 3),
-        ("image three", 3),
-        ("Image Three and image one", 3),
-        ("images one, two and three", 3),
-        ("images 1/3", 3),
-        ("as in figure 3", 3),
-        ("the ball of fig. 3", 3),
-        ("the man from picture 3", 3),
-        ("use photo three", 3),
-        ("img_3", 3),
-        ("in the style of reference 3", 3),
-        ("the third reference image on the wall", 3),
-        ("the fourth input picture", 4),
-        ("图3", 3),
-        ("把图3的猫放到图1中", 3),
-        ("把image 1的猫和image 3的狗放在一起", 3),
-        ("图 3里的人", 3),
-        ("图片3", 3),
-        ("参考图３", 3),
-        ("图三的背景", 3),
-        ("圖三", 3),
-        ("第三张图片里的人", 3),
-        ("第三幅图像", 3),
+        ("The ball is from image_3.", 3),
+        ("Image_12 gives the ball", 12),
+        ("<|image_0|>", 0),
+        ("the ball of image 3", 3),
+        ("image_1, image_2 and image_4", 4),
+        ("把image_3的狗放在一起", 3),
+        ("The ball is from image_2", None),
+        ("zoom into the image 3 times", None),
+        ("an image 3D in style", None),
+        ("image 90° to the left", None),
+        ("image 16:9", None),
+        ("image_3.jpg", None),
+        ("in photo 4 friends laugh", None),
+        ("picture 3 men in a boat", None),
+        ("myimage_3", None),
+        ("image 1980", None),
     ],
 )
-def test_an_instruction_may_not_name_an_absent_image(instruction, number):
-    with pytest.raises(ValueError, match=f"names image {number} .*there are 2 reference images"):
-        iccot.check_instruction(instruction, 2)
-
-
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "Put image 1 beside image_2",
-        "the first image and the second image",
-        "put them together",
-        "",
-        "images 1 and 2",
-        "Rotate the image 90 degrees",
-        "zoom into the image 3 times",
-        "an image 3D in style",
-        "an image of 3 dogs",
-        "image 1 and 3 dogs",
-        "in the third place",
-        "<|image_2|>",
-        "rotate the image 90°",
-        "rotate the image by 90 degrees",
-        "make the image 16:9",
-        "Make image 16:9, or image 4 : 3, or image 3x4, or image 3/4",
-        "make the image 20% brighter",
-        "make the image 20 percent brighter",
-        "the image 30 years later",
-        "the third picture frame",
-        "a picture of three men",
-        "image 1980",
-        "photo 35mm",
-        "IMG_1234.jpg and photo3.jpg",
-        "图1和图二",
-        "第一张图和第二张照片",
-        "把图旋转90度",
-        "把图片放大3倍",
-        "把图16:9",
-        "和图一样",
-        "把两张图一起放在桌上",
-        "图十分漂亮",
-        "图三维化",
-        "在图四周加边框，图三角形，图一半",
-        "一张图3个人",
-        "第三图层",
-        "地图3",
-        "第三图书馆",
-    ],
-)
-def test_instructions_that_are_fine(instruction):
-    assert iccot.check_instruction(instruction, 2) == []
-
-
-@pytest.mark.parametrize(
-    "instruction, number",
-    [
-        ("the third picture on the wall", 3),
-        ("Remove the third picture", 3),
-        ("the third image on the wall", 3),
-        ("第3张照片", 3),
-        ("remove the third photo above the sofa", 3),
-        ("paint a third picture", 3),
-        ("zoom into the image 3 and look", 3),
-        ("rotate image 90 to the left", 90),
-        ("Picture three men in a boat", 3),
-        ("Picture 3 men in a boat", 3),
-        ("the sign pictures 3 men", 3),
-        ("skate a figure 8", 8),
-        ("墙上的第三张照片", 3),
-    ],
-)
-def test_what_may_name_an_absent_image_is_a_warning(instruction, number):
-    (sentence,) = iccot.check_instruction(instruction, 2)
-    assert sentence.startswith(f"the instruction may name image {number} (at character")
-    assert "there are 2 reference images" in sentence
-    plan = iccot.ICCoT("A boat.", (f"It is {instruction}.", "It is from image_2."))
-    assert iccot.parse(iccot.render(plan), 2) == plan
-
-
-def test_counts_of_references_in_words():
-    with pytest.raises(ValueError, match="there is 1 reference image;"):
-        iccot.check_instruction("image 2", 1)
-    with pytest.raises(ValueError, match="there are no reference images;"):
-        iccot.check_instruction("image 1", 0)
+def test_a_relation_may_not_name_an_absent_image(relation, number):
+    text = iccot.render(ICCoT("A boat.", (relation, "It is from image_2.")))
+    if number is None:
+        iccot.parse(text, 2)
+    else:
+        with pytest.raises(PlanError, match=f"names image {number}, but there are 2 reference"):
+            iccot.parse(text, 2)
+    iccot.parse(text)  # of any number of references
 
 
 def test_system_prompt_is_bagels():

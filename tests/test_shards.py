@@ -450,7 +450,6 @@ KEY = "train-0-00000000"  # its prompt has one reference
             "references are numbered [1, 3]",
         ),
         (edit(KEY, plan={"out_caption": "A city.", "relations": []}), "relation_1"),
-        (edit(KEY, instruction="The thing of image 7."), "names image 7"),
         (edit(KEY, instruction="<image> and <image>"), "2 times <image>, but 1 references"),
         (edit(KEY, instruction=" "), "its instruction has 1 characters"),
         (

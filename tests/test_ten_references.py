@@ -54,8 +54,6 @@ def test_the_parser_reads_plans_of_ten(ten):
             == iccot.from_json(iccot.to_json(one.plan), 10)
         )
         assert iccot.salvage(text.replace("</relation_9>", ""), 10)[0] == one.plan
-        numbers = {found[0] for found in iccot.image_numbers(one.instruction)}
-        assert {5, 10} <= numbers
         assert not iccot.is_valid(text, 9)
         assert judge(one.target, one.truth).overall == 10
 

@@ -88,7 +88,6 @@ def test_max_references(most):
     assert max(counts) == most if most < 9 else max(counts) > 6
     for sample in drawn[:60]:
         references = len(sample.references)
-        iccot.check_instruction(sample.instruction, references)
         assert iccot.parse(iccot.render(sample.plan), references=references) == sample.plan
         assert judge(sample.target, sample.truth).overall == 10
 
@@ -97,7 +96,6 @@ def test_plans_round_trip_and_match_the_references(samples, held_out):
     for sample in samples + held_out:
         references = len(sample.references)
         assert iccot.parse(iccot.render(sample.plan), references=references) == sample.plan
-        iccot.check_instruction(sample.instruction, references)
         for number, relation in enumerate(sample.plan.relations, 1):
             assert relation.endswith(f"image_{number}.")
         assert sample.plan.caption == tasks.caption(sample.truth)

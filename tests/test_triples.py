@@ -65,7 +65,6 @@ def write_macro(root):
         if number == 1:  # broken in one way each
             for name, change in (
                 ("missing", {"output_image": "data/final/gone.jpg"}),
-                ("absent", {"prompt": "Put the cat of <image 7> on the moon."}),
                 ("shown", {"output_image": one["input_images"][0]}),
             ):
                 (index / f"{name}.json").write_text(json.dumps(one | change))
@@ -137,14 +136,9 @@ def test_the_target_is_never_shown_to_the_one_who_plans(curated):
 
 def test_samples_that_cannot_be_used_are_counted(curated):
     report = (curated[0] / "out/report.md").read_text()
-    for why in (
-        "a picture is missing",
-        "an image that is not given",
-        "the target is one of the references",
-        "no JSON",
-    ):
+    for why in ("a picture is missing", "the target is one of the references", "no JSON"):
         assert f"| references | {why} | 1 |" in report
-    assert "| all | 8 | 4 " in report and "| customization | 7 | 4 |" in report
+    assert "| all | 7 | 4 " in report and "| customization | 6 | 4 |" in report
 
 
 def test_any_folder_or_json_of_triples_is_read(tmp_path):

@@ -62,6 +62,8 @@ from toy.world import (
 
 REST = "The rest is consistent with image_1."  # the first relation of an edit
 
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+
 MOST_REFERENCES = 10  # of a sample, here and in the data that there is (MACRO)
 
 # what a reference of its own may show of a thing: first this, then that
@@ -154,7 +156,7 @@ class Wording:
 
     def image(self, number: int) -> str:
         """The name of reference `number`, from 1."""
-        return f"the {iccot.ORDINALS[number - 1]} image" if self.ordinal else f"image {number}"
+        return f"the {ORDINALS[number - 1]} image" if self.ordinal else f"image {number}"
 
     def placed(self, things: Sequence[Thing], first: int, named: bool = True) -> str:
         """Things from the images `first`, `first` + 1, ... and their places, in this style."""

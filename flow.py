@@ -10,13 +10,10 @@ Gaussian noise, sampling goes from t to t' < t; dt = t - t'.
     ODE step     x'  = x - v dt                                  (Euler)
     cache        v(t) = polynomial through v at the last passes of the model   (`extrapolate`)
     SDE step     x'  ~ Normal(mean, std^2): take back some of the old noise, put in as much new
-      flow         mean = x - v dt - s^2 dt / (2 t) noise_hat      std = s sqrt(dt)
-                   s = a sqrt(t / (1 - t))
-      cps          mean = x - v dt - t' (1 - cos b) noise_hat      std = t' sin b
-                   b = a pi / 2
-    `flow` is Flow-GRPO's, `cps` Flow-CPS's. With a = 0 both are the Euler step, bit for bit.
-    `flow` keeps the marginals of the ODE as the steps get smaller; `cps` keeps the path's
-    coefficients instead: mean = (1 - t') x0_hat + t' cos(b) noise_hat.
+                 mean = x - v dt - s^2 dt / (2 t) noise_hat      std = s sqrt(dt)
+                 s = a sqrt(t / (1 - t))                                       (Flow-GRPO)
+    With a = 0 it is the Euler step, bit for bit. It keeps the marginals of the ODE as the steps get
+    smaller.
     log-prob     mean over all numbers of an image of log Normal(x'; mean, std)
                  (a sum would overflow the ratio)
 
@@ -36,8 +33,7 @@ Latents are packed, without padding: N tokens of I images, C values each; image_
 whose each is. A time (t, t_next) is a number, a 0-dim tensor, or one value a token, (N,) or (N, 1).
 All arithmetic is in float32 whatever comes in (bfloat16 is too coarse for log-probs), or in float64
 if the latents are float64. Letters: sequence.py.
-Left out: higher-order solvers, distillation, other noise schedules (DanceGRPO's constant, R3's
-clamp).
+Left out: higher-order solvers, distillation, other noise schedules (Flow-CPS, DanceGRPO).
 Run: python -m pytest tests/test_flow.py
 """
 
@@ -48,29 +44,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOISE_LEVEL = 0.7  # a of the equations (Flow-GRPO)
 RENORMS = ("global", "channel", "text_channel")
 
 Time = float | Tensor
-
-
-@dataclass(frozen=True)
-class Sde:
-    """The noise of an SDE step: its kind and noise_level, the a of the equations above.
-
-    Usual are 0.7 for "flow", and 0.8 for "cps", whose largest value is 1.
-    """
-
-    kind: str = "flow"
-    noise_level: float = 0.7
-
-    def __post_init__(self):
-        if self.kind not in ("flow", "cps"):
-            raise ValueError(f"SDE kind {self.kind!r} is unknown; use 'flow' or 'cps'")
-        if not 0 <= self.noise_level <= (1 if self.kind == "cps" else math.inf):
-            raise ValueError(
-                f"noise level {self.noise_level} does not fit SDE kind {self.kind!r}: "
-                "use 0 or more (cps: at most 1)"
-            )
 
 
 @dataclass(frozen=True)
@@ -222,36 +199,35 @@ def sigma(t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
     return noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
 
 
-def transition(x: Tensor, v: Tensor, t: Time, *, t_next: Time, sde: Sde) -> tuple[Tensor, Tensor]:
+def transition(
+    x: Tensor, v: Tensor, t: Time, *, t_next: Time, noise_level: float = NOISE_LEVEL
+) -> tuple[Tensor, Tensor]:
     """The distribution of the next latents: mean (N, C) and std, () or (N, 1) like t.
 
-    Needs 1 >= t > t_next >= 0. Source: Flow-GRPO's sd3_sde_with_logprob.py, both kinds, written as
-    Euler plus a correction.
+    Needs 1 >= t > t_next >= 0. noise_level: the a of the equations.
+    Source: Flow-GRPO's sd3_sde_with_logprob.py, written as Euler plus a correction.
     """
     x, v = _float(x, v)
     t, t_next = _time(t, x), _time(t_next, x)
     euler, noise_estimate = euler_step(x, v, t, t_next=t_next), estimates(x, v, t)[1]
-    if sde.kind == "cps":
-        angle = sde.noise_level * math.pi / 2
-        return euler - t_next * (1 - math.cos(angle)) * noise_estimate, t_next * math.sin(angle)
-    step, s = t - t_next, sigma(t, t_next, sde.noise_level)
+    step, s = t - t_next, sigma(t, t_next, noise_level)
     return euler - s.square() * step / (2 * t) * noise_estimate, s * step.sqrt()
 
 
 def sde_step(
-    x: Tensor, v: Tensor, t: Time, *, t_next: Time, sde: Sde, noise: Tensor
+    x: Tensor, v: Tensor, t: Time, *, t_next: Time, noise: Tensor, noise_level: float = NOISE_LEVEL
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One SDE step with standard normal noise (N, C): (x_next, mean, std), see `transition`.
 
     If the latents are stored in another dtype, round them first and take the log-prob of what is
     stored: rounding afterwards can put more noise into the ratio than the clip range.
     """
-    mean, std = transition(x, v, t, t_next=t_next, sde=sde)
+    mean, std = transition(x, v, t, t_next=t_next, noise_level=noise_level)
     return mean + std * noise.to(mean), mean, std
 
 
 # --------------------------------------------------------------------------------------------------
-# per image: log-prob and KL
+# per image
 
 
 def image_sum(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:
@@ -271,25 +247,18 @@ def image_mean(values: Tensor, image_of_token: Tensor, images: int) -> Tensor:
     return image_sum(values.mean(-1), image_of_token, images) / count
 
 
-def _check_std(std, what):
-    if not bool((std > 0).all()):
-        raise ValueError(
-            f"{what} needs a standard deviation above 0, but a step has none (noise level 0, "
-            "or the last step of 'cps'); keep such steps out of the SDE window"
-        )
-
-
 def log_prob(
     x_next: Tensor, mean: Tensor, std: Tensor, *, image_of_token: Tensor, images: int
 ) -> Tensor:
     """Log density of the step that was taken, mean over the numbers of each image. (N, C) -> (I,).
 
-    The true Gaussian density for both kinds. (Flow-GRPO's code takes -(x' - mean)^2 alone for cps,
-    that is, it weights each step by 2 std^2; a clip range from there does not carry over.)
     ValueError: a step without noise.
     """
     x_next, mean, std = _float(x_next, mean, torch.as_tensor(std))
-    _check_std(std, "a log-probability")
+    if not bool((std > 0).all()):
+        raise ValueError(
+            "a log-probability needs steps with noise, but the standard deviation is 0"
+        )
     exponent = -(x_next - mean).square() / (2 * std.square())  # (N, C)
     density = exponent - std.log() - 0.5 * math.log(2 * math.pi)
     return image_mean(density, image_of_token, images)
@@ -303,20 +272,6 @@ def forward_log_prob(v: Tensor, target: Tensor, *, image_of_token: Tensor, image
     arXiv 2602.04663 train with it too.
     """
     return -velocity_mse(v, target, image_of_token, images=images)
-
-
-def kl_divergence(
-    mean: Tensor, mean_reference: Tensor, std: Tensor, *, image_of_token: Tensor, images: int
-) -> Tensor:
-    """KL between two steps of one std, mean over the numbers of each image. (N, C) -> (I,).
-
-    ||mean - mean_reference||^2 / (2 std^2) with the full transition variance std^2 = s^2 dt.
-    Flow-GRPO's code divides by 2 s^2 and so drops the step dt: its kl_beta of 0.04 is about 0.004
-    here. ValueError: a step without noise.
-    """
-    mean, mean_reference, std = _float(mean, mean_reference, torch.as_tensor(std))
-    _check_std(std, "a KL divergence")
-    return image_mean((mean - mean_reference).square() / (2 * std.square()), image_of_token, images)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,7 +63,6 @@ from toy import world
 from toy.prepare import find_stage_1, metric_clip_of_all, prepare
 from tree import Rollout
 
-NOISE_LEVEL = 0.7  # a of the SDE's equations (Flow-GRPO)
 SCORED_TIMES = 3  # at which a finished picture is noised again
 MAX_ADVANTAGE = 5.0
 TEXT_CLIP_RANGE = 0.2
@@ -345,9 +344,7 @@ def sde_in_window(engine, rollout, groups, numbers, members, window, config):
         if not window.first <= k < window.first + config.window:
             return flow.euler_step(x, v, t, t_next=t_next)
         noise = draw_noise([tokens] * pictures, channels, noises)  # (P * members * T, C)
-        x_next, mean, std = flow.sde_step(
-            x, v, t, t_next=t_next, sde=flow.Sde("flow", NOISE_LEVEL), noise=noise
-        )
+        x_next, mean, std = flow.sde_step(x, v, t, t_next=t_next, noise=noise)
         log_prob = flow.log_prob(
             x_next, mean, std, image_of_token=image_of_token, images=pictures
         )  # (P * members,)

@@ -126,27 +126,14 @@ def group_rewards(
     images: P * G pictures; captions: of P * J plans, "" where one did not parse; plan j of a group
     has the pictures from j G / J on.
     """
-    return rewards_of(*embed_groups(clip, images, captions, groups=groups))
-
-
-def embed_groups(
-    clip: Clip, images: list[Image.Image], captions: list[str], *, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings e of the pictures (P, G, E) and u of the captions (P, J, E), and (P, J) bool:
-    whether a plan has a caption; u is 0 where it has none. Arguments: as of `group_rewards`."""
     e = clip.embed_images(images)  # (P * G, E)
     valid = torch.tensor([bool(caption) for caption in captions], device=e.device)  # (P * J,)
-    u = e.new_zeros(len(captions), e.shape[1])  # (P * J, E)
+    u = e.new_zeros(len(captions), e.shape[1])  # (P * J, E), 0 where there is no caption
     if valid.any():
         u[valid] = clip.embed_captions([caption for caption in captions if caption])
-    return tuple(x.unflatten(0, (groups, -1)) for x in (e, u, valid))
-
-
-def rewards_of(e: Tensor, u: Tensor, valid: Tensor) -> Tensor:
-    """`group_rewards` of what `embed_groups` gave, (P, G) on the CPU."""
-    pictures = e.shape[1] // u.shape[1]  # of a plan, G / J
-    valid = valid.repeat_interleave(pictures, 1)  # (P, G)
-    scores = clip_l2(e, u.repeat_interleave(pictures, 1))  # (P, G)
+    pictures = len(images) // len(captions)  # of a plan
+    scores = clip_l2(e, u.repeat_interleave(pictures, 0)).view(groups, -1)  # (P, G)
+    valid = valid.repeat_interleave(pictures).view(groups, -1)  # (P, G)
     lowest = scores.masked_fill(~valid, float("inf")).amin(1, keepdim=True)  # (P, 1)
     lowest = lowest.masked_fill(lowest.isinf(), LOWEST)  # a group without any plan
     return torch.where(valid, scores, lowest).cpu()

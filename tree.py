@@ -210,7 +210,7 @@ def policy(model, prefix, batch, config):
             v, batch.target, image_of_token=batch.image_of_token, images=images
         )
     else:
-        mean, std = flow.transition(batch.x, v, batch.t, t_next=batch.t_next, sde=flow.Sde())
+        mean, std = flow.transition(batch.x, v, batch.t, t_next=batch.t_next)
         log_prob = flow.log_prob(
             batch.target, mean, std, image_of_token=batch.image_of_token, images=images
         )

@@ -235,7 +235,7 @@ def naive_update(contest):
             v = model.velocity(packed, model(packed)[1])  # (T, C)
             t, t_next = rollout.t[k, 0], rollout.t_next[k, 0]
             x, x_next = rollout.x[k, 0, member], rollout.target[k, 0, member]  # (T, C)
-            mean, std = flow.transition(x, v, t, t_next=t_next, sde=flow.Sde())
+            mean, std = flow.transition(x, v, t, t_next=t_next)
             log_prob = flow.log_prob(x_next, mean, std, image_of_token=image_of_token, images=1)
             ratio = (log_prob - log_prob.detach()).exp().sum()
             (-contest.reward[0, member] * ratio).backward()

@@ -372,7 +372,7 @@ def naive_density(engine, rollout, member, k, config):
     v = guided_alone(engine, rollout.prompts[group], plan, x, t=t, config=config)
     if config.likelihood == "forward":
         return -(v - target).square().mean()
-    mean, std = flow.transition(x.to(v), v, t.to(v), t_next=t_next.to(v), sde=flow.Sde())
+    mean, std = flow.transition(x.to(v), v, t.to(v), t_next=t_next.to(v))
     return torch.distributions.Normal(mean, std).log_prob(target.to(v)).mean()
 
 

@@ -6,9 +6,10 @@ A page where one sees the plan and steers the picture: python demo.py, then a br
                                compare without a plan, and by the checkpoint `before`
                                group   what GRPO sees: members, rewards, advantages
 
-One request is computed at a time, the others wait in a queue. The page is served to this machine
-alone (127.0.0.1); nothing is sent anywhere. What it does is in studies/studio.py; this file is
-buttons. It needs Gradio: pip install -r requirements-optional.txt
+A plan comes back from the page as its fields. It is written in the grammar again and given to the
+model in place of its own, so the picture follows the edited words. One request is computed at a
+time, the others wait in a queue. The page is served to this machine alone (127.0.0.1); nothing is
+sent anywhere. A `Studio` does the work, a `Page` has the buttons. It needs Gradio.
 Left out: accounts, a public address, keeping what was made.
 
     python demo.py --checkpoint out/toy-grpo --before out/toy-sft
@@ -16,7 +17,6 @@ Left out: accounts, a public address, keeping what was made.
 """
 
 import base64
-import errno
 import html
 import socket
 import sys
@@ -25,18 +25,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from PIL import Image
 
-import grpo
 import iccot
-from engine import Engine, Sampler, Thinking
-from reward import Clip, source_of
+from engine import PAINTING, THINKING, Branch, Engine, Group, Request, Sampler, Thinking
+from reward import Clip, group_rewards
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.quantised import load_quantised
 from studies.pictures import fitted
-from studies.studio import Ask, Studio, so_far
+from toy.judge import judge
 from toy.tasks import Drawn
-from vision import to_png
+from vision import open_image, to_png
 
 try:
     import gradio as gr
@@ -44,6 +44,9 @@ except ImportError:  # said in main
     gr = None
 
 SIDE = 384  # pixels on the page that small pictures are enlarged to
+SHOWN = 8  # pictures on the way from noise, at most
+LARGEST = 20 * 2**20  # bytes of an uploaded picture
+PENDING = 16  # requests that may wait
 STYLE = """
 .gradio-container { max-width: 1200px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
@@ -53,37 +56,36 @@ STYLE = """
 .cards figcaption { font-size: 13px; line-height: 1.35; }
 .line { align-items: center; }
 """
-PENDING = 16  # requests that may wait
 
 
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = "out/toy-grpo"  # folder of a run or of a model, or owner/name on Hugging Face
     before: str = ""  # another one that stands beside it in the comparison: stage 1
-    clip_name: str = "ViT-L-14"  # open_clip architecture of the reward's CLIP; toys: toy
-    clip: str = "openai"  # its weights: an open_clip tag, a file, a folder; "": no agreement
+    clip: str = "ViT-L-14:openai"  # the CLIP of the reward, see reward.Clip; "": no agreement
     max_references: int = 4
     max_plan_tokens: int = 1000
     num_timesteps: int = 50  # grid points, to begin with; one more than model evaluations
     timestep_shift: float = 3.0
     text_guidance: float = 4.0  # to begin with; 1: off
     image_guidance: float = 1.5
-    group_size: int = 8  # members that the button Group rolls out
+    group_size: int = 8  # members of a group
     std_floor: float = 0.003  # of their rewards, as in grpo.py
     square: bool = False  # the largest square, not as large as the last reference
     examples: int = 0  # toy prompts at one click, of 32 * examples pixels; 0: none
     port: int = 7860
-    max_upload_mb: int = 20  # of a picture
-    dtype: str = "auto"  # of the weights: float32, bfloat16; auto: bfloat16 on a GPU
     weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
     device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
-    threads: int = 0  # CPU threads; 0 measures
+    threads: int = 0  # CPU threads; 0: PyTorch's own number
     config: str = ""  # name of the preset
 
     def __post_init__(self):
-        _ = self.sampler, self.members, Thinking(self.max_plan_tokens)  # check their own values
-        if self.max_references < 1:
-            raise ValueError(f"max_references={self.max_references}: expected at least 1")
+        _ = self.sampler, Thinking(self.max_plan_tokens)  # check their own values
+        if min(self.max_references, self.group_size - 1) < 1:
+            raise ValueError(
+                f"max_references={self.max_references}, group_size={self.group_size}: expected at "
+                f"least 1 and 2"
+            )
         if not 0 < self.port < 65536:
             raise ValueError(f"port={self.port}: expected a number from 1 to 65535")
 
@@ -92,23 +94,11 @@ class Config:
         guidance = self.text_guidance, self.image_guidance
         return Sampler(self.num_timesteps, self.timestep_shift, *guidance)
 
-    @property
-    def members(self):
-        return grpo.Config(
-            group_size=self.group_size,
-            max_plan_tokens=self.max_plan_tokens,
-            num_timesteps=self.num_timesteps,
-            timestep_shift=self.timestep_shift,
-            std_floor=self.std_floor,
-            pictures_at_once=self.group_size if self.examples else 1,
-        )
-
 
 # fmt: off
 TOY = dict(
-    clip_name="toy", clip="out/toy-clip-reward", max_plan_tokens=72, num_timesteps=7,
-    timestep_shift=10.0, text_guidance=1.0, image_guidance=1.0, std_floor=0.02, square=True,
-    examples=1,
+    clip="out/toy-clip-reward", max_plan_tokens=72, num_timesteps=7, timestep_shift=10.0,
+    text_guidance=1.0, image_guidance=1.0, std_floor=0.02, square=True, examples=1,
 )
 PRESETS = {
     "toy": TOY,
@@ -121,6 +111,186 @@ PRESETS = {
     "full": dict(checkpoint="out/full-grpo"),
 }
 # fmt: on
+
+
+# --------------------------------------------------------------------------------------------------
+# what the page does
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What stands on the page when a button is pressed. references: PIL RGB."""
+
+    references: tuple
+    instruction: str
+    seed: int
+    sampler: Sampler
+    temperature: float = 0.0  # of the plan; 0 is greedy
+    caption: str = ""  # of the plan in the fields
+    relations: tuple[str, ...] = ()
+    truth: object | None = None  # of a toy example that nobody changed
+
+
+class Studio:
+    """Some checkpoints, {name: Engine}, of which the first one is asked, and a CLIP or None.
+
+    Whatever a person can get wrong is a UserError of one sentence.
+    """
+
+    def __init__(self, engines: dict[str, Engine], clip: Clip | None, config: Config):
+        self.engines, self.clip, self.config = engines, clip, config
+        self.engine = next(iter(engines.values()))
+
+    def read(self, paths) -> tuple:
+        """The pictures of some files, PIL RGB; None is an empty place, which nothing may follow."""
+        paths = list(paths)
+        while paths and paths[-1] is None:
+            paths.pop()
+        if len(paths) > self.config.max_references:
+            raise UserError(
+                f"{len(paths)} references, this page takes at most {self.config.max_references}"
+            )
+        pictures = []
+        for i, path in enumerate(paths, 1):
+            if path is None:
+                raise UserError(f"reference {i} is missing; drop a picture there")
+            try:
+                pictures.append(open_image(path))
+            except ValueError:  # its words name a file that nobody knows
+                raise UserError(
+                    f"reference {i} cannot be read as a picture; take another PNG, JPEG or WebP, "
+                    f"of at most {Image.MAX_IMAGE_PIXELS * 2:,} pixels"
+                ) from None
+        return tuple(pictures)
+
+    def prompt(self, ask: Ask, engine: Engine):
+        """The engine.Prompt of an Ask."""
+        if not ask.instruction.strip():
+            raise UserError("the instruction is empty: say what to draw")
+        try:
+            iccot.check_instruction(ask.instruction, len(ask.references))
+            return engine.prompt(ask.references, ask.instruction)
+        except ValueError as error:  # <image> at a wrong place, a word that cannot be written
+            raise UserError(str(error)) from None
+
+    def grid(self, references):
+        """(h, w) latent tokens of a picture."""
+        shape = self.engine.model.config
+        width = height = shape.latent_side * shape.token_pixels
+        if references and not self.config.square:
+            width, height = shape.image_rule.size(*references[-1].size)
+        return height // shape.token_pixels, width // shape.token_pixels
+
+    def thoughts(self, ask: Ask):
+        """The text of the plan, longer with every token."""
+        engine, eos = self.engine, self.engine.layout.eos
+        thinking = Thinking(self.config.max_plan_tokens, ask.temperature)
+        generators = [processes.generator(ask.seed, THINKING)]
+        for tokens in engine.tokens([self.prompt(ask, engine)], thinking, generators=generators):
+            (row,) = tokens.tolist()
+            written = [token for token in row if token >= 0]
+            yield engine.tokenizer.decode(written[: written.index(eos)] if eos in row else written)
+
+    def write(self, ask: Ask) -> str:
+        """The text of the plan in the fields."""
+        references = len(ask.references)
+        fields = {"the caption": ask.caption}
+        fields |= {f"the line of reference {i + 1}": ask.relations[i] for i in range(references)}
+        for name, text in fields.items():
+            if not text.strip():
+                raise UserError(f"{name} is empty: write it, or let the model think again")
+        caption, *relations = (text.strip() for text in fields.values())
+        try:
+            text = iccot.render(iccot.ICCoT(caption, tuple(relations)))
+            iccot.parse(text, references)
+        except iccot.PlanError as error:
+            raise UserError(f"the plan does not parse: {error}") from None
+        return text
+
+    def stages(self, ask: Ask, text: str, engine: Engine | None = None):
+        """Paint the plan `text`, "": straight from the prompt. (steps done, PIL), the last is x."""
+        engine, grid = engine or self.engine, self.grid(ask.references)
+        prompt = self.prompt(ask, engine)
+        try:
+            plan = engine.tokenizer.encode(text) if text else None
+        except ValueError as error:
+            raise UserError(f"the plan cannot be written: {error}") from None
+        start = engine.start(grid, processes.generator(ask.seed, PAINTING))
+        group = Group(prompt, grid, (Branch(plan, (start,)),))
+        steps = ask.sampler.num_timesteps - 1
+        for k, (x, estimate) in enumerate(engine.steps([group], ask.sampler), 1):
+            if k % -(-steps // SHOWN) == 0 or k == steps:
+                yield k, engine.pictures([x if k == steps else estimate], [grid])[0]
+
+    def verdict(self, image, ask: Ask) -> str:
+        """What can be said of a picture: agreement with its plan; PF, SC where truth is known."""
+        words = []
+        if self.clip is not None and ask.caption.strip():
+            agreement = float(self.clip.clip_out([image], [ask.caption])[0])
+            words.append(f"CLIP agreement with the plan {agreement:.1f}")
+        if ask.truth is not None:
+            verdict = judge(image, ask.truth)
+            scores = f"PF {verdict.pf:.1f}, SC {verdict.sc:.1f} of 10"
+            words.append(f"{scores}, against the example's truth")
+        return "; ".join(words)
+
+    def compare(self, ask: Ask):
+        """[(PIL, words)]: without a plan and with it, then the other checkpoints, one noise."""
+        text, cards = self.write(ask), []
+        asked, *others = self.engines
+        rows = [(asked, "", "no plan"), (asked, text, "this plan")]
+        rows += [(name, text, f"this plan, {name}") for name in others]
+        for name, plan, words in rows:
+            *_, (_, image) = self.stages(ask, plan, self.engines[name])
+            cards.append((image, f"{words}. {self.verdict(image, ask)}"))
+            yield list(cards)
+
+    def group(self, ask: Ask):
+        """[(PIL, words)]: members that plan for themselves, the best first, as GRPO sees them."""
+        if self.clip is None:
+            raise UserError("rewards need a CLIP: start the page with --clip")
+        engine, config, members = self.engine, self.config, range(self.config.group_size)
+        plans, _ = engine.think(
+            [self.prompt(ask, engine)],
+            Thinking(config.max_plan_tokens, temperature=1.0),
+            count=len(members),
+            generators=[processes.generator(ask.seed, i, THINKING) for i in members],
+        )
+        grid, texts = self.grid(ask.references), map(engine.tokenizer.decode, plans)
+        results = engine.generate(
+            [Request(ask.references, ask.instruction, grid, plan=text) for text in texts],
+            sampler=replace(config.sampler, text_guidance=1.0),
+            thinking=None,
+            batch=len(members) if config.examples else 1,
+            seeds=[(ask.seed, i) for i in members],
+        )
+        images = [result.image for result in results]
+        captions = [result.plan.caption if result.valid else "" for result in results]
+        (reward,) = group_rewards(self.clip, images, captions, groups=1)  # (G,)
+        spread = reward.std(correction=0).clamp_min(config.std_floor)
+        advantage = (reward - reward.mean()) / spread
+        return [
+            (
+                images[i],
+                f"reward {reward[i]:.3f}, advantage {advantage[i]:+.2f}: "
+                f"{captions[i] or 'its plan does not parse'}",
+            )
+            for i in reward.argsort(descending=True).tolist()
+        ]
+
+
+def so_far(text: str, references: int, most: int) -> list[str]:
+    """The caption and `most` relations of a plan that is still being written, "" for what lacks."""
+    names = ["out_caption", *(f"relation_{i}" for i in range(1, references + 1))]
+    fields = []
+    for name in names:
+        _, begun, rest = text.partition(f"<{name}>")
+        fields.append(rest.partition("<")[0].strip() if begun else "")
+    return fields + [""] * (most - references)
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
 
 
 @contextmanager
@@ -142,27 +312,15 @@ def as_words(message):
     return html.escape(str(message), quote=False)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What stands on the page when a button is pressed."""
-
-    ask: Ask
-    truth: object | None  # of a toy example that nobody changed
-    caption: str
-    relations: list
-
-
 class Page:
     """The components of one page, and what their buttons do."""
 
-    def __init__(self, studio: Studio, config: Config):
-        self.studio, self.config = studio, config
-        self.most = studio.max_references
+    def __init__(self, studio: Studio):
+        self.studio, self.config = studio, studio.config
+        self.most = self.config.max_references
         self.examples = None
-        if config.examples:
-            self.examples = Drawn("held_out", 0, max(2, self.most), config.examples)
-
-    # ---------------------------------------------------------------------- what stands on it
+        if self.config.examples:
+            self.examples = Drawn("held_out", 0, max(2, self.most), self.config.examples)
 
     def build(self):
         """The gr.Blocks."""
@@ -182,11 +340,12 @@ class Page:
         return blocks
 
     def _ask(self):
+        self.example, self.rows, self.pictures, self.relations = [], [], [], []
         if self.examples is not None:
             with gr.Row():
-                words = [f"Example, {n} reference{'s' * (n > 1)}" for n in range(1, self.most + 1)]
-                shown = range(min(4, self.most))
-                self.example = [gr.Button(words[n], size="sm", min_width=80) for n in shown]
+                for n in range(1, min(4, self.most) + 1):
+                    words = f"Example, {n} reference{'s' * (n > 1)}"
+                    self.example.append(gr.Button(words, size="sm", min_width=80))
         self.number = gr.State(0)
         self.instruction = gr.Textbox(
             label="Instruction",
@@ -201,9 +360,8 @@ class Page:
         self.caption = gr.Textbox(
             label="Plan: what the picture shows", lines=2, max_length=4000, elem_id="caption"
         )
-        self.rows, self.pictures, self.relations, self.up = [], [], [], []
-        for i in range(self.most):
-            with gr.Row(visible=i == 0, elem_classes="line") as row:
+        for i in range(1, self.most + 1):
+            with gr.Row(visible=i == 1, elem_classes="line") as row:
                 self._reference(i)
             self.rows.append(row)
         with gr.Accordion("Seed, steps, guidance", open=False):
@@ -217,7 +375,7 @@ class Page:
     def _reference(self, i):
         """A reference, and what the plan says of it."""
         picture = gr.Image(
-            label=f"Reference {i + 1}",
+            label=f"Reference {i}",
             type="filepath",
             format="png",
             sources=["upload", "clipboard"],
@@ -225,15 +383,19 @@ class Page:
             scale=1,
             min_width=120,
             elem_classes="pixels",
-            elem_id=f"reference-{i + 1}",
+            elem_id=f"reference-{i}",
             buttons=[],
         )
         picture.preprocess = path_of  # Gradio would open it, and say nothing where it cannot
         self.pictures.append(picture)
         with gr.Column(scale=2, min_width=160):
-            words = dict(label=f"Plan: what reference {i + 1} is for", lines=2, max_length=2000)
-            self.relations.append(gr.Textbox(elem_id=f"relation-{i + 1}", **words))
-            self.up.append(gr.Button("Move up", size="sm", visible=i > 0))
+            relation = gr.Textbox(
+                label=f"Plan: what reference {i} is for",
+                lines=2,
+                max_length=2000,
+                elem_id=f"relation-{i}",
+            )
+            self.relations.append(relation)
 
     def _answer(self):
         self.picture = gr.Image(
@@ -257,95 +419,79 @@ class Page:
         self.cards = gr.HTML(elem_id="cards")
 
     def _wire(self):
-        """Which button does what. Inputs stand in one order everywhere: see `_asked`."""
+        """Which button does what. Inputs stand in one order everywhere: see `asked`."""
         inputs = [self.instruction, self.seed, self.steps, self.text, self.image, self.heat]
-        plan = [self.truth, self.caption, *self.relations]
-        everything = [*inputs, *self.pictures, *plan]
+        inputs += [*self.pictures, self.truth, self.caption, *self.relations]
+        plan, shown = [self.caption, *self.relations], [self.picture, self.words]
         alone = dict(concurrency_id="engine", concurrency_limit=1, show_progress="minimal")
-        written = [self.caption, *self.relations]
-        shown = [self.picture, self.words]
-        self.think.click(self.on_think, everything, written, api_name="think", **alone).success(
-            self.on_paint, everything, shown, **alone
-        )
-        self.paint.click(self.on_paint, everything, shown, api_name="paint", **alone)
-        self.compare.click(self.on_compare, everything, self.cards, api_name="compare", **alone)
-        self.group.click(self.on_group, everything, self.cards, api_name="group", **alone)
+        thought = self.think.click(self.on_think, inputs, plan, api_name="think", **alone)
+        thought.success(self.on_paint, inputs, shown, **alone)
+        self.paint.click(self.on_paint, inputs, shown, api_name="paint", **alone)
+        self.compare.click(self.on_compare, inputs, self.cards, api_name="compare", **alone)
+        self.group.click(self.on_group, inputs, self.cards, api_name="group", **alone)
         for picture in self.pictures:
             picture.change(self.on_references, self.pictures, self.rows, show_progress="hidden")
-        for i in range(1, self.most):
-            pair = [self.pictures[i - 1], self.pictures[i]]
-            pair += [self.relations[i - 1], self.relations[i]]
-            swap = dict(show_progress="hidden", api_name=False)
-            self.up[i].click(swapped, pair, pair, **swap)
-        for i, button in enumerate(self.example if self.examples is not None else ()):
-            fills = [self.number, self.truth, self.instruction, *self.pictures, *written]
-            button.click(self.with_references(i + 1), self.number, fills, api_name=False)
+        filled = [self.number, self.truth, self.instruction, *self.pictures, *plan]
+        for count, button in enumerate(self.example, 1):
+            button.click(self.with_references(count), self.number, filled, api_name=False)
 
-    # ---------------------------------------------------------------------- what it does
-
-    def _asked(self, values):
-        """The Asked of the values of `everything`."""
+    def asked(self, values):
+        """The Ask of the values of all inputs."""
         instruction, seed, steps, text, image, heat, *rest = values
         paths, (example, caption, *relations) = rest[: self.most], rest[self.most :]
         references = self.studio.read(paths)
+        if isinstance(seed, bool) or seed is None or not 0 <= seed < 2**62:
+            raise UserError("the seed must be a whole number from 0 on")
         sampler = replace(
             self.config.sampler,
             num_timesteps=int(steps) + 1,
             text_guidance=text,
             image_guidance=image,
         )
-        if isinstance(seed, bool) or seed is None or not 0 <= seed < 2**62:
-            raise UserError("the seed must be a whole number from 0 on")
-        ask = Ask(references, instruction or "", int(seed), sampler, heat)
         same = example and instruction == example.instruction and references == example.references
-        return Asked(ask, example.truth if same else None, caption or "", relations)
-
-    def text_of(self, asked):
-        """The plan in the fields."""
-        return self.studio.write(asked.caption, asked.relations, len(asked.ask.references))
+        return Ask(
+            references,
+            instruction or "",
+            int(seed),
+            sampler,
+            temperature=heat,
+            caption=caption or "",
+            relations=tuple(relations),
+            truth=example.truth if same else None,
+        )
 
     def on_think(self, *values):
         """The plan as it is written, into its fields."""
         with said_on_the_page():
-            ask = self._asked(values).ask
-            self.studio.request(ask)  # UserError for what is wrong with it
-            text, count = "", len(ask.references)
+            ask, text = self.asked(values), ""
+            count = len(ask.references)
             for text in self.studio.thoughts(ask):
                 yield so_far(text, count, self.most)
-            plan, problems = iccot.salvage(text, count)
-            if problems:
-                words = f"The plan does not parse: {problems[0]}. What could be read is shown."
-                gr.Warning(as_words(words))
-            if plan is not None:
-                yield [plan.caption, *plan.relations, *[""] * (self.most - count)]
+            for doubt in iccot.check_instruction(ask.instruction, count):
+                gr.Warning(as_words(doubt))
+            if not iccot.is_valid(text, count):
+                gr.Warning("The plan does not parse. What could be read is shown.")
 
     def on_paint(self, *values):
         """The picture of the plan in the fields, every few steps, and a verdict."""
         with said_on_the_page():
-            asked = self._asked(values)
-            text, image = self.text_of(asked), None
-            steps = asked.ask.sampler.num_timesteps - 1
-            for done, image in self.studio.stages(asked.ask, text):
+            ask = self.asked(values)
+            image, steps = None, ask.sampler.num_timesteps - 1
+            for done, image in self.studio.stages(ask, self.studio.write(ask)):
                 yield fitted(image, SIDE), f"step {done} of {steps}"
-            verdict = self.studio.verdict(image, asked.caption, asked.truth)
-            yield (
-                image if max(image.size) > SIDE else fitted(image, SIDE),
-                verdict or f"{steps} steps",
-            )
+            shown = image if max(image.size) > SIDE else fitted(image, SIDE)
+            yield shown, self.studio.verdict(image, ask) or f"{steps} steps"
 
     def on_compare(self, *values):
         """Cards of the same prompt and noise without a plan, and by the other checkpoint."""
         with said_on_the_page():
-            asked = self._asked(values)
-            text = self.text_of(asked)
-            how = dict(caption=asked.caption, truth=asked.truth)
-            for rows in self.studio.compare(asked.ask, text, **how):
+            for rows in self.studio.compare(self.asked(values)):
                 yield cards(rows)
 
     def on_group(self, *values):
         """Cards of a group's members."""
         with said_on_the_page():
-            return cards(self.studio.group(self._asked(values).ask))
+            return cards(self.studio.group(self.asked(values)))
 
     def on_references(self, *paths):
         """One row more than there are references."""
@@ -358,10 +504,8 @@ class Page:
         def fill(number):
             while len((sample := self.examples[number]).references) != count:
                 number += 1
-            blank = [None] * (self.most - count)
-            plan = [""] * (1 + self.most)
-            values = [number + 1, sample, sample.instruction, *sample.references, *blank, *plan]
-            return values
+            blank, plan = [None] * (self.most - count), [""] * (1 + self.most)
+            return [number + 1, sample, sample.instruction, *sample.references, *blank, *plan]
 
         return fill
 
@@ -378,17 +522,12 @@ def path_of(payload):
 
 def cards(rows):
     """[(PIL, words)] as HTML, each with its words below."""
-    found = []
+    figures = []
     for image, words in rows:
         data = base64.b64encode(to_png(fitted(image, SIDE))).decode()
         picture = f'<img src="data:image/png;base64,{data}" alt="{html.escape(words)}">'
-        found.append(f"<figure>{picture}<figcaption>{html.escape(words)}</figcaption></figure>")
-    return f'<div class="cards">{"".join(found)}</div>'
-
-
-def swapped(*values):
-    """Two references and their two lines, exchanged: (first, second, its line, the other's)."""
-    return [values[i] for i in (1, 0, 3, 2)]
+        figures.append(f"<figure>{picture}<figcaption>{html.escape(words)}</figcaption></figure>")
+    return f'<div class="cards">{"".join(figures)}</div>'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,40 +536,20 @@ def swapped(*values):
 
 def open_studio(config):
     """The checkpoints and the CLIP; UserError and the like for what is missing."""
-    place = processes.placed(config.device, config.dtype)
-    names = {"this checkpoint": config.checkpoint}
+    device, dtype = processes.placed(config.device, "auto")
+    paths = {"this checkpoint": config.checkpoint}
     if config.before:
-        names["before"] = config.before
-    how = dict(kind=config.weights)
-    engines = {name: Engine(*load_quantised(path, *place, **how)) for name, path in names.items()}
-    shape, side = next(iter(engines.values())).model.config, 0
-    if config.square:
-        side = shape.latent_side * shape.token_pixels
-    clip = None
-    if config.clip:
-        clip = Clip(source_of(config.clip_name, config.clip), str(place[0]))
-    members = replace(config.members, picture_side=side)
-    return Studio(engines, clip, members=members, max_references=config.max_references)
-
-
-def check_port(port):
-    """UserError if somebody listens there already."""
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            raise UserError(
-                f"port {port} of this machine cannot be used ({error.strerror}); choose another "
-                f"one with --port"
-            ) from None
+        paths["before"] = config.before
+    engines = {
+        name: Engine(*load_quantised(path, device, dtype, kind=config.weights))
+        for name, path in paths.items()
+    }
+    return Studio(engines, Clip(config.clip, str(device)) if config.clip else None, config)
 
 
 def serve(config, studio, block=True):
     """Build the page and serve it; returns the gr.Blocks once it answers, unless it blocks."""
-    blocks = Page(studio, config).build()
+    blocks = Page(studio).build()
     blocks.queue(max_size=PENDING, default_concurrency_limit=4)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     print(f"demo: http://127.0.0.1:{config.port} (ends with Ctrl-C)", flush=True)
@@ -442,7 +561,7 @@ def serve(config, studio, block=True):
         css=STYLE,
         theme=theme,
         footer_links=[],
-        max_file_size=config.max_upload_mb * 2**20,
+        max_file_size=LARGEST,
         prevent_thread_lock=not block,
         ssr_mode=False,
     )
@@ -453,7 +572,9 @@ def serve(config, studio, block=True):
 def main(config):
     if gr is None:
         raise UserError("the page needs Gradio: pip install -r requirements-optional.txt")
-    check_port(config.port)
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", config.port)) == 0:
+            raise UserError(f"--port {config.port} of this machine is taken; choose another one")
     studio = open_studio(config)
     processes.choose_threads(config.threads)
     serve(config, studio)

@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 
 import demo
+import grpo
 import iccot
-from engine import Engine, Sampler
+import objective
+from engine import Engine, Sampler, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
 from reward import Clip
 from runtime.config import UserError, parse
 from runtime.pretrained import load_model, save_model
-from studies.studio import Ask, Studio, so_far
 from toy.clip import ToyClipSettings, train_toy_clip
 from toy.judge import judge
 from toy.prepare import toy_tokenizer
@@ -41,7 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TRAINED = os.environ.get("TOY_CHECKPOINT")
 CONFIG = demo.Config(**demo.PRESETS["smoke"] | dict(clip="", group_size=4, threads=1))
 SAMPLE = next(s for s in (draw_sample("held_out", i) for i in range(99)) if len(s.references) == 2)
-NAMES = list(map(str, range(2)))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studio(folder):
     """Two checkpoints, and a first one that writes the sample's plan."""
-    engines = {name: Engine(*load_model(folder)) for name in NAMES}
-    members = dataclasses.replace(CONFIG.members, picture_side=32)
-    clip = Clip(str(folder / "clip"))
-    made = Studio(engines, clip, members=members, max_references=4)
+    engines = {name: Engine(*load_model(folder)) for name in ("0", "1")}
+    made = demo.Studio(engines, Clip(str(folder / "clip")), CONFIG)
     plan = made.engine.tokenizer.encode(iccot.render(SAMPLE.plan)) + [made.engine.layout.eos]
 
     def tokens(prompts, thinking, *, count=1, **_):
@@ -82,8 +80,8 @@ def studio(folder):
 
 
 def ask(**changes):
-    how = dict(references=SAMPLE.references, instruction=SAMPLE.instruction, seed=3)
-    return Ask(**how | dict(sampler=Sampler(5, 10.0)) | changes)
+    whole = demo.Ask(SAMPLE.references, SAMPLE.instruction, 3, Sampler(5, 10.0))
+    return dataclasses.replace(whole, **changes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def ask(**changes):
 def test_a_plan_appears_as_it_is_written(studio):
     texts = list(studio.thoughts(ask()))
     assert len(texts) > 10 and texts[-1] == iccot.render(SAMPLE.plan)
-    fields = [so_far(text, 2, 4) for text in texts]
+    fields = [demo.so_far(text, 2, 4) for text in texts]
     whole = [SAMPLE.plan.caption, *SAMPLE.plan.relations, "", ""]
     assert fields[-1] == whole and all(one[3:] == ["", ""] for one in fields)
     for before, after in zip(fields, fields[1:]):
@@ -103,29 +101,36 @@ def test_a_plan_appears_as_it_is_written(studio):
 
 def test_the_edited_plan_is_what_is_painted(studio):
     """By the same road as everybody's, Engine.generate: the same seed gives the same picture."""
-    text = studio.write("A red cat.", ["The first.", "The second.", "", ""], 2)
+    relations = ("The first.", "The second.", "", "")
+    text = studio.write(ask(caption="A red cat.", relations=relations))
     assert iccot.parse(text, 2) == iccot.ICCoT("A red cat.", ("The first.", "The second."))
     stages = list(studio.stages(ask(), text))
     assert [done for done, _ in stages] == [1, 2, 3, 4]
     engine = Engine(studio.engine.model, studio.engine.tokenizer)
     engine.think = lambda *_, **__: ([engine.tokenizer.encode(text)], [True])
-    request, _ = studio.request(ask())
-    how = dict(sampler=ask().sampler, thinking=CONFIG.members.thinking, batch=1)
-    (result,) = engine.generate([request], seeds=[(3,)], **how)
+    request = engine.request(SAMPLE, 32)
+    painting = dict(sampler=ask().sampler, thinking=Thinking(72), batch=1, seeds=[(3,)])
+    (result,) = engine.generate([request], **painting)
     assert to_png(result.image) == to_png(stages[-1][1])
     assert to_png(list(studio.stages(ask(), ""))[-1][1]) != to_png(result.image)
 
 
 def test_compare_and_group(studio):
-    text = iccot.render(SAMPLE.plan)
-    *_, rows = studio.compare(ask(), text, caption=SAMPLE.plan.caption, truth=SAMPLE.truth)
+    plan = dict(caption=SAMPLE.plan.caption, relations=SAMPLE.plan.relations)
+    *_, rows = studio.compare(ask(**plan, truth=SAMPLE.truth))
     words = [row[1].partition(".")[0] for row in rows]
     assert words == ["no plan", "this plan", "this plan, 1"]
     assert all("CLIP agreement" in row[1] and "PF" in row[1] for row in rows)
     members = studio.group(ask())
     assert len(members) == 4 and all(SAMPLE.plan.caption in words for _, words in members)
-    rewards = [float(words.split(",")[0].removeprefix("reward ")) for _, words in members]
-    assert rewards == sorted(rewards, reverse=True)
+    numbers = [words.removeprefix("reward ").partition(":")[0] for _, words in members]
+    rewards, advantages = zip(*(map(float, n.split(", advantage ")) for n in numbers))
+    assert list(rewards) == sorted(rewards, reverse=True)
+    expected = studio.clip.score([image for image, _ in members], [SAMPLE.plan.caption] * 4)
+    assert rewards == pytest.approx(expected.tolist(), abs=1e-3)
+    trained = grpo.Config(**grpo.PRESETS["smoke"], std_floor=CONFIG.std_floor, group_size=4)
+    as_trained, _ = objective.advantages(expected[None], trained)
+    assert advantages == pytest.approx(as_trained.tolist(), abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +147,12 @@ def test_a_request_that_cannot_be(studio, changes, words):
 
 def test_plans_and_pictures_that_cannot_be(studio, folder):
     with pytest.raises(UserError, match="the line of reference 2 is empty"):
-        studio.write("A cat.", ["The first.", "", "", ""], 2)
+        studio.write(ask(caption="A cat.", relations=("The first.", "", "", "")))
     with pytest.raises(UserError, match="does not parse"):
-        studio.write("A </out_caption> cat.", ["The first."], 1)
+        studio.write(ask(caption="A </out_caption> cat.", relations=("The first.", "One.")))
     with pytest.raises(UserError, match="does not parse"):
-        studio.write("A cat.", ["That of image_2."], 1)
-    with pytest.raises(UserError, match="5 references, this model takes at most 4"):
+        studio.write(ask(caption="A cat.", relations=("That of image_3.", "One.")))
+    with pytest.raises(UserError, match="5 references, this page takes at most 4"):
         studio.read([folder / "1.png"] * 5)
     with pytest.raises(UserError, match="reference 2 cannot be read") as refused:
         studio.read([folder / "1.png", folder / "broken.png"])
@@ -165,14 +170,14 @@ def pressed(folder, references=2, caption="", relations=("",) * 4):
 
 def test_a_plan_that_does_not_parse_is_shown_as_far_as_it_can_be_read(studio, folder, monkeypatch):
     monkeypatch.setattr(demo, "gr", types.SimpleNamespace(Warning=(warned := []).append))
-    monkeypatch.setattr(studio, "thoughts", lambda _: [iccot.to_json(SAMPLE.plan)])
-    *_, fields = demo.Page(studio, CONFIG).on_think(*pressed(folder))
-    assert fields == [SAMPLE.plan.caption, *SAMPLE.plan.relations, "", ""]
-    assert len(warned) == 1 and "does not parse" in warned[0] and "<" not in warned[0]
+    monkeypatch.setattr(studio, "thoughts", lambda _: ["<think><out_caption>A cat."])
+    *_, fields = demo.Page(studio).on_think(*pressed(folder))
+    assert fields == ["A cat.", "", "", "", ""]
+    assert len(warned) == 1 and "does not parse" in warned[0]
 
 
 def test_a_large_picture_is_given_as_it_is_a_small_one_enlarged(studio, folder, monkeypatch):
-    page, plan = demo.Page(studio, CONFIG), ("A cat.", ["One.", "Two.", "", ""])
+    page, plan = demo.Page(studio), ("A cat.", ["One.", "Two.", "", ""])
     for side, shown in ((1024, 1024), (32, demo.SIDE)):
         painted = Image.new("RGB", (side, side))
         monkeypatch.setattr(studio, "stages", lambda *_, image=painted: [(1, image)])
@@ -182,7 +187,7 @@ def test_a_large_picture_is_given_as_it_is_a_small_one_enlarged(studio, folder, 
 
 @pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
 def test_messages_keep_their_tags_and_say_when_memory_ends(studio, folder, monkeypatch):
-    page = demo.Page(studio, CONFIG)
+    page = demo.Page(studio)
     with pytest.raises(demo.gr.Error, match="3 times &lt;image&gt;"):
         next(page.on_think("<image> <image> <image>", *pressed(folder)[1:]))
 
@@ -194,32 +199,35 @@ def test_messages_keep_their_tags_and_say_when_memory_ends(studio, folder, monke
         page.on_group(*pressed(folder))
 
 
-def test_a_port_that_is_taken():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        one.listen()
-        with pytest.raises(UserError, match="choose another one with --port"):
-            demo.check_port(one.getsockname()[1])
+def refused(capsys, config):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(config())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    return line
 
 
-@pytest.mark.parametrize(
-    "words", [["--checkpoint", "nowhere"], ["--port", "0"], ["--max_references", "0"]]
-)
+@pytest.mark.parametrize("words", ["--checkpoint nowhere", "--port 0", "--max_references 0"])
 @pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
 def test_mistakes_of_the_command(capsys, words):
-    with pytest.raises(SystemExit) as refused:
-        demo.main(parse(demo.Config, demo.PRESETS, ["--config", "smoke", *words]))
-    assert refused.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words[1] in line
+    argv = ["--config", "smoke", *words.split()]
+    line = refused(capsys, lambda: parse(demo.Config, demo.PRESETS, argv))
+    assert words.split()[1] in line
+
+
+@pytest.mark.skipif(demo.gr is None, reason="needs Gradio")
+def test_a_port_that_is_taken(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused(capsys, lambda: dataclasses.replace(CONFIG, port=port))
+    assert f"--port {port}" in line
 
 
 def test_without_gradio(monkeypatch, capsys):
     monkeypatch.setattr(demo, "gr", None)
-    with pytest.raises(SystemExit) as refused:
-        demo.main(CONFIG)
-    assert refused.value.code == 2
-    assert "pip install -r requirements-optional.txt" in capsys.readouterr().err
+    assert "pip install -r requirements-optional.txt" in refused(capsys, lambda: CONFIG)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,13 +319,14 @@ def page(studio):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    painted, encode = [], studio.encode
-    studio.encode = lambda engine, text: painted.append(text) or encode(engine, text)
-    config = dataclasses.replace(CONFIG, port=port, max_upload_mb=1, num_timesteps=5)
-    blocks = demo.serve(config, studio, block=False)
+    painted, stages = [], studio.stages
+    studio.stages = lambda ask, text, *rest: painted.append(text) or stages(ask, text, *rest)
+    studio.config = dataclasses.replace(CONFIG, port=port, num_timesteps=5)
+    demo.LARGEST, largest = 2**20, demo.LARGEST
+    blocks = demo.serve(studio.config, studio, block=False)
     yield port, painted
     blocks.close()
-    studio.encode = encode
+    studio.stages, studio.config, demo.LARGEST = stages, CONFIG, largest
     forget()
 
 
@@ -395,14 +404,13 @@ def test_the_judge_sees_that_a_thing_moved_with_its_plan():
 
     Places are what plans decide in the toy world; colours stand in references and instructions.
     """
-    members, moved = dataclasses.replace(CONFIG.members, picture_side=32), []
-    studio = Studio({"": Engine(*load_model(TRAINED))}, None, members=members, max_references=4)
+    studio, moved = demo.Studio({"": Engine(*load_model(TRAINED))}, None, CONFIG), []
     for i in range(40):
         one = draw_sample("held_out", i)
         truth = one_fact_changed(one.truth, "place", np.random.default_rng(i))
         if one.task == "attribute" or caption(truth) == one.plan.caption:
             continue
-        asked = Ask(one.references, one.instruction, 0, Sampler(7, 10.0))
+        asked = demo.Ask(one.references, one.instruction, 0, Sampler(7, 10.0))
         for words in (one.plan.caption, caption(truth)):
             text = iccot.render(iccot.ICCoT(words, one.plan.relations))
             *_, (_, picture) = studio.stages(asked, text)

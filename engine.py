@@ -82,6 +82,11 @@ class Result:
     valid: bool  # whether it parses strictly
     image: Image.Image
 
+    def record(self) -> dict:
+        """What the model wrote, for the JSON file beside the picture."""
+        plan = iccot.to_record(self.plan) if self.plan else None
+        return {"text": self.text, "plan": plan, "problems": self.problems}
+
 
 @dataclass(frozen=True)
 class Thinking:

@@ -15,7 +15,6 @@ Left out: judging real pictures without an MLLM.
 
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,65 +28,48 @@ from studies.benchmarks import run_benchmark
 from studies.metrics import HeldOut, by_task, measure, print_table
 from studies.pictures import save_grid
 from toy import world
-from toy.prepare import metric_clip
+from toy.prepare import metric_clip_of_all
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "out/toy-grpo"  # folder of a run or of a model
-    side: int = world.SIZE  # pixels of the pictures, before the codec's resize rule
+    checkpoint: str = "out/toy-grpo"  # folder of a run or of a model, or owner/name on Hugging Face
     data: str = "toy"  # held-out prompts of the toy world, or samples on disk (no exact judge)
     split: Literal["held_out", "all"] = "held_out"  # of samples on disk: one in fifty, or all
     num_samples: int = 200  # prompts
     max_references: int = 4
+    side: int = world.SIZE  # pixels of the pictures, before the codec's resize rule
+    use_plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
+    max_plan_tokens: int = 72  # of a plan, at most
     num_timesteps: int = 7  # grid points of the sampler; one more than model evaluations
     timestep_shift: float = 10.0
     text_guidance: float = 1.0  # 1: no guidance
-    use_plan: bool = True  # write an IC-CoT first; false paints straight from the prompt
-    metric_name: str = "ViT-B-32"  # open_clip architecture of the CLIP of CLIP_out; toys: toy
-    metric: str = "openai"  # its weights: an open_clip tag, a .safetensors file, or a folder
-    clip_steps: int = 0  # training steps of the toy CLIP, if it is missing
+    image_guidance: float = 1.0
+    cache_interval: int = 1  # denoising steps to a pass of the model; the others extrapolate
+    batch: int = 50  # prompts painted at once: bounds the memory
     seed: int = 0  # of the noise
-    data_seed: int = 0  # of the prompts
-    threads: int = 0  # CPU threads; 0 measures
-    grid: str = ""  # write a picture grid of the first samples to this file
+    metric: str = "ViT-B-32:openai"  # the CLIP of CLIP_out, see reward.Clip
+    out: str = ""  # a grid of the first pictures (PNG); the folder of --bench or --ablation
     json: bool = False  # end with one line of JSON
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
+    weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
+    threads: int = 0  # CPU threads; 0: PyTorch's own number
     config: str = ""  # name of the preset
+    memory: str = ""  # 1x80: print what every phase would hold of a GPU of 80 GB, and stop
     # benchmarks
     bench: Literal["", "omnicontext", "dreamomni2"] = ""  # paint, judge: --bench NAME PATH
     bench_path: str = ""  # its data: a folder, a parquet file, or owner/name on Hugging Face
-    result_dir: str = "out/bench"
-    model_name: str = "realign"  # folder of this model's pictures and scores
     generate_only: bool = False  # paint, and do not judge
-    clip_out: bool = False  # CLIP_out, where the benchmark has ground-truth captions
-    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible; may be local
+    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible; key in OPENAI_API_KEY
     judge_model: str = "gpt-4.1"
-    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key
-    judge_workers: int = 16  # questions at a time
-    image_guidance: float = 1.0
-    guidance_low: float = 0.0  # guidance acts at times above this
-    renorm: Literal["global", "channel", "text_channel"] = "text_channel"
-    cache_interval: int = 1  # denoising steps to a pass of the model, as in sample.py
-    max_plan_tokens: int = 72  # of a plan, at most
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of them that is there
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; bfloat16 on a GPU
-    weights: Literal["full", "int8", "nf4"] = "full"  # of the experts, for cards that are too small
-    batch: int = 50  # prompts painted at once: bounds the memory
-    memory: str = ""  # 1x80: print what every phase would hold of a GPU of 80 GB, and stop
     # ablation
     ablation: bool = False  # train and measure all rows of the paper's ablation
     seeds: int = 3  # of the ablation
-    runs: str = "out/ablation"  # where its runs are kept
 
     def __post_init__(self):
-        if self.num_samples < 1 or self.seeds < 1:
-            raise ValueError(
-                f"num_samples={self.num_samples}, seeds={self.seeds}: both must be at least 1"
-            )
-        if min(self.batch, self.judge_workers) < 1:
-            raise ValueError(
-                f"batch={self.batch}, judge_workers={self.judge_workers}: expected at least 1"
-            )
+        for name in ("num_samples", "seeds", "batch"):
+            if (value := vars(self)[name]) < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
         _ = self.sampler, self.thinking  # ValueError for what cannot be drawn
         if bool(self.bench) != bool(self.bench_path):
             raise ValueError(
@@ -95,14 +77,20 @@ class Config:
             )
 
     @property
+    def folder(self):
+        """Of a benchmark's pictures or the ablation's runs."""
+        return Path(self.out or ("out/bench/realign" if self.bench else "out/ablation"))
+
+    @property
     def sampler(self):
+        """Editing's settings in BAGEL: guidance at all times, rescaled with the text's alone."""
         return Sampler(
             self.num_timesteps,
             self.timestep_shift,
             self.text_guidance,
             self.image_guidance,
-            (self.guidance_low, 1.0),
-            self.renorm,
+            guidance_interval=(0.0, 1.0),
+            renorm="text_channel",
             cache_interval=self.cache_interval,
         )
 
@@ -121,7 +109,6 @@ class Config:
             thinking=self.thinking,
             batch=self.batch,
             seed=self.seed,
-            data_seed=self.data_seed,
             split=self.split,
         )
 
@@ -133,19 +120,15 @@ class Config:
 
 # fmt: off
 PRESETS = {
-    "toy": dict(metric_name="toy", metric="out/toy-clip-metric", clip_steps=300),
+    "toy": dict(metric="out/toy-clip-metric"),
     "smoke": dict(
-        checkpoint="out/smoke-grpo", num_samples=16, metric_name="toy",
-        metric="out/smoke-clip-metric", clip_steps=20,
+        checkpoint="out/smoke-grpo", num_samples=16, metric="out/smoke-clip-metric",
     ),
-    "small": dict(
-        checkpoint="out/small-grpo", side=64, metric_name="toy",
-        metric="out/toy-clip-metric", clip_steps=300,
-    ),
+    "small": dict(checkpoint="out/small-grpo", side=64, metric="out/toy-clip-metric"),
     "rehearsal": dict(
         checkpoint="out/rehearsal-grpo", side=512, num_samples=4, num_timesteps=5,
         timestep_shift=3.0, text_guidance=4.0, image_guidance=2.0, max_plan_tokens=256, batch=1,
-        metric_name="toy", metric="out/smoke-clip-metric", clip_steps=20,
+        metric="out/smoke-clip-metric",
     ),
     "full": dict(
         checkpoint="out/full-grpo", side=1024, num_timesteps=50, timestep_shift=3.0,
@@ -155,56 +138,56 @@ PRESETS = {
 # fmt: on
 
 
-def evaluate(config, engine, clip, *, samples):
-    """Paint and measure; prints the tables and returns the row."""
-    results = config.held_out.paint(engine, samples)
-    row = measure(samples, results, clip)
-    print_table({Path(config.checkpoint).name: row})
-    for task, (pf, sc, overall, count) in by_task(samples, results).items():
-        print(f"  {task:22s} PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}  n {count}")
-    if config.grid:
-        save_grid(config.grid, samples[:8], {Path(config.checkpoint).name: results[:8]})
-        print(f"pictures in {config.grid}")
-    if config.json:
-        print(files.to_json({key: round(value, 4) for key, value in row.items()}))
-    return row
-
-
 def arguments(argv):
     """`--bench NAME PATH` in the parser's words."""
     return with_path(argv, ("--bench",), 1, option="--bench_path")
 
 
+def load_engine(config):
+    """The checkpoint, where it shall be."""
+    place = processes.placed(config.device, "auto")
+    return Engine(*load_quantised(config.checkpoint, *place, kind=config.weights))
+
+
+def load_clip(config):
+    """The CLIP of CLIP_out; the toys' is trained if it is missing."""
+    return metric_clip_of_all(config, "cpu")
+
+
+def evaluate(config, engine, clip, samples):
+    """Paint and measure; prints the tables and returns the row."""
+    results, name = config.held_out.paint(engine, samples), Path(config.checkpoint).name
+    row = measure(samples, results, clip)
+    print_table({name: row})
+    for task, (pf, sc, overall, count) in by_task(samples, results).items():
+        print(f"  {task:22s} PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}  n {count}")
+    if config.out:
+        save_grid(config.out, samples[:8], {name: results[:8]})
+        print(f"pictures in {config.out}")
+    if config.json:
+        print(files.to_json({key: round(value, 4) for key, value in row.items()}))
+    return row
+
+
 def main(config):
     """One checkpoint, or the ablation, or a benchmark."""
-    if config.memory:
-        default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
-        with exit_on_user_error(ValueError):
+    with exit_on_user_error(ValueError):
+        if config.memory:
+            default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
             shape = shape_of(config.checkpoint, config.config, default)
             accountant.dry_run(accountant.walk_evaluate, config, shape)
-        return
-    metric = partial(metric_clip, config.metric_name, config.metric, config.clip_steps)
-    if config.grid:
-        with exit_on_user_error():
-            files.check_writable(Path(config.grid).parent)
-
-    def load_engine():
-        place = processes.placed(config.device, config.dtype)
-        return Engine(*load_quantised(config.checkpoint, *place, kind=config.weights))
-
-    with exit_on_user_error(ValueError):
+            return
+        processes.choose_threads(config.threads)
         if config.ablation:
-            files.check_writable(config.runs)
-            processes.choose_threads(config.threads)
+            files.check_writable(config.folder)
             ablation(config)
             return
         if config.bench:
-            processes.choose_threads(config.threads)
-            run_benchmark(config, load_engine, metric)
+            run_benchmark(config, load_engine, load_clip)
             return
-        engine, clip, samples = load_engine(), metric(), config.held_out.samples()
-    processes.choose_threads(config.threads)
-    evaluate(config, engine, clip, samples=samples)
+        files.check_writable(Path(config.out).parent)
+        engine, clip, samples = load_engine(config), load_clip(config), config.held_out.samples()
+    evaluate(config, engine, clip, samples)
 
 
 if __name__ == "__main__":

@@ -124,10 +124,15 @@ def render(plan: ICCoT, think: bool = True) -> str:
     return f"<think>{body}</think>" if think else body
 
 
-def to_json(plan: ICCoT) -> str:
-    """The JSON form: {"out_caption": ..., "relations": [{"relation_1": ...}, ...]}."""
+def to_record(plan: ICCoT) -> dict:
+    """The form in files: {"out_caption": ..., "relations": [{"relation_1": ...}, ...]}."""
     relations = [{f"relation_{i}": text} for i, text in enumerate(plan.relations, 1)]
-    return json.dumps({"out_caption": plan.caption, "relations": relations}, ensure_ascii=False)
+    return {"out_caption": plan.caption, "relations": relations}
+
+
+def to_json(plan: ICCoT) -> str:
+    """The same as JSON."""
+    return json.dumps(to_record(plan), ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------------------------------

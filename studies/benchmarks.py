@@ -6,19 +6,16 @@ The paper's benchmarks, OmniContext and DreamOmni2Bench: pictures, and a judge o
     Overall    sqrt(PF * SC) of a sample; a task is the mean of its samples, the benchmark the mean
                of its tasks (OmniContext's calculate_statistics.py)
 
-Pictures go where the official scorer looks for them, so that the official scripts run on them
-unchanged, each with what the model wrote beside it:
+Pictures go where the official scorer looks for them, each with what the model wrote beside it:
 
-    {result_dir}/{model_name}/fullset/{task_type}/{key}.png      1024 x 1024
-    {result_dir}/{model_name}/fullset/{task_type}/{key}.json     the text, the plan, its problems
-    {result_dir}/{model_name}/{judge}/{task_type}/score.jsonl    a line a sample, the official names
+    {out}/fullset/{task_type}/{key}.png      1024 x 1024
+    {out}/fullset/{task_type}/{key}.json     the text, the plan, its problems
+    {out}/{judge}/{task_type}/score.jsonl    a line a sample, the official names
 
-Our judge (judge.py) differs from the official scorer where that one is at fault: it asks each
-question once (there: three times, the last answer counts), and an answer that cannot be read is
-null and counted (there: a random number). Numbers are comparable with the published ones only in so
-far as judge and prompts are; the table says which judge gave them. Pictures that are missing are
-counted, not skipped in silence. A killed run goes on where it was: whole pictures are not painted
-again, and scores are not asked for again.
+Our judge (judge.py) asks each question once (the official one: three times, the last answer
+counts), and an answer that cannot be read is null and counted (there: a random number). Numbers are
+comparable with the published ones only as far as judge and prompts are. A killed run goes on where
+it was: whole pictures are not painted again, and scores are not asked for again.
 
 Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people).
 
@@ -37,22 +34,23 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-import iccot
 from engine import Request
 from runtime import files
 from runtime.config import UserError
 from studies.endpoint import Access, Endpoint, Fault, Refused, commonest, in_parallel, to_send
 from studies.judge import ask_score
+from studies.metrics import mean
+from studies.pictures import save_path
 from vision import open_image, to_png
 
 SIDE = 1024  # pixels of a picture on disk
+JUDGING = 16  # questions at a time
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SCORED = ("key", "task_type", "instruction_language", "PF_score", "SC_score")  # of a line of scores
+COLUMNS = ("key", "task_type", "instruction", "input_images")  # of OmniContext's parquet
 
 # the name of a true picture: "res", "0_result", "edit-res2", "imgres"; not "dress", "forest"
 ANSWER = re.compile(r"(?i)(?<![a-z])(?:res|target|output|answer|gt(?![a-z]))|res(?![a-z])")
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-SCORED = ("key", "task_type", "instruction_language", "PF_score", "SC_score")  # of a line of scores
 
 OMNICONTEXT_TASKS = (
     "single_character",
@@ -64,7 +62,6 @@ OMNICONTEXT_TASKS = (
     "scene_object",
     "scene_character_object",
 )
-
 DREAMOMNI2_TASKS = ("add", "replace", "global", "local", "generation")
 
 # fmt: off
@@ -102,26 +99,28 @@ class Case:
 # the whole
 
 
-def run_benchmark(config, load_engine, metric):
+def run_benchmark(config, load_engine, load_clip):
     """Paint, judge and tabulate. Returns `statistics`, or {} with config.generate_only.
 
-    config: an evaluate.Config. load_engine() -> Engine and metric() -> the Clip of CLIP_out are
-    called only where they are needed. UserError for benchmark data that are missing or torn.
+    config: an evaluate.Config. load_engine(config) -> Engine and load_clip(config) -> the Clip of
+    CLIP_out are called only where they are needed. UserError for data that are missing or torn.
     """
-    read, tasks = {
-        "omnicontext": (read_omnicontext, OMNICONTEXT_TASKS),
-        "dreamomni2": (read_dreamomni2, DREAMOMNI2_TASKS),
-    }[config.bench]
-    cases, folder = read(config.bench_path), model_folder(config)
+    read, tasks = read_dreamomni2, DREAMOMNI2_TASKS
+    if config.bench == "omnicontext":
+        read, tasks = read_omnicontext, OMNICONTEXT_TASKS
+    cases, folder = read(config.bench_path), config.folder
     files.check_writable(folder)
     check_settings(folder / "settings.json", config)
-    if any(not is_whole(picture_path(config, case)) for case in cases):
-        paint_missing(load_engine(), cases, config)
-    save_sheets(cases, config)
-    if config.clip_out:
-        score = clip_out(cases, config, metric())
-        words = "CLIP_out: this benchmark has no ground-truth captions"
-        print(words if score is None else f"CLIP_out {score:.2f}")
+    left = [case for case in cases if not is_whole(picture_path(folder, case))]
+    if left:
+        paint_cases(load_engine(config), left, config)
+    print(f"{len(left)} pictures painted, {len(cases)} in {folder / 'fullset'}")
+    save_sheets(cases, folder)
+    known = painted([case for case in cases if case.caption], folder)
+    if known:
+        pictures = [open_image(picture_path(folder, case)) for case in known]
+        scores = load_clip(config).clip_out(pictures, [case.caption for case in known])
+        print(f"CLIP_out {float(scores.mean()):.2f}")
     if config.generate_only:
         return {}
     table = statistics(judge_cases(cases, config), tasks)
@@ -131,36 +130,28 @@ def run_benchmark(config, load_engine, metric):
     return table
 
 
-# what pictures depend on; a folder of pictures belongs to one of each
-SETTINGS = (
-    "checkpoint",
-    "bench_path",
-    "use_plan",
-    "max_plan_tokens",
-    "num_timesteps",
-    "seed",
-    "timestep_shift",
-    "text_guidance",
-    "image_guidance",
-    "guidance_low",
-    "renorm",
-    "cache_interval",
-)
-
-
 def check_settings(path, config):
-    """Record what the pictures depend on; UserError if those that are there were made otherwise.
-
-    What a record lacks, from before there was such an option, stood at its default.
-    """
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    defaults = {name: getattr(type(config), name) for name in SETTINGS}
-    before = defaults | files.read_json(path) if path.is_file() else settings
+    """Record what the pictures depend on; UserError if those that are there were made otherwise."""
+    settings = {
+        "checkpoint": config.checkpoint,
+        "bench_path": config.bench_path,
+        "use_plan": config.use_plan,
+        "max_plan_tokens": config.max_plan_tokens,
+        "num_timesteps": config.num_timesteps,
+        "seed": config.seed,
+        "timestep_shift": config.timestep_shift,
+        "text_guidance": config.text_guidance,
+        "image_guidance": config.image_guidance,
+        "guidance_low": config.sampler.guidance_interval[0],
+        "renorm": config.sampler.renorm,
+        "cache_interval": config.cache_interval,
+    }
+    before = files.read_json(path) if path.is_file() else settings
     for name, value in settings.items():
-        if before.get(name) != value:
+        if before.get(name, value) != value:
             raise UserError(
-                f"the pictures in {path.parent} were made with {name}={before.get(name)}, now "
-                f"{name}={value}; choose another --model_name or --result_dir, or delete them"
+                f"the pictures in {path.parent} were made with {name}={before[name]}, now "
+                f"{name}={value}; choose another --out, or delete them"
             )
     files.write_text(path, json.dumps(settings, indent=1) + "\n")
 
@@ -171,37 +162,26 @@ def check_settings(path, config):
 
 def read_omnicontext(path):
     """Cases from a parquet file, a folder of them, or a data set on Hugging Face."""
-    folder = Path(path)
-    if not folder.exists():
-        folder = download(path)
+    from pyarrow import ArrowException, parquet
+
+    folder = Path(path) if Path(path).exists() else download(path)
     found = sorted([*folder.glob("[!.]*.parquet"), *folder.glob("data/[!.]*.parquet")])
     if folder.is_file():
-        found = [folder]
+        folder, found = folder.parent, [folder]
     if not found:
         raise UserError(
             f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet"
         )
-    base = folder.parent if folder.is_file() else folder
-    return [omnicontext_case(row, base) for file in found for row in parquet_rows(file)]
-
-
-def parquet_rows(path, columns=("key", "task_type", "instruction", "input_images")):
-    """The rows of a parquet file, as dictionaries; UserError if it is torn or lacks a column."""
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if missing := [name for name in columns if name not in names]:
+    cases = []
+    for file in found:
+        try:
+            rows = parquet.read_table(file).to_pylist()
+        except (ArrowException, OSError) as error:
             raise UserError(
-                f"{path} has no column {', '.join(missing)}; expected {', '.join(columns)}"
-            )
-        for batch in table.iter_batches(16):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as parquet ({str(error)[:100]}); copy it again"
-        ) from None
+                f"{file} cannot be read as parquet ({str(error)[:100]}); copy it again"
+            ) from None
+        cases += [omnicontext_case(row, folder) for row in rows]
+    return cases
 
 
 def omnicontext_case(row, folder):
@@ -209,35 +189,26 @@ def omnicontext_case(row, folder):
 
     UserError for a row that is none, in any field.
     """
+    if missing := [name for name in COLUMNS if name not in row]:
+        raise UserError(f"{folder}: a row has no {', '.join(missing)}; expected OmniContext's")
     key, images = row["key"], row["input_images"]
     key = str(key) if isinstance(key, int) else key
     files.check_name(key, "a key of the benchmark")
-    images = images if isinstance(images, list) else [images]
-    name = f"an input image of {key}"
     if row["task_type"] not in OMNICONTEXT_TASKS or not isinstance(row["instruction"], str):
         raise UserError(
             f"row {key} has the task {row['task_type']!r} and the instruction "
             f"{row['instruction']!r}; expected a text, and one of {', '.join(OMNICONTEXT_TASKS)}"
         )
-    return Case(
-        key=key,
-        task=row["task_type"],
-        instruction=row["instruction"],
-        language=row.get("instruction_language") or "en",
-        references=tuple(open_image(source_of(image, folder, name), name) for image in images),
-        caption=row.get("caption") or "",
-    )
-
-
-def source_of(image, folder, name):
-    """What to open for a picture: {bytes, path} as datasets writes it, bytes, or a path."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, (bytes, bytearray)):
-        return io.BytesIO(image)
-    if isinstance(image, str) and image:
-        return folder / image
-    raise UserError(f"{name} is {image!r}; expected {{bytes, path}}, bytes of a picture or a path")
+    references = []
+    for image in images if isinstance(images, list) else [images]:
+        if isinstance(image, dict):  # as the library datasets writes it
+            image = image.get("bytes") or image.get("path")
+        if not isinstance(image, (bytes, str)) or not image:
+            raise UserError(f"an input image of {key} is {image!r}; expected a picture or a path")
+        source = io.BytesIO(image) if isinstance(image, bytes) else folder / image
+        references.append(open_image(source, f"an input image of {key}"))
+    language, caption = row.get("instruction_language") or "en", row.get("caption") or ""
+    return Case(key, row["task_type"], row["instruction"], language, tuple(references), caption)
 
 
 def read_dreamomni2(path):
@@ -264,24 +235,21 @@ def dreamomni2_case(folder):
         raise UserError(
             f"{folder.parent}: the category {category} is none of {', '.join(DREAMOMNI2_TASKS)}"
         )
-    pictures = [
+    references = [
         path
         for path in sorted(folder.iterdir(), key=in_order)
-        if path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)
+        if path.suffix.lower() in SUFFIXES
+        and not files.is_hidden(path.name)
+        and not ANSWER.search(path.stem)
     ]
-    references = [path for path in pictures if not ANSWER.search(path.stem)]
     if not references:
         raise UserError(
-            f"{folder} holds no reference picture, of {len(pictures)}; those named "
-            f"*res*, *target*, *output* or *gt* are answers"
+            f"{folder} holds no reference picture; those named *res*, *target*, *output* or *gt* "
+            f"are answers"
         )
-    return Case(
-        key=f"{category}-{folder.name}",
-        task=task,
-        instruction=files.read_text(folder / "instruction.txt").strip(),
-        language="en",
-        references=tuple(map(open_image, references)),
-    )
+    text = files.read_text(folder / "instruction.txt").strip()
+    key, pictures = f"{category}-{folder.name}", tuple(map(open_image, references))
+    return Case(key, task, text, "en", pictures)
 
 
 def in_order(path):
@@ -309,91 +277,64 @@ def download(name):
 # pictures
 
 
-def model_folder(config):
-    """Where the pictures and scores of this model go."""
-    return Path(config.result_dir) / config.model_name
-
-
-def picture_path(config, case):
+def picture_path(folder, case):
     """Where the picture of a case goes."""
-    return model_folder(config) / "fullset" / case.task / f"{case.key}.png"
+    return folder / "fullset" / case.task / f"{case.key}.png"
 
 
 def is_whole(path):
     """Whether a picture is there and opens."""
-    if not path.is_file():
-        return False
     try:
         open_image(path)
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return True
 
 
-def painted(cases, config):
+def painted(cases, folder):
     """Those of the cases whose picture is there."""
-    return [case for case in cases if is_whole(picture_path(config, case))]
+    return [case for case in cases if is_whole(picture_path(folder, case))]
 
 
-def paint_missing(engine, cases, config):
-    """Paint what is missing, one case at a time (memory), each on disk as soon as it is done."""
-    model = engine.model.config
-    side = min(SIDE, model.latent_side * model.token_pixels)  # the largest that the model can paint
-    grid = (side // model.token_pixels,) * 2
-    left = [case for case in cases if not is_whole(picture_path(config, case))]
-    for case in tqdm(left, disable=None, desc="paint"):
-        request = Request(case.references, case.instruction, grid)
-        seed = (config.seed, int.from_bytes(case.key.encode()))
+def paint_cases(engine, cases, config):
+    """Paint one case at a time (memory), each on disk as soon as it is done."""
+    shape = engine.model.config
+    side = min(SIDE, shape.latent_side * shape.token_pixels)  # the largest that the model can paint
+    for case in tqdm(cases, disable=None, desc="paint"):
         (result,) = engine.generate(
-            [request], sampler=config.sampler, thinking=config.thinking, batch=1, seeds=[seed]
+            [Request(case.references, case.instruction, (side // shape.token_pixels,) * 2)],
+            sampler=config.sampler,
+            thinking=config.thinking,
+            batch=1,
+            seeds=[(config.seed, int.from_bytes(case.key.encode()))],
         )
-        save_result(picture_path(config, case), result)
-    print(f"{len(left)} pictures painted, {len(cases)} in {model_folder(config) / 'fullset'}")
+        save_result(picture_path(config.folder, case), result)
 
 
 def save_result(path, result):
     """The picture at `path`, SIDE pixels each way, and beside it what the model wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = json.loads(iccot.to_json(result.plan)) if result.plan else None
-    about = {"text": result.text, "plan": plan, "problems": result.problems}
-    files.write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
+    about = json.dumps(result.record(), ensure_ascii=False)
+    files.write_text(path.with_suffix(".json"), about + "\n")
     tiny = max(result.image.size) <= 64  # of the toy world: its pixels stay squares
-    how = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
+    filtered = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
     with files.published(path) as hidden:
-        result.image.resize((SIDE, SIDE), how).save(hidden, "PNG")
+        result.image.resize((SIDE, SIDE), filtered).save(hidden, "PNG")
 
 
-def save_sheets(cases, config, rows=8, *, side=192, pad=6):
-    """A picture sheet a task: references and the result of its first cases."""
-    cell = side + pad
+def save_sheets(cases, folder, most=8):
+    """A picture sheet a task: result and references of its first cases."""
     for task in sorted({case.task for case in cases}):
-        shown = painted([case for case in cases if case.task == task], config)[:rows]
-        if not shown:
-            continue
-        columns = max(len(case.references) for case in shown) + 1
-        sheet = Image.new("RGB", (columns * cell + pad, len(shown) * cell + pad), "white")
-        for row, case in enumerate(shown):
-            pictures = dict(enumerate(case.references))
-            pictures[columns - 1] = open_image(picture_path(config, case))
-            for column, image in pictures.items():
-                image = image.copy()
-                image.thumbnail((side, side))
-                sheet.paste(image, (pad + column * cell, pad + row * cell))
-        with files.published(model_folder(config) / f"{task}.png") as hidden:
-            sheet.save(hidden, "PNG")
+        shown = painted([case for case in cases if case.task == task], folder)[:most]
+        rows = {c.key: [open_image(picture_path(folder, c)), *c.references] for c in shown}
+        if rows:
+            references = range(1, max(map(len, rows.values())))
+            titles = ["result", *(f"reference {i}" for i in references)]
+            save_path(folder / f"{task}.png", titles, rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # scores
-
-
-def clip_out(cases, config, clip):
-    """Mean CLIP_out of pictures and true captions, over the cases that have one; None: none has."""
-    known = painted([case for case in cases if case.caption], config)
-    if not known:
-        return None
-    pictures = [open_image(picture_path(config, case)) for case in known]
-    return float(clip.clip_out(pictures, [case.caption for case in known]).mean())
 
 
 def judge_cases(cases, config):
@@ -401,48 +342,49 @@ def judge_cases(cases, config):
 
     A case without an answer is null and is asked again next time, unless the judge declined.
     """
-    folder = model_folder(config) / config.judge_model.replace("/", "_")
-    access = Access(config.judge_url, config.judge_model, config.key_variable)
-    judge = Endpoint(access, folder / "replies")
+    folder = config.folder / config.judge_model.replace("/", "_")
+    judge = Endpoint(Access(config.judge_url, config.judge_model), folder / "replies")
     paths = {task: folder / task / "score.jsonl" for task in {case.task for case in cases}}
-    done = {}  # {(task, key): row}
+    scored = {}  # {(task, key): row}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        done |= {(row["task_type"], row["key"]): row for row in files.read_lines(path, *SCORED)}
-    left = painted([case for case in cases if (case.task, case.key) not in done], config)
-    ask, failed = partial(judge_case, judge, config), []
-    how = dict(patient=bool(done))  # what failed in an earlier run may fail again
+        for row in files.read_lines(path, *SCORED):
+            scored[row["task_type"], row["key"]] = row
+    left = [case for case in cases if (case.task, case.key) not in scored]
+    left, ask, failed = painted(left, config.folder), partial(judge_case, judge, config.folder), []
+    patient = bool(scored)  # what failed in an earlier run may fail again
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
-        for case, scores in in_parallel(ask, left, config.judge_workers, bar=bar, **how):
-            row = score_row(config, case, scores)
-            done[case.task, case.key] = row
+        for case, scores in in_parallel(ask, left, JUDGING, bar=bar, patient=patient):
+            row = score_row(config.folder, case, scores)
+            scored[case.task, case.key] = row
             if isinstance(scores, Fault):
                 failed.append(str(scores))
             if not isinstance(scores, Fault) or isinstance(scores, Refused):
                 files.append_line(paths[case.task], row)
     if failed:
         why = f"no score for {len(failed)} of {len(left)} pictures, most often: {commonest(failed)}"
-        if len(failed) == len(done):
+        if len(failed) == len(scored):
             raise UserError(why)
         print(f"{why}; repeat the command to ask again")
-    return [done[key] for case in cases if (key := (case.task, case.key)) in done]
+    return [scored[key] for case in cases if (key := (case.task, case.key)) in scored]
 
 
-def judge_case(judge, config, case):
+def judge_case(judge, folder, case):
     """{"PF", "SC": (score, reasoning)}; a Fault where the judge gives none."""
-    result = to_png(open_image(picture_path(config, case)))
-    how = dict(pictures=[*map(to_send, case.references), result], scene="scene" in case.task)
-    return {name: ask_score(judge, name, case.instruction, **how) for name in ("PF", "SC")}
+    pictures = [to_send(image) for image in case.references]
+    pictures.append(to_png(open_image(picture_path(folder, case))))
+    scene, ask = "scene" in case.task, partial(ask_score, judge)
+    return {c: ask(c, case.instruction, pictures=pictures, scene=scene) for c in ("PF", "SC")}
 
 
-def score_row(config, case, scores):
+def score_row(folder, case, scores):
     """One line of score.jsonl, with the official scorer's names; null after a Fault."""
     row = {
         "key": case.key,
         "task_type": case.task,
         "instruction": case.instruction,
         "instruction_language": case.language,
-        "output_image_path": str(picture_path(config, case)),
+        "output_image_path": str(picture_path(folder, case)),
     }
     for name in ("PF", "SC"):
         score, reason = (None, str(scores)) if isinstance(scores, Fault) else scores[name]
@@ -462,31 +404,22 @@ def statistics(rows, tasks, language="en"):
     """
     table = {}
     for task in tasks:
-        mine = [
-            (row["PF_score"], row["SC_score"])
-            for row in rows
-            if row["task_type"] == task and row["instruction_language"] == language
-        ]
-        scored = [pair for pair in mine if None not in pair]
+        mine = [r for r in rows if (r["task_type"], r["instruction_language"]) == (task, language)]
+        pairs = [(row["PF_score"], row["SC_score"]) for row in mine]
+        scored = [pair for pair in pairs if None not in pair]
         if mine:
             table[task] = {
-                "PF": _mean([pf for pf, _ in scored]),
-                "SC": _mean([sc for _, sc in scored]),
-                "Overall": _mean([math.sqrt(pf * sc) for pf, sc in scored]),
+                "PF": mean([pf for pf, _ in scored]),
+                "SC": mean([sc for _, sc in scored]),
+                "Overall": mean([math.sqrt(pf * sc) for pf, sc in scored]),
                 "n": len(scored),
                 "null": len(mine) - len(scored),
             }
     if table:
-        found = list(table.values())
-        table["average"] = {
-            **{name: _mean([row[name] for row in found]) for name in ("PF", "SC", "Overall")},
-            **{name: sum(row[name] for row in found) for name in ("n", "null")},
-        }
+        tasks = list(table.values())
+        average = {name: mean([row[name] for row in tasks]) for name in ("PF", "SC", "Overall")}
+        table["average"] = average | {n: sum(row[n] for row in tasks) for n in ("n", "null")}
     return table
-
-
-def _mean(values):
-    return sum(values) / len(values) if values else math.nan
 
 
 def print_statistics(table, cases, config):
@@ -497,8 +430,7 @@ def print_statistics(table, cases, config):
         scores = f"{row['PF']:8.2f}{row['SC']:8.2f}{row['Overall']:9.2f}"
         print(f"{task:24s}{scores}{row['n']:6d}{row['null']:6d}")
     average = table.get("average", {"n": 0, "null": 0})
-    missing = len(cases) - average["n"] - average["null"]
-    if missing:
+    if missing := len(cases) - average["n"] - average["null"]:
         print(
             f"{missing} of {len(cases)} cases have no picture or another language "
             "and are not in these means"
@@ -514,7 +446,7 @@ def print_published(table, tasks, config):
     columns = [*tasks, "average"] if config.bench == "omnicontext" else list(tasks)
     short = [name.replace("character", "char").replace("object", "obj")[:13] for name in columns]
     print(f"{'':24s}" + "".join(f"{name:>15s}" for name in short))
-    ours = {f"{config.model_name} (ours)": [table.get(name, {}).get("Overall") for name in columns]}
-    for name, values in {**PUBLISHED[config.bench], **ours}.items():
+    ours = [table.get(name, {}).get("Overall") for name in columns]
+    for name, values in {**PUBLISHED[config.bench], f"{config.folder.name} (ours)": ours}.items():
         cells = ("-" if value is None else f"{value:.2f}" for value in values)
         print(f"{name:24s}" + "".join(f"{cell:>15s}" for cell in cells))

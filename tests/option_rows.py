@@ -17,7 +17,7 @@ BASE = {  # beside the preset smoke
     ),
     "sample": dict(
         checkpoint="model", prompt="Put it in a meadow.", max_plan_tokens=4, num_timesteps=3,
-        height=16, width=16, device="cpu",
+        size="16x16", device="cpu",
     ),
     "evaluate": dict(
         checkpoint="model", num_samples=3, max_plan_tokens=4, num_timesteps=3, side=16,
@@ -125,7 +125,6 @@ MANY = dict(out="many", prompt="")
 GUIDED = dict(text_guidance=4.0, image_guidance=3.0, ref=("a.png",), plan=False, guidance_low=0.0)
 SAMPLE = dict(
     checkpoint=change("asked", "other"),
-    init=change("asked", "other"),
     ref=change("files", ("a.png",)),
     prompt=change("files", "They meet."),
     prompts=change("files", "prompts.jsonl", also=MANY),
@@ -133,7 +132,6 @@ SAMPLE = dict(
     steps_picture=change("files", "steps.png"),
     seeds=change("files", 2, **MANY, prompts="prompts.jsonl"),
     plan=change("files", False),
-    max_references=change("exit", 0, ref=("a.png",)),
     max_plan_tokens=change("files", 8),
     temperature=change("files", 1.0),
     top_p=change("files", 1e-6, temperature=1.0),
@@ -143,21 +141,16 @@ SAMPLE = dict(
     text_guidance=change("files", 4.0, guidance_low=0.0),
     image_guidance=change("files", 1.0, **GUIDED),
     guidance_low=change("files", 0.99, **GUIDED),
-    guidance_high=change("files", 0.5, **GUIDED),
     renorm=change("files", "channel", **GUIDED),
-    renorm_min=change("files", 1.0, **GUIDED),
     cache_interval=change("files", 5, num_timesteps=9),
-    square=change("files", False, height=0, width=0, ref=("wide.png",)),
-    height=change("files", 32),
-    width=change("files", 32),
-    dtype=change("asked", "bfloat16"),
+    size=change("files", "", ref=("wide.png",)),
     weights=change("exit", "nf4", memory="1x0.0007"),
     device=change("exit", "cuda:99"),
     seed=change("files", 1),
     threads=change("threads", 2),
     memory=change("exit", "1x0.0001"),
 )
-BENCH = dict(bench="dreamomni2", bench_path="bench", result_dir="results", num_timesteps=2)
+BENCH = dict(bench="dreamomni2", bench_path="bench", out="results", num_timesteps=2)
 STUDY = dict(ablation=True, seeds=1)
 GUIDED = dict(text_guidance=4.0, image_guidance=3.0)
 EVALUATE = dict(
@@ -171,37 +164,25 @@ EVALUATE = dict(
     timestep_shift=change("pictures", 1.0),
     text_guidance=change("pictures", 4.0),
     use_plan=change("pictures", False),
-    metric_name=change("asked", "ViT-B-32"),
     metric=change("asked", "elsewhere"),
-    clip_steps=change("asked", 7),
     seed=change("pictures", 1),
-    data_seed=change("pictures", 1),
     threads=change("threads", 2),
-    grid=change("files", "grid.png"),
+    out=change("files", "grid.png"),
     json=change("printed", True),
     image_guidance=change("pictures", 1.0, **GUIDED),
-    guidance_low=change("pictures", 0.99, **GUIDED),
-    renorm=change("pictures", "channel", **GUIDED),
     cache_interval=change("pictures", 5, num_timesteps=9),
     max_plan_tokens=change("pictures", 8),
     device=change("exit", "cuda:99"),
-    dtype=change("asked", "bfloat16"),
     weights=change("exit", "nf4", memory="1x0.00808"),
     batch=change("passes", 1),
     memory=change("exit", "1x0.0001"),
     bench=change("files", "dreamomni2", also=BENCH),
     bench_path=change("files", "bench-2", **BENCH),
-    result_dir=change("files", "results-2", **BENCH),
-    model_name=change("files", "ours", **BENCH),
     generate_only=change("asked", True, **BENCH),
-    clip_out=change("printed", True, **BENCH),
     judge_url=change("asked", "http://localhost:1", **BENCH),
     judge_model=change("asked", "other", **BENCH),
-    key_variable=change("asked", "OTHER_KEY", **BENCH),
-    judge_workers=change("judged", 2, **BENCH),
     ablation=change("files", True, also=STUDY),
     seeds=change("rows", 2, **STUDY),
-    runs=change("files", "elsewhere", **STUDY),
 )
 ROWS = {"sft": SFT, "grpo": GRPO, "sample": SAMPLE, "evaluate": EVALUATE}
 PRESET = {"config": "test_loop.py:test_full_trains_no_stage_1_whatever_its_clip"}

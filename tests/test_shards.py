@@ -38,7 +38,7 @@ def record_of(sample):
         "key": sample.key,
         "task": sample.task,
         "instruction": sample.instruction,
-        "plan": json.loads(iccot.to_json(sample.plan)),
+        "plan": iccot.to_record(sample.plan),
         "scores": {"clip": 0.3},
         "provenance": {"model": "toy"},
     }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def test_stage_1_trains_on_ten(ten, tmp_path):
     with ShardWriter(tmp_path / "shards") as shards:
         for one in ten[:2]:
             record = {"key": one.key, "task": one.task, "instruction": one.instruction}
-            record["plan"] = json.loads(iccot.to_json(one.plan))
+            record["plan"] = iccot.to_record(one.plan)
             shards.write(record, [to_png(image) for image in one.references], to_png(one.target))
     read = Source(tmp_path / "shards").first(2)
     for one, kept in zip(sorted(ten[:2], key=lambda one: hash_of(one.key)), read):

@@ -155,25 +155,12 @@ def test_every_open_question_gets_its_table(trained, monkeypatch, capsys, questi
 
 
 def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
-    cwd, _ = trained
     Image.effect_noise((300, 200), 80).convert("CMYK").save(tmp_path / "photo.jpg")
     Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "a.webp")
-    out = forked.run(
-        "sample.py",
-        "--checkpoint",
-        "out/smoke-grpo",
-        "--ref",
-        str(tmp_path / "photo.jpg"),
-        "--ref",
-        str(tmp_path / "a.webp"),
-        "--prompt",
-        "Put them together.",
-        "--out",
-        str(tmp_path / "picture.png"),
-        "--steps_picture",
-        str(tmp_path / "steps.png"),
-        cwd=cwd,
-    )
+    words = ["--checkpoint", "out/smoke-grpo", "--prompt", "Put them together."]
+    words += ["--ref", tmp_path / "photo.jpg", "--ref", tmp_path / "a.webp"]
+    words += ["--out", tmp_path / "picture.png", "--steps_picture", tmp_path / "steps.png"]
+    out = forked.run("sample.py", *map(str, words), cwd=trained[0])
     assert "plan" in out or "caption" in out
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (32, 32)
@@ -185,7 +172,6 @@ def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
 
 
 def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_path, capsys):
-    cwd, _ = trained
     for name in "ab":
         Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / f"{name}.png")
     lines = [
@@ -193,39 +179,19 @@ def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_p
         {"prompt": "They meet.", "ref": ["a.png", "b.png"]},
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = [
-        "--checkpoint",
-        str(cwd / "out/smoke-grpo"),
-        "--prompts",
-        str(tmp_path / "prompts.jsonl"),
-        "--seeds",
-        "2",
-        "--out",
-        str(tmp_path / "many"),
-        "--threads",
-        "1",
-        "--max_plan_tokens",
-        "12",
-    ]
-    sample_main(words)
+    words = ["--checkpoint", trained[0] / "out/smoke-grpo", "--prompts", tmp_path / "prompts.jsonl"]
+    words += ["--out", tmp_path / "many", *"--seeds 2 --threads 1 --max_plan_tokens 12".split()]
+    sample_main(map(str, words))
     pictures = sorted((tmp_path / "many").glob("*.png"))
-    assert [path.name for path in pictures] == [
-        "0002-0.png",
-        "0002-1.png",
-        "one-0.png",
-        "one-1.png",
-    ]
+    names = ["0002-0.png", "0002-1.png", "one-0.png", "one-1.png"]
+    assert [path.name for path in pictures] == names
     about = json.loads((tmp_path / "many/one-1.json").read_text())
-    assert (
-        about["seed"] == 1
-        and about["prompt"] == "Put it in a meadow."
-        and "plan" in about
-        and "text" in about
-    )
+    assert list(about) == ["text", "plan", "problems", "prompt", "references", "seed"]
+    assert about["seed"] == 1 and about["prompt"] == "Put it in a meadow."
     assert pictures[2].read_bytes() != pictures[3].read_bytes()
     before = {path: path.stat().st_mtime_ns for path in pictures}
     pictures[0].unlink()
-    sample_main(words)
+    sample_main(map(str, words))
     assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [pictures[0]]
 
 
@@ -279,7 +245,7 @@ def refused(capsys, main, *words):
 
 
 def sample_main(words):
-    sample.main(parse(sample.Config, sample.PRESETS, words))
+    sample.main(parse(sample.Config, sample.PRESETS, list(words)))
 
 
 @pytest.fixture
@@ -293,76 +259,42 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, words",
-    [
-        ("missing.png", "not found"),
-        ("empty.png", "cannot be read as a picture"),
-        ("text.png", "cannot be read as a picture"),
-        ("truncated.png", "cannot be read as a picture"),
-    ],
-)
-def test_bad_reference(trained, pictures, capsys, name, words):
-    out = pictures / "out.png"
-    error = refused(
-        capsys,
-        sample_main,
-        "--checkpoint",
-        str(trained[0] / "out/smoke-grpo"),
-        "--ref",
-        str(pictures / name),
-        "--prompt",
-        "Put it in a meadow.",
-        "--out",
-        str(out),
-    )
-    assert name in error and words in error and not out.exists()
-
-
-@pytest.mark.parametrize(
     "words, message",
     [
-        (
-            [
-                "--prompt",
-                "The thing of image 3 on a beach.",
-                "--ref",
-                "good.png",
-                "--ref",
-                "good.png",
-            ],
-            "image 3",
-        ),
-        (["--prompt", " "], "--prompt is empty"),
-        (["--prompt", "Put them together.", *["--ref", "good.png"] * 5], "5 references"),
-        (["--prompt", "A", "--num_timesteps", "1"], "num_timesteps=1"),
-        (["--prompt", "A", "--height", "30"], "--height=30"),
-        (["--prompt", "A", "--out", "good.png/x.png"], "cannot write"),
-        (["--prompt", "A", "--out", "picture.txt"], "picture.txt"),
-        (["--prompt", "A", "--checkpoint", "nowhere"], "nowhere"),
-        (["--promt", "A"], "did you mean --prompt"),
-        (["--prompts", "nothing.jsonl", "--out", "many"], "file of prompts not found"),
-        (["--prompts", "text.png", "--out", "many"], "line 1"),
-        (["--prompts", "text.png", "--prompt", "A"], "leave --prompt"),
-        (["--prompt", "A", "--seeds", "2"], "several pictures go into a folder"),
-        (["--prompt", "A", "--seeds", "2", "--steps_picture", "a.png"], "shows one picture"),
-        (["--prompt", "A", "--steps_picture", "a.jpg"], "steps_picture=a.jpg: expected a name"),
-        (["--prompt", "A", "--seed", "one"], "--seed"),
-        (["--prompt", "A", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
-        (["--prompt", "A", "--device", "cuda:99"], "--device=cuda:99"),
-        (["--prompt", "A", "--max_plan_tokens", "0"], "max_plan_tokens=0: expected at least 1"),
-        (["--prompt", "A", "--timestep_shift", "0"], "timestep_shift=0.0: expected a number above"),
-        (["--prompt", "A", "--timestep_shift", "inf"], "timestep_shift=inf: expected a number"),
-        (["--prompt", "A", "--temperature", "-1"], "temperature=-1.0: expected 0 or more"),
-        (["--prompt", "A", "--text_guidance", "inf"], "text_guidance=inf: expected a number"),
+        ("--prompt A --ref missing.png", "missing.png"),
+        ("--prompt A --ref empty.png", "empty.png cannot be read as a picture"),
+        ("--prompt A --ref text.png", "text.png cannot be read as a picture"),
+        ("--prompt A --ref truncated.png", "truncated.png cannot be read as a picture"),
+        ('--prompt "The thing of image 3." --ref good.png --ref good.png', "image 3"),
+        ('--prompt " "', "--prompt is empty"),
+        ("--prompt A --num_timesteps 1", "num_timesteps=1"),
+        ("--prompt A --size 32x30", "--size=32x30: expected multiples"),
+        ("--prompt A --size 32", "size=32: expected square, or pixels"),
+        ("--prompt A --out good.png/x.png", "cannot write"),
+        ("--prompt A --out picture.txt", "picture.txt"),
+        ("--prompt A --checkpoint nowhere", "nowhere"),
+        ("--promt A", "did you mean --prompt"),
+        ("--prompts nothing.jsonl --out many", "file of prompts not found"),
+        ("--prompts text.png --out many", "line 1"),
+        ("--prompts text.png --prompt A", "leave --prompt"),
+        ("--prompt A --seeds 2 --steps_picture a.png", "shows one picture"),
+        ("--prompt A --steps_picture a.jpg", "steps_picture=a.jpg: expected a name"),
+        ("--prompt A --seed one", "--seed"),
+        ("--prompt A --device gpu", "expected auto, cuda, mps or cpu"),
+        ("--prompt A --device cuda:99", "--device=cuda:99"),
+        ("--prompt A --max_plan_tokens 0", "max_plan_tokens=0: expected at least 1"),
+        ("--prompt A --timestep_shift 0", "timestep_shift=0.0: expected a number above"),
+        ("--prompt A --timestep_shift inf", "timestep_shift=inf: expected a number"),
+        ("--prompt A --temperature -1", "temperature=-1.0: expected 0 or more"),
+        ("--prompt A --text_guidance inf", "text_guidance=inf: expected a number"),
     ],
 )
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
     monkeypatch.chdir(pictures)
-    before = sorted(os.listdir(pictures))
-    default = (
-        [] if "--checkpoint" in words else ["--checkpoint", str(trained[0] / "out/smoke-grpo")]
-    )
-    assert message in refused(capsys, sample_main, *default, *words)
+    before, words = sorted(os.listdir(pictures)), shlex.split(words)
+    if "--checkpoint" not in words:
+        words += ["--checkpoint", str(trained[0] / "out/smoke-grpo")]
+    assert message in refused(capsys, sample_main, *words)
     assert sorted(os.listdir(pictures)) == before
 
 
@@ -383,29 +315,25 @@ GOOD = '{"prompt": "Show it.", "ref": ["a.png"]}'
 )
 def test_a_file_of_prompts_is_read_as_people_write_it(tmp_path, content, prompts):
     (tmp_path / "p.jsonl").write_bytes(content.encode())
-    assert [prompt for _, prompt, _ in sample.read_prompts(tmp_path / "p.jsonl")] == prompts
+    read = sample.read_prompts(tmp_path / "p.jsonl").values()
+    assert [prompt for prompt, _ in read] == prompts
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "p.jsonl holds no prompts; expected a line for each"),
-        ("\n\n", "p.jsonl holds no prompts"),
+        ("\n\n", "p.jsonl holds no prompts; expected a line for each"),
         ('{"prompt": "A", "ref": "a.png"}', 'p.jsonl, line 1: its ref is "a.png"; expected'),
-        ('{"prompt": "A", "ref": [1]}', "p.jsonl, line 1: its ref is [1]; expected"),
-        (
-            '{"prompt": "A", "references": []}',
-            "p.jsonl, line 1: it has a field 'references'; expec",
-        ),
-        ('{"prompt": null}', "p.jsonl, line 1: its prompt is null; expected"),
-        ('{"prompt": " "}', 'p.jsonl, line 1: its prompt is " "; expected'),
+        ('{"prompt": "A", "ref": [1]}', "p.jsonl, line 1: "),
+        ('{"prompt": "A", "references": []}', "p.jsonl, line 1: its references is []; expected"),
+        ('{"prompt": ""}', 'p.jsonl, line 1: its prompt is ""; expected'),
         (GOOD + "\n{}", "p.jsonl, line 2: its prompt is null; expected"),
         (GOOD + "\n[]", "p.jsonl, line 2: it holds a list; expected"),
         (GOOD + '\n{"prompt": "to', "p.jsonl, line 2: Unterminated string"),
         ('{"prompt": "A", "key": "%s"}' % ("k" * 300), "p.jsonl, line 1: its key: 'kkk"),
         ('{"prompt": "A", "key": "../a"}', "p.jsonl, line 1: its key: '../a' names files"),
         ('{"prompt": "A", "key": null}', "p.jsonl, line 1: its key is null"),
-        ('{"prompt": "A", "key": "a"}\n' * 2, "p.jsonl: keys name files, so they must differ; 'a'"),
+        ('{"prompt": "A", "key": "a"}\n' * 2, "line 2: keys name files, so they must differ; 'a'"),
     ],
 )
 def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
@@ -424,10 +352,8 @@ def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
         (sft, ["--config", "tiny"], "tiny"),
         (sft, ["--config", "smoke", "--hidden_size", "63"], "hidden_size 63"),
         (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
-        (evaluate, ["--config", "smoke", "--device", "gpu"], "expected auto, cuda, mps or cpu"),
         (evaluate, ["--config", "smoke", "--device", "cuda:99"], "--device=cuda:99"),
         (evaluate, ["--config", "smoke", "--batch", "0"], "batch=0"),
-        (evaluate, ["--config", "smoke", "--judge_workers", "0"], "judge_workers=0"),
         (evaluate, ["--config", "smoke", "--max_plan_tokens", "0"], "max_plan_tokens=0"),
         (evaluate, ["--config", "smoke", "--timestep_shift", "0"], "timestep_shift=0.0"),
         (sft, ["--config", "smoke", "--eval_batch", "0"], "eval_batch=0"),

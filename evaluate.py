@@ -28,7 +28,7 @@ from studies.benchmarks import run_benchmark
 from studies.metrics import HeldOut, by_task, measure, print_table
 from studies.pictures import save_grid
 from toy import world
-from toy.prepare import metric_clip_of_all
+from toy.prepare import metric_clip
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def load_engine(config):
 
 def load_clip(config):
     """The CLIP of CLIP_out; the toys' is trained if it is missing."""
-    return metric_clip_of_all(config, "cpu")
+    if ":" in config.metric:
+        return metric_clip(*config.metric.split(":", 1), 0)
+    steps = 20 if config.config in ("smoke", "rehearsal") else 300
+    return metric_clip("toy", config.metric, steps)
 
 
 def evaluate(config, engine, clip, samples):
@@ -180,7 +183,7 @@ def main(config):
         processes.choose_threads(config.threads)
         if config.ablation:
             files.check_writable(config.folder)
-            ablation(config)
+            ablation(config, load_clip(config))
             return
         if config.bench:
             run_benchmark(config, load_engine, load_clip)

@@ -573,15 +573,14 @@ def walk_grpo(config, shape, gpus):
 
 def walk_sample(config, shape, gpus):
     """The Walk of sample.py, one process a GPU, whose config says its `work`."""
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    dtype = torch.bfloat16
     base = resting(shape, dtype, config.weights)
     return Walk(base, painting(shape, dtype, {}, config.work(shape)))
 
 
 def walk_evaluate(config, shape, gpus):
     """The Walk of evaluate.py, likewise, with the CLIP of CLIP_out."""
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    clip = clip_bytes(source_of(config.metric_name, config.metric))
+    dtype, clip = torch.bfloat16, clip_bytes(config.metric)
     phases = painting(shape, dtype, {}, config.work)
     measure = Phase("measure", 0, {"CLIP's pass": clip[1]})
     return Walk(resting(shape, dtype, config.weights, clip), [*phases, measure])

@@ -216,8 +216,9 @@ def write_parquet(folder, count=16):
 def run_benchmark(folder, model, url, *words):
     """evaluate.py --bench on the data of `write_parquet`, with pictures in folder/results."""
     options = ["--config", "smoke", "--bench", "omnicontext", str(folder / "bench")]
-    options += ["--checkpoint", str(model), "--result_dir", str(folder / "results")]
-    options += "--model_name ours --judge_model toy --threads 1 --max_plan_tokens 20".split()
+    options += ["--checkpoint", str(model), "--out", str(folder / "results/ours")]
+    options += ["--metric", str(folder / "clip")]
+    options += "--judge_model toy --threads 1 --max_plan_tokens 20".split()
     argv = evaluate.arguments([*options, "--judge_url", url, *words])
     evaluate.main(parse(evaluate.Config, evaluate.PRESETS, argv))
 
@@ -234,7 +235,7 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
 
     with served(sometimes) as counted:
         where = (tmp_path, small_model, f"{counted.home}/v1")
-        run_benchmark(*where, "--generate_only", "--clip_out", "--metric", str(tmp_path / "clip"))
+        run_benchmark(*where, "--generate_only")
         assert counted.requests == 0 and "CLIP_out" in capsys.readouterr().out
         pictures = sorted((tmp_path / "results/ours/fullset").rglob("*.png"))
         assert len(pictures) == 16
@@ -294,9 +295,8 @@ def test_each_case_is_painted_from_a_noise_of_its_own(monkeypatch):
         benchmarks.Case(f"replace-{i}", "replace", "Draw it.", "en", ()) for i in (1, 10, 12, 120)
     ]
     config = evaluate.Config(config="smoke", **evaluate.PRESETS["smoke"])
-    monkeypatch.setattr(benchmarks, "is_whole", lambda path: False)
     monkeypatch.setattr(benchmarks, "save_result", lambda *_: None)
-    benchmarks.paint_missing(engine, cases, config)
+    benchmarks.paint_cases(engine, cases, config)
     assert len({processes.generator(*seed).initial_seed() for seed in seen}) == 4
 
 

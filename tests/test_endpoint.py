@@ -180,11 +180,11 @@ def test_a_case_that_cannot_be_judged_is_null_and_asked_again(tmp_path, capsys):
     red, asked_of = Image.new("RGB", (32, 32), "red"), []
     cases = [benchmarks.Case(name, "add", f"Draw {name}", "en", (red,)) for name in names]
     with served(fault) as one:
-        config = evaluate.Config(judge_url=f"{one.home}/v1", result_dir=str(tmp_path))
-        path = benchmarks.picture_path(config, cases[0])
+        config = evaluate.Config(judge_url=f"{one.home}/v1", out=str(tmp_path))
+        path = benchmarks.picture_path(tmp_path, cases[0])
         path.parent.mkdir(parents=True)
         for case in cases:
-            red.save(benchmarks.picture_path(config, case))
+            red.save(benchmarks.picture_path(tmp_path, case))
 
         def scores():
             asked_of.clear()

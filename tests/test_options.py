@@ -186,10 +186,9 @@ OWN = {
     ],
     "sample": [],
     "evaluate": [
-        (evaluate, "metric_clip_of_all", "asked", colours),
+        (evaluate, "metric_clip", "asked", colours),
         (benchmarks, "Endpoint", "asked", judge_of),
         (benchmarks, "in_parallel", "judged", None),
-        (ablation, "metric_clip_of_all", "asked", colours),
         (ablation, "train_row", "rows", nothing),
         (ablation, "measure_row", "measured", row_of_ones),
         (ablation, "plot_rewards", "plotted", nothing),

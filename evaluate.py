@@ -28,7 +28,7 @@ from studies.benchmarks import run_benchmark
 from studies.metrics import HeldOut, by_task, measure, print_table
 from studies.pictures import save_grid
 from toy import world
-from toy.prepare import metric_clip
+from toy.prepare import metric_clip_of_all
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,7 @@ def load_engine(config):
 
 def load_clip(config):
     """The CLIP of CLIP_out; the toys' is trained if it is missing."""
-    if ":" in config.metric:
-        return metric_clip(*config.metric.split(":", 1), 0)
-    steps = 20 if config.config in ("smoke", "rehearsal") else 300
-    return metric_clip("toy", config.metric, steps)
+    return metric_clip_of_all(config, "cpu")
 
 
 def evaluate(config, engine, clip, samples):

@@ -193,11 +193,6 @@ def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
 # loading
 
 
-def source_of(name: str, weights: str) -> str:
-    """Architecture and weights as the one string that `Clip` takes."""
-    return weights if Path(weights).is_dir() or name == "toy" else f"{name}:{weights}"
-
-
 def _load_open_clip(name: str, weights: str) -> torch.nn.Module:
     """An open_clip model with its weights and the activation those weights were trained with."""
     if open_clip.get_model_config(name) is None:

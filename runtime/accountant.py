@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 from engine import Branch, Group, Noised, Prompt, Sampler, Thinking, lay_out
 from model import MAX_LOGITS, Cache, RMSNorm, UnifiedModel
-from reward import source_of
 from runtime.config import UserError
 from runtime.lora import add_lora, trained_parameters
 from runtime.processes import share

@@ -30,7 +30,6 @@ from runtime import files
 from runtime.pretrained import load_model
 from studies.curves import save_curves
 from studies.metrics import measure
-from toy.prepare import metric_clip
 
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out")
 
@@ -55,19 +54,19 @@ ROWS = {
 }
 
 
-def ablation(config):
+def ablation(config, clip):
     """All rows, over all seeds. Returns {name: [row of each seed]}, see `metrics.measure`.
 
-    config: an evaluate.Config. Writes the table and the curves of stage 2 into config.runs.
+    config: an evaluate.Config; clip: of CLIP_out. Writes the table and the curves of stage 2 into
+    config.folder.
     Exits with the status of a training run that fails.
     """
-    clip = metric_clip(config.metric_name, config.metric, config.clip_steps)
     rows = {name: [] for name in ROWS}
     for seed in range(config.seeds):
         for name in ROWS:
             train_row(config, name, seed)
             rows[name].append(measure_row(config, name, seed, clip))
-    text, path = ablation_table(rows), f"{config.runs}/{config.config}"
+    text, path = ablation_table(rows), config.folder / config.config
     print(text)
     files.write_text(f"{path}.md", text + "\n")
     stage_2 = {
@@ -82,7 +81,7 @@ def ablation(config):
 def run_folder(config, name, seed):
     """The folder of the run that trains a row with a seed."""
     short = name.lower().replace(" + ", "-").replace(" ", "-")
-    return Path(config.runs) / f"{config.config}-{short}-{seed}"
+    return config.folder / f"{config.config}-{short}-{seed}"
 
 
 def train_row(config, name, seed):

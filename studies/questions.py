@@ -40,7 +40,7 @@ from runtime.pretrained import load_model
 from sequence import Sequence
 from studies.metrics import MAX_PLAN_TOKENS, HeldOut, mean
 from toy.judge import judge
-from toy.prepare import metric_clip
+from toy.prepare import toy_clip
 from toy.tasks import caption, one_fact_changed
 
 
@@ -208,7 +208,7 @@ def main(config):
     """Print the table of one question and return it."""
     with exit_on_user_error(ValueError):
         engine = Engine(*load_model(config.checkpoint))
-        clip = metric_clip("toy", config.metric, 300)
+        clip = toy_clip(config.metric, 300)
     processes.choose_threads(config.threads)
     if config.question == "steering":
         return steering(engine, config)

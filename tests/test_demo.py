@@ -24,7 +24,6 @@ from PIL import Image
 import demo
 import grpo
 import iccot
-import objective
 from engine import Engine, Sampler, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
 from reward import Clip
@@ -128,8 +127,8 @@ def test_compare_and_group(studio):
     assert list(rewards) == sorted(rewards, reverse=True)
     expected = studio.clip.score([image for image, _ in members], [SAMPLE.plan.caption] * 4)
     assert rewards == pytest.approx(expected.tolist(), abs=1e-3)
-    trained = grpo.Config(**grpo.PRESETS["smoke"], std_floor=CONFIG.std_floor, group_size=4)
-    as_trained, _ = objective.advantages(expected[None], trained)
+    trained = grpo.Config(std_floor=CONFIG.std_floor, group_size=4)
+    as_trained, _ = grpo.advantages(expected[None], trained)
     assert advantages == pytest.approx(as_trained.tolist(), abs=1e-2)
 
 

@@ -186,7 +186,7 @@ OWN = {
     ],
     "sample": [],
     "evaluate": [
-        (evaluate, "metric_clip", "asked", colours),
+        (evaluate, "metric_clip_of_all", "asked", colours),
         (benchmarks, "Endpoint", "asked", judge_of),
         (benchmarks, "in_parallel", "judged", None),
         (ablation, "train_row", "rows", nothing),

@@ -55,13 +55,6 @@ def toy_clip(source, steps, where="cpu"):
     return Clip(source, where)
 
 
-def metric_clip(name, source, steps, *, where="cpu"):
-    """For callers whose options still have a name apart."""
-    return toy_clip(
-        source if name == "toy" else f"{name}:{source}", steps if name == "toy" else 0, where
-    )
-
-
 def metric_clip_of_all(config, where=None):
     """The CLIP of CLIP_out, for all processes together; each computes on its own device, or on
     `where`."""

@@ -212,7 +212,7 @@ def read_plan(record, answer):
     """{"plan": ...} of the last JSON object that looks like one; else PlanError."""
     found = json.dumps(last_object(answer, "out_caption"))
     plan = iccot.from_json(found, len(record["references"]))
-    return {"plan": json.loads(iccot.to_json(plan))}
+    return {"plan": iccot.to_record(plan)}
 
 
 def read_picture(answer):

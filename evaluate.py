@@ -185,7 +185,8 @@ def main(config):
         if config.bench:
             run_benchmark(config, load_engine, load_clip)
             return
-        files.check_writable(Path(config.out).parent)
+        if config.out:
+            files.check_writable(Path(config.out).parent)
         engine, clip, samples = load_engine(config), load_clip(config), config.held_out.samples()
     evaluate(config, engine, clip, samples)
 

@@ -168,7 +168,6 @@ class Studio:
         if not ask.instruction.strip():
             raise UserError("the instruction is empty: say what to draw")
         try:
-            iccot.check_instruction(ask.instruction, len(ask.references))
             return engine.prompt(ask.references, ask.instruction)
         except ValueError as error:  # <image> at a wrong place, a word that cannot be written
             raise UserError(str(error)) from None
@@ -467,8 +466,6 @@ class Page:
             count = len(ask.references)
             for text in self.studio.thoughts(ask):
                 yield so_far(text, count, self.most)
-            for doubt in iccot.check_instruction(ask.instruction, count):
-                gr.Warning(as_words(doubt))
             if not iccot.is_valid(text, count):
                 gr.Warning("The plan does not parse. What could be read is shown.")
 

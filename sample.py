@@ -182,8 +182,6 @@ def request_of(config, shape, job):
         iccot.arranged(job.references, job.prompt)
     except ValueError as error:
         raise UserError(f"{job.out}: {error}") from None
-    for doubt in doubts:
-        processes.warn(f"{job.out}: {doubt}")
     references = tuple(open_image(path) for path in job.references)
     unit, largest = shape.token_pixels, shape.latent_side * shape.token_pixels
     width = height = largest

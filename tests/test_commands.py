@@ -265,7 +265,6 @@ def pictures(tmp_path):
         ("--prompt A --ref empty.png", "empty.png cannot be read as a picture"),
         ("--prompt A --ref text.png", "text.png cannot be read as a picture"),
         ("--prompt A --ref truncated.png", "truncated.png cannot be read as a picture"),
-        ('--prompt "The thing of image 3." --ref good.png --ref good.png', "image 3"),
         ('--prompt " "', "--prompt is empty"),
         ("--prompt A --num_timesteps 1", "num_timesteps=1"),
         ("--prompt A --size 32x30", "--size=32x30: expected multiples"),

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
-from option_rows import FLUX
 from torch.optim import AdamW
 
 import bench.model as case
@@ -272,7 +271,8 @@ def test_without_the_library_no_folder_is_made(monkeypatch, checkpoint, tmp_path
 def test_the_codec_goes_where_the_weights_go(bitsandbytes, monkeypatch, tmp_path):
     """It is no part of the module."""
     monkeypatch.setattr(quantised, "quantise", lambda *_: None)  # such weights cannot be on meta
-    shape = ModelConfig(**(SMOKE | FLUX))
+    flux = dict(codec="flux", vae_multipliers=(1, 1), vae_channels=32, vae_blocks=1)
+    shape = ModelConfig(**(SMOKE | flux))
     model = UnifiedModel(shape).initialise(0)
     save_model(model, toy_tokenizer(tmp_path, shape.vocab_size), tmp_path / "model")
     found, _ = load_quantised(tmp_path / "model", torch.device("meta"), torch.bfloat16, kind="nf4")

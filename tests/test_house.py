@@ -172,17 +172,6 @@ def test_ruff(words):
     assert done.returncode == 0, f"ruff {words} .\n{done.stdout}{done.stderr}"
 
 
-def test_no_line_is_longer_than_100_columns():
-    passed(
-        [
-            f"{path}:{number} has {len(line)} columns"
-            for path in PROJECT + TESTS
-            for number, line in enumerate(text_of(path).splitlines(), 1)
-            if len(line) > 100
-        ]
-    )
-
-
 def test_the_formatter_is_not_silenced():
     """`# fmt: off` stands around tables of data and is closed again; nothing else is excused."""
     broken = []
@@ -196,24 +185,6 @@ def test_the_formatter_is_not_silenced():
             off += bool(re.search(r"fmt:\s*off", text)) - bool(re.search(r"fmt:\s*on", text))
         if off:
             broken.append(f"{path}: # fmt: off without # fmt: on")
-    passed(broken)
-
-
-def test_no_lambda_has_a_name():
-    broken = []
-    for path in PROJECT + TESTS:
-        for node in nodes_of(path):
-            if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-                continue
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            value, parts = node.value, [node.value]
-            if isinstance(value, ast.IfExp):
-                parts = [value.body, value.orelse]
-            elif isinstance(value, ast.BoolOp):
-                parts = value.values
-            if any(isinstance(t, ast.Name) for t in targets):
-                if any(isinstance(part, ast.Lambda) for part in parts):
-                    broken.append(f"{path}:{node.lineno} a lambda is bound to a name: use def")
     passed(broken)
 
 

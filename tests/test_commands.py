@@ -285,7 +285,7 @@ def pictures(tmp_path):
         ("--prompt A --timestep_shift 0", "timestep_shift=0.0: expected a number above"),
         ("--prompt A --timestep_shift inf", "timestep_shift=inf: expected a number"),
         ("--prompt A --temperature -1", "temperature=-1.0: expected 0 or more"),
-        ("--prompt A --text_guidance inf", "text_guidance=inf: expected a number"),
+        ("--prompt A --text_guidance inf", "text_guidance=inf, image_guidance=1.0: expected numbers"),
     ],
 )
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):

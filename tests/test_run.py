@@ -103,7 +103,8 @@ def test_stage_2_has_the_same_gradients(worlds, what):
     """Of whatever is trained; bare: no prompt of one process has a picture."""
     one, two = (load_file(worlds / f"grpo-{what}-{world}.safetensors") for world in (1, 2))
     one.pop("passes")
-    assert not torch.equal(*two.pop("passes"))  # the process with fewer repeats its last one
+    passes = two.pop("passes")
+    assert what == "plans" or not torch.equal(*passes)  # the process with fewer repeats its last
     assert max(gradient.norm() for gradient in one.values()) > 0
     close(one, two, 1e-3)
 
@@ -140,7 +141,7 @@ def test_another_number_of_processes_goes_on(worlds, world):
 def test_stage_2_runs_on_two_processes(worlds):
     lines = loop.read_log(worlds / "grpo")
     assert [line["step"] for line in lines] == [0, 1]
-    assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
+    assert all(line["mismatch_clip"] < 0.1 for line in lines)
     init, after = weights(worlds / "whole-2"), weights(worlds / "grpo")
     moved = {name for name in init if not torch.equal(init[name], after[name])}
     assert moved and all("moe_gen" in name for name in moved)  # the adapters, merged

@@ -555,6 +555,9 @@ class Config:
         check_request("train", self.max_references)
 
 
+PRESETS = {"toy": {}}
+
+
 def show(config: Config) -> None:
     """Draw the sheet."""
     numbers = range(config.index, config.index + config.count)
@@ -571,11 +574,15 @@ def show(config: Config) -> None:
     print(f"wrote {config.out}: {len(samples)} samples of {config.path or 'the toy world'}")
 
 
+def arguments(argv: list[str]) -> list[str]:
+    """`--show PATH` and `--check PATH` in the parser's words."""
+    return with_path(argv, ("--show", "--check"), 0, option="--path")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Check, show, or both."""
-    argv = sys.argv[1:] if argv is None else argv
-    argv = with_path(argv, ("--show", "--check"), 0, option="--path")
-    config = parse(Config, {"toy": {}}, argv)
+    argv = arguments(sys.argv[1:] if argv is None else argv)
+    config = parse(Config, PRESETS, argv)
     with exit_on_user_error():
         if config.check:
             check(config.path)

@@ -315,7 +315,8 @@ def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | Non
     ends = probabilities.to(uniform.dtype).cumsum(-1)  # (B, vocabulary)
     # below the last end, or rounding could lead to a token that cannot come
     uniform = uniform.clamp_max(1 - torch.finfo(uniform.dtype).eps)
-    return torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).squeeze(1)
+    token = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).squeeze(1)
+    return token.clamp_max(logits.shape[-1] - 1)  # of weights that are not finite: any token
 
 
 # --------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Functions(TorchFunctionMode):
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:
             return function(*args, **kwargs | {"device": "cpu"}).to(META)
         if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
-            args = args[0], torch.tensor(args[1])
+            args = args[0], torch.tensor(args[1], dtype=torch.long)
         return function(*args, **kwargs)
 
 

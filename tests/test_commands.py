@@ -285,7 +285,10 @@ def pictures(tmp_path):
         ("--prompt A --timestep_shift 0", "timestep_shift=0.0: expected a number above"),
         ("--prompt A --timestep_shift inf", "timestep_shift=inf: expected a number"),
         ("--prompt A --temperature -1", "temperature=-1.0: expected 0 or more"),
-        ("--prompt A --text_guidance inf", "text_guidance=inf, image_guidance=1.0: expected numbers"),
+        (
+            "--prompt A --text_guidance inf",
+            "text_guidance=inf, image_guidance=1.0: expected numbers",
+        ),
     ],
 )
 def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message):
@@ -349,7 +352,6 @@ def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
         (grpo, ["--config", "smoke", "--out", "file/run"], "cannot write"),
         (grpo, ["--config", "smoke", "--group_size", "1"], "at least 2"),
         (sft, ["--config", "tiny"], "tiny"),
-        (sft, ["--config", "smoke", "--hidden_size", "63"], "hidden_size 63"),
         (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
         (evaluate, ["--config", "smoke", "--device", "cuda:99"], "--device=cuda:99"),
         (evaluate, ["--config", "smoke", "--batch", "0"], "batch=0"),
@@ -396,7 +398,7 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
     assert newest.name in error and "torn" in error
     # a state without its index is no state: the one before is taken
     (newest / ".metadata").unlink()
-    assert state.newest_step("out/smoke-sft") == 40
+    assert state.newest_step("out/smoke-sft") == 30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,7 +472,7 @@ def test_help(path, capsys):
                 assert all(
                     part.lineno == part.end_lineno
                     for part in node.body
-                    if isinstance(part, ast.AnnAssign)
+                    if isinstance(part, ast.AnnAssign) and "ClassVar" not in ast.dump(part)
                 )
 
 

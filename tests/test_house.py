@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CONCEPTS = ("sequence", "model", "vision", "flow", "iccot", "reward")
 COMMANDS = ("sft", "grpo", "sample", "evaluate", "curate", "demo")
-MERGING = {"requirements-demo.txt", "requirements-optional.txt"}
 FOLDERS = ("kernels", "toy", "runtime", "studies", "bench")
 PAPERS = ("README.md", "LOG.md", "RESULTS.md", "LICENSE", "CONTRIBUTING.md")
 SETTINGS = ("pyproject.toml", "requirements.txt", "requirements-optional.txt")
@@ -225,8 +224,8 @@ def test_nobody_imports_a_command():
     broken = []
     for name, path in MODULES.items():
         for line, module, *_ in imports_of(path):
-            shown = name.split(".")[0] in ("bench", "demo") or name == "studies.studio"
-            if module in COMMANDS and not (shown and module in ("sft", "grpo")):
+            measures = name.startswith("bench.") and module in ("sft", "grpo")
+            if module in COMMANDS and not measures:
                 broken.append(f"{path}:{line} imports the command {module}")
     passed(broken)
 
@@ -392,14 +391,14 @@ def test_files_are_published_in_one_place():
 
 def test_the_top_holds_the_concepts_and_the_commands():
     names = (*CONCEPTS, "engine", "tree", "data", *COMMANDS)
-    wanted = {*(f"{name}.py" for name in names), *PAPERS, *SETTINGS} - MERGING
+    wanted = {*(f"{name}.py" for name in names), *PAPERS, *SETTINGS}
     kinds = {".py", ".md", ".toml", ".txt", ".ini", ".cfg", ".sh"}
     found = {path.name for path in ROOT.iterdir() if path.is_file()}
     passed(
         [f"{name} is missing" for name in sorted(wanted - found)]
         + [
             f"{name} does not belong at the top"
-            for name in sorted(found - wanted - MERGING)
+            for name in sorted(found - wanted)
             if Path(name).suffix in kinds and not name.startswith(".")
         ]
         + [f"{name}/ is missing" for name in FOLDERS if not (ROOT / name).is_dir()]

@@ -108,12 +108,12 @@ def test_twenty_steps_without_signal(tmp_path, monkeypatch, values, why):
     config = sft.Config(config="smoke", **STAGE_1 | dict(out=str(tmp_path), threads=1, steps=90))
     weight = {"w": torch.nn.Parameter(torch.zeros(2))}
     state = TrainingState(weight, torch.optim.SGD(weight.values(), 0.1), {})
-    run = loop.Run(loop.start(config), config, state, desc="test")
+    run = loop.Run(loop.start(config, {}), config, state, desc="test")
     run.steps()
-    monkeypatch.setattr(run, "save", lambda step: None)
+    monkeypatch.setattr(loop, "save_state", lambda *_: None)
     good = {"grad_norm": 1.0, "dead_groups": 0.0}
     for step in range(65):  # a step with a signal begins the count anew
-        run.end_step(step, good if step == 10 else values, finite=True, decay=0.0, made_of=[])
+        run.end_step(step, good if step == 10 else values, finite=True, decay=0.0, samples=[])
     if why is None:
         assert not said
     else:

@@ -282,7 +282,9 @@ def test_loss_is_the_contrastive_loss_by_hand(clip):
 def test_a_few_steps_lower_the_loss():
     torch.manual_seed(0)
     settings = ToyClipSettings(seed=0, steps=12, batch_size=16, wrong=1, learning_rate=2e-3)
-    model = open_clip.CLIP(**toy_clip._model_config(patch_size=16, width=64))
+    vision = dict(image_size=32, patch_size=16, width=64, layers=1, head_width=32)
+    text = dict(context_length=toy_clip.CONTEXT_LENGTH, width=64, heads=2, layers=1)
+    model = open_clip.CLIP(32, vision_cfg=vision, text_cfg=text)
     pictures, captions = toy_clip._pairs(99, settings, np.random.default_rng(0))
     with torch.no_grad():
         before = toy_clip._loss(model, pictures, captions)[0]

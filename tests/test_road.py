@@ -84,9 +84,8 @@ def test_every_stage_ends_with_a_log_and_a_model_that_opens(road, stage):
 
 
 @pytest.mark.parametrize("stage, held_out", [("grpo", 2), ("grpo-2", 1)])  # one of 40 on disk
-def test_stage_2_is_on_policy_and_ends_with_a_table(road, stage, held_out):
+def test_stage_2_ends_with_a_table(road, stage, held_out):
     lines = loop.read_log(road / stage)
-    assert all(line["ratio_first_min"] == line["ratio_first_max"] == 1.0 for line in lines)
     assert all(line["trained_tokens"] > 0 for line in lines)
     table = json.loads((road / stage / "table.json").read_text())
     assert set(table) == {"SFT", "SFT + GRPO"} and table["SFT"]["n"] == held_out
@@ -110,7 +109,7 @@ def test_the_end_of_the_road_is_a_picture_and_a_row(road):
         assert picture.size == (64, 96)
     about = json.loads((road / "picture.json").read_text())
     assert about["prompt"] == "Put it at the left."
-    small = ["--scale", 2, "--side", 64, "--num_samples", 2, "--num_timesteps", 3]
-    measure = ["--metric", road / "clip-m", "--clip_steps", 1, "--threads", 1, "--json"]
+    small = ["--side", 64, "--num_samples", 2, "--num_timesteps", 3]
+    measure = ["--metric", road / "clip-m", "--threads", 1, "--json"]
     row = json.loads(run("evaluate.py", *words, *small, *measure).strip().splitlines()[-1])
     assert row["n"] == 2 and row["PF"] is not None and row["CLIP_out"] is not None

@@ -64,11 +64,11 @@ def test_a_painter_changes_nothing_but_targets(scale):
 
 def test_the_filter_drops_the_worst_of_each_task(monkeypatch):
     """With the judge for a CLIP, so that what is dropped is wrong; all tasks stay."""
-    monkeypatch.setattr(painter, "FIRST", 250)
+    monkeypatch.setattr(painter, "FIRST", 150)
     monkeypatch.setattr(Painted, "_cosine", lambda _, one: judge(one.target, one.truth).overall)
     drawn = Drawn("train", 0, 4)
     before, after = (
-        [source[i] for i in range(120)]
+        [source[i] for i in range(80)]
         for source in (Painted(drawn, Painter(0.3)), Painted(drawn, Painter(0.3, dropped=0.2)))
     )
 

@@ -40,9 +40,7 @@ Letters, here and in the whole project:
 
 Left out: what two vectors cannot say, namely siblings that later text sees together. What they
 cannot say about one image, a clean copy laid out before its noised copy, is refused when both are
-given the same `name`.
-
-    python -m studies.masks --out mask.png      the mask of a pack and of a group's tree, drawn
+given the same `name`. docs/tour/mask.png shows the mask of a pack.
 """
 
 from contextlib import contextmanager

@@ -55,7 +55,6 @@ class HeldOut:
     thinking: Thinking | None = Thinking(MAX_PLAN_TOKENS)  # None: straight from the prompt
     batch: int = 50  # prompts at a time: bounds the memory, not the result
     seed: int = 0  # of the noise
-    data_seed: int = 0  # of the prompts, where they are drawn
     split: str = "held_out"  # of samples on disk, by a hash of the key (data.py); or all
 
     def __post_init__(self):
@@ -68,7 +67,7 @@ class HeldOut:
         """The prompts, as samples: `count`, or as many as there are on disk."""
         if self.data == "toy":
             scale = max(1, self.side // world.SIZE)
-            source = Drawn("held_out", self.data_seed, self.max_references, scale)
+            source = Drawn("held_out", 0, self.max_references, scale)
             return [source[i] for i in range(self.count)]
         source = opened(self.data, self.split, self.max_references)
         if len(source) < self.count:

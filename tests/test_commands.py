@@ -139,19 +139,14 @@ def test_evaluate_ends_with_json(trained):
     assert 0 <= row["PF"] <= 10 and 0 <= row["format_ok"] <= 1
 
 
-@pytest.mark.parametrize(
-    "question, rows",
-    [
-        ("steering", ["place", "scene", "colour"]),
-        ("captions", []),  # its plans do not parse; those of test_questions.py do
-    ],
-)
-def test_every_open_question_gets_its_table(trained, monkeypatch, capsys, question, rows):
+def test_the_question_is_asked_of_a_trained_model(trained, monkeypatch, capsys):
+    """Few or none of its plans parse; those of test_questions.py do."""
     monkeypatch.chdir(trained[0])
-    words = ["--config", "smoke", "--question", question, "--num_samples", "3", "--threads", "1"]
+    words = ["--config", "smoke", "--num_samples", "3", "--threads", "1"]
     table = questions.main(parse(questions.Config, questions.PRESETS, words))
+    assert list(table) in ([], ["picture", "instruction", "likelihood", "votes"])
     out = capsys.readouterr().out
-    assert set(rows) <= set(table) and all(row in out for row in rows)
+    assert ("plans that parse" if table else "none of 6 plans parses") in out
 
 
 def test_sample_prints_the_plan_and_writes_the_picture(trained, tmp_path):
@@ -361,7 +356,7 @@ def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
         (sft, ["--config", "smoke", "--sample_plan_tokens", "0"], "max_plan_tokens=0"),
         (grpo, ["--config", "smoke", "--init", "out/typo"], "out/typo"),
         (questions, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
-        (questions, ["--question", "captoins"], "steering, captions"),
+        (questions, ["--question", "captions"], "unknown option --question"),
     ],
 )
 def test_bad_runs(tmp_path, capsys, monkeypatch, module, words, message):

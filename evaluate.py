@@ -183,7 +183,7 @@ def main(config):
             ablation(config, load_clip(config))
             return
         if config.bench:
-            run_benchmark(config, load_engine, load_clip)
+            run_benchmark(config, load_engine)
             return
         if config.out:
             files.check_writable(Path(config.out).parent)

@@ -13,11 +13,10 @@ Pictures go where the official scorer looks for them, each with what the model w
     {out}/{judge}/{task_type}/score.jsonl    a line a sample, the official names
 
 Our judge (judge.py) asks each question once (the official one: three times, the last answer
-counts), and an answer that cannot be read is null and counted (there: a random number). Numbers are
-comparable with the published ones only as far as judge and prompts are. A killed run goes on where
-it was: whole pictures are not painted again, and scores are not asked for again.
-
-Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people).
+counts), and an answer that cannot be read is null and counted (there: a random number). A killed
+run goes on where it was: whole pictures are not painted again, nor scores asked for again.
+Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people);
+the published numbers are in docs/DATA.md.
 
     python evaluate.py --config full --bench omnicontext OmniGen2/OmniContext --generate_only
 """
@@ -40,14 +39,16 @@ from runtime.config import UserError
 from studies.endpoint import Access, Endpoint, Fault, Refused, commonest, in_parallel, to_send
 from studies.judge import ask_score
 from studies.metrics import mean
-from studies.pictures import save_path
 from vision import open_image, to_png
 
 SIDE = 1024  # pixels of a picture on disk
 JUDGING = 16  # questions at a time
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SCORED = ("key", "task_type", "instruction_language", "PF_score", "SC_score")  # of a line of scores
-COLUMNS = ("key", "task_type", "instruction", "input_images")  # of OmniContext's parquet
+SETTINGS = (  # of evaluate.py, which a picture depends on
+    "checkpoint bench_path use_plan max_plan_tokens num_timesteps seed timestep_shift "
+    "text_guidance image_guidance cache_interval"
+).split()
 
 # the name of a true picture: "res", "0_result", "edit-res2", "imgres"; not "dress", "forest"
 ANSWER = re.compile(r"(?i)(?<![a-z])(?:res|target|output|answer|gt(?![a-z]))|res(?![a-z])")
@@ -64,24 +65,6 @@ OMNICONTEXT_TASKS = (
 )
 DREAMOMNI2_TASKS = ("add", "replace", "global", "local", "generation")
 
-# fmt: off
-PUBLISHED = {  # Overall of the tasks in order, OmniContext's average last; None: not in our sources
-    "omnicontext": {
-        "BAGEL": (5.48, 7.03, 5.17, 6.64, 6.24, 4.07, 5.71, 5.47, 5.73),
-        "OmniGen2": (8.05, 7.58, 7.11, 7.13, 7.45, 6.38, 6.71, 7.04, 7.18),
-        "Qwen-Image-Edit-2509": (8.35, 9.13, 7.65, 8.85, 7.90, 5.16, 7.75, 6.73, 7.69),
-        "GPT-4o": (8.90, 9.01, 9.07, 8.95, 8.54, 8.90, 8.44, 8.60, 8.80),
-        "Re-Align (paper)": (8.25, None, 8.25, None, None, 8.21, None, None, 8.21),
-    },
-    "dreamomni2": {
-        "OmniGen2": (7.52, 5.60, 6.88, 2.99, 4.99),
-        "Echo-4o": (8.51, 4.51, 5.16, 2.41, 6.59),
-        "DreamOmni2": (6.87, 7.05, 7.76, 5.44, 6.56),
-        "Re-Align (paper)": (9.27, 8.61, 7.85, 6.35, 7.24),
-    },
-}
-# fmt: on
-
 
 @dataclass(frozen=True)
 class Case:
@@ -92,18 +75,17 @@ class Case:
     instruction: str
     language: str
     references: tuple
-    caption: str = ""  # of the true picture, where the benchmark has one
 
 
 # --------------------------------------------------------------------------------------------------
 # the whole
 
 
-def run_benchmark(config, load_engine, load_clip):
+def run_benchmark(config, load_engine):
     """Paint, judge and tabulate. Returns `statistics`, or {} with config.generate_only.
 
-    config: an evaluate.Config. load_engine(config) -> Engine and load_clip(config) -> the Clip of
-    CLIP_out are called only where they are needed. UserError for data that are missing or torn.
+    config: an evaluate.Config. load_engine(config) -> Engine is called if a picture is missing.
+    UserError for data that are missing or torn.
     """
     read, tasks = read_dreamomni2, DREAMOMNI2_TASKS
     if config.bench == "omnicontext":
@@ -111,41 +93,21 @@ def run_benchmark(config, load_engine, load_clip):
     cases, folder = read(config.bench_path), config.folder
     files.check_writable(folder)
     check_settings(folder / "settings.json", config)
-    left = [case for case in cases if not is_whole(picture_path(folder, case))]
+    left = [case for case in cases if not is_painted(case, folder)]
     if left:
         paint_cases(load_engine(config), left, config)
     print(f"{len(left)} pictures painted, {len(cases)} in {folder / 'fullset'}")
-    save_sheets(cases, folder)
-    known = painted([case for case in cases if case.caption], folder)
-    if known:
-        pictures = [open_image(picture_path(folder, case)) for case in known]
-        scores = load_clip(config).clip_out(pictures, [case.caption for case in known])
-        print(f"CLIP_out {float(scores.mean()):.2f}")
     if config.generate_only:
         return {}
     table = statistics(judge_cases(cases, config), tasks)
     print_statistics(table, cases, config)
-    print_published(table, tasks, config)
     files.write_text(folder / f"{config.bench}.json", files.to_json(table, indent=1) + "\n")
     return table
 
 
 def check_settings(path, config):
     """Record what the pictures depend on; UserError if those that are there were made otherwise."""
-    settings = {
-        "checkpoint": config.checkpoint,
-        "bench_path": config.bench_path,
-        "use_plan": config.use_plan,
-        "max_plan_tokens": config.max_plan_tokens,
-        "num_timesteps": config.num_timesteps,
-        "seed": config.seed,
-        "timestep_shift": config.timestep_shift,
-        "text_guidance": config.text_guidance,
-        "image_guidance": config.image_guidance,
-        "guidance_low": config.sampler.guidance_interval[0],
-        "renorm": config.sampler.renorm,
-        "cache_interval": config.cache_interval,
-    }
+    settings = {name: getattr(config, name) for name in SETTINGS}
     before = files.read_json(path) if path.is_file() else settings
     for name, value in settings.items():
         if before.get(name, value) != value:
@@ -165,50 +127,41 @@ def read_omnicontext(path):
     from pyarrow import ArrowException, parquet
 
     folder = Path(path) if Path(path).exists() else download(path)
-    found = sorted([*folder.glob("[!.]*.parquet"), *folder.glob("data/[!.]*.parquet")])
-    if folder.is_file():
-        folder, found = folder.parent, [folder]
-    if not found:
+    tables = [folder] if folder.is_file() else sorted(folder.rglob("[!.]*.parquet"))
+    if not tables:
         raise UserError(
             f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet"
         )
     cases = []
-    for file in found:
+    for table in tables:
         try:
-            rows = parquet.read_table(file).to_pylist()
+            rows = parquet.read_table(table).to_pylist()
         except (ArrowException, OSError) as error:
             raise UserError(
-                f"{file} cannot be read as parquet ({str(error)[:100]}); copy it again"
+                f"{table} cannot be read as parquet ({str(error)[:100]}); copy it again"
             ) from None
-        cases += [omnicontext_case(row, folder) for row in rows]
+        home = folder.parent if folder.is_file() else folder
+        cases += [omnicontext_case(row, home) for row in rows]
     return cases
 
 
 def omnicontext_case(row, folder):
-    """A Case from a row of OmniContext; its pictures are in the row, or files in `folder`.
-
-    UserError for a row that is none, in any field.
-    """
-    if missing := [name for name in COLUMNS if name not in row]:
-        raise UserError(f"{folder}: a row has no {', '.join(missing)}; expected OmniContext's")
-    key, images = row["key"], row["input_images"]
-    key = str(key) if isinstance(key, int) else key
+    """A Case from a row of OmniContext; its pictures are in the row, or files in `folder`."""
+    key, task = str(row.get("key")), row.get("task_type")
     files.check_name(key, "a key of the benchmark")
-    if row["task_type"] not in OMNICONTEXT_TASKS or not isinstance(row["instruction"], str):
+    if task not in OMNICONTEXT_TASKS or not isinstance(row.get("instruction"), str):
         raise UserError(
-            f"row {key} has the task {row['task_type']!r} and the instruction "
-            f"{row['instruction']!r}; expected a text, and one of {', '.join(OMNICONTEXT_TASKS)}"
+            f"row {key} has the task {task!r} and the instruction {row.get('instruction')!r}; "
+            f"expected a text, and one of {', '.join(OMNICONTEXT_TASKS)}"
         )
     references = []
-    for image in images if isinstance(images, list) else [images]:
-        if isinstance(image, dict):  # as the library datasets writes it
-            image = image.get("bytes") or image.get("path")
-        if not isinstance(image, (bytes, str)) or not image:
-            raise UserError(f"an input image of {key} is {image!r}; expected a picture or a path")
-        source = io.BytesIO(image) if isinstance(image, bytes) else folder / image
+    for image in row.get("input_images") or ():
+        if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
+            raise UserError(f"an input image of {key} has neither bytes nor a path")
+        source = io.BytesIO(image["bytes"]) if image.get("bytes") else folder / image["path"]
         references.append(open_image(source, f"an input image of {key}"))
-    language, caption = row.get("instruction_language") or "en", row.get("caption") or ""
-    return Case(key, row["task_type"], row["instruction"], language, tuple(references), caption)
+    language = row.get("instruction_language") or "en"
+    return Case(key, task, row["instruction"], language, tuple(references))
 
 
 def read_dreamomni2(path):
@@ -218,13 +171,13 @@ def read_dreamomni2(path):
     (the picture to edit first), and the true picture, which is left alone.
     """
     folder = Path(path) if Path(path).exists() else download(path)
-    found = sorted(folder.glob("*_benchmark/*/*/instruction.txt"))
-    if not found:
+    texts = sorted(folder.glob("*_benchmark/*/*/instruction.txt"))
+    if not texts:
         raise UserError(
             f"{folder} holds no */*/*/instruction.txt; expected DreamOmni2Bench's layout, "
             f"editing_benchmark/add/1/instruction.txt"
         )
-    return [dreamomni2_case(text.parent) for text in found]
+    return [dreamomni2_case(text.parent) for text in texts]
 
 
 def dreamomni2_case(folder):
@@ -248,8 +201,7 @@ def dreamomni2_case(folder):
             f"are answers"
         )
     text = files.read_text(folder / "instruction.txt").strip()
-    key, pictures = f"{category}-{folder.name}", tuple(map(open_image, references))
-    return Case(key, task, text, "en", pictures)
+    return Case(f"{category}-{folder.name}", task, text, "en", tuple(map(open_image, references)))
 
 
 def in_order(path):
@@ -282,18 +234,13 @@ def picture_path(folder, case):
     return folder / "fullset" / case.task / f"{case.key}.png"
 
 
-def is_whole(path):
-    """Whether a picture is there and opens."""
+def is_painted(case, folder):
+    """Whether the picture of a case is there and opens."""
     try:
-        open_image(path)
+        open_image(picture_path(folder, case))
     except (OSError, ValueError):
         return False
     return True
-
-
-def painted(cases, folder):
-    """Those of the cases whose picture is there."""
-    return [case for case in cases if is_whole(picture_path(folder, case))]
 
 
 def paint_cases(engine, cases, config):
@@ -322,17 +269,6 @@ def save_result(path, result):
         result.image.resize((SIDE, SIDE), filtered).save(hidden, "PNG")
 
 
-def save_sheets(cases, folder, most=8):
-    """A picture sheet a task: result and references of its first cases."""
-    for task in sorted({case.task for case in cases}):
-        shown = painted([case for case in cases if case.task == task], folder)[:most]
-        rows = {c.key: [open_image(picture_path(folder, c)), *c.references] for c in shown}
-        if rows:
-            references = range(1, max(map(len, rows.values())))
-            titles = ["result", *(f"reference {i}" for i in references)]
-            save_path(folder / f"{task}.png", titles, rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # scores
 
@@ -344,52 +280,51 @@ def judge_cases(cases, config):
     """
     folder = config.folder / config.judge_model.replace("/", "_")
     judge = Endpoint(Access(config.judge_url, config.judge_model), folder / "replies")
-    paths = {task: folder / task / "score.jsonl" for task in {case.task for case in cases}}
-    scored = {}  # {(task, key): row}
-    for path in paths.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for row in files.read_lines(path, *SCORED):
-            scored[row["task_type"], row["key"]] = row
+    scored, failed = {}, []  # {(task, key): row}; why
+    for task in {case.task for case in cases}:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for row in files.read_lines(folder / task / "score.jsonl", *SCORED):
+            scored[task, row["key"]] = row
     left = [case for case in cases if (case.task, case.key) not in scored]
-    left, ask, failed = painted(left, config.folder), partial(judge_case, judge, config.folder), []
     patient = bool(scored)  # what failed in an earlier run may fail again
+    ask = partial(judge_case, judge, config.folder)
     with tqdm(total=len(left), disable=None, desc="judge") as bar:
         for case, scores in in_parallel(ask, left, JUDGING, bar=bar, patient=patient):
-            row = score_row(config.folder, case, scores)
+            row = {  # with the official scorer's names
+                "key": case.key,
+                "task_type": case.task,
+                "instruction": case.instruction,
+                "instruction_language": case.language,
+                "output_image_path": str(picture_path(config.folder, case)),
+            }
             scored[case.task, case.key] = row
             if isinstance(scores, Fault):
                 failed.append(str(scores))
+                row |= dict.fromkeys(("PF_score", "SC_score"))
+                row |= dict.fromkeys(("PF_score_reason", "SC_score_reason"), str(scores))
+            else:
+                row |= scores
             if not isinstance(scores, Fault) or isinstance(scores, Refused):
-                files.append_line(paths[case.task], row)
+                files.append_line(folder / case.task / "score.jsonl", row)
     if failed:
         why = f"no score for {len(failed)} of {len(left)} pictures, most often: {commonest(failed)}"
         if len(failed) == len(scored):
             raise UserError(why)
         print(f"{why}; repeat the command to ask again")
-    return [scored[key] for case in cases if (key := (case.task, case.key)) in scored]
+    return [scored[case.task, case.key] for case in cases]
 
 
 def judge_case(judge, folder, case):
-    """{"PF", "SC": (score, reasoning)}; a Fault where the judge gives none."""
+    """The scores of a case, as its line has them; a Fault where the judge gives none."""
     pictures = [to_send(image) for image in case.references]
     pictures.append(to_png(open_image(picture_path(folder, case))))
-    scene, ask = "scene" in case.task, partial(ask_score, judge)
-    return {c: ask(c, case.instruction, pictures=pictures, scene=scene) for c in ("PF", "SC")}
-
-
-def score_row(folder, case, scores):
-    """One line of score.jsonl, with the official scorer's names; null after a Fault."""
-    row = {
-        "key": case.key,
-        "task_type": case.task,
-        "instruction": case.instruction,
-        "instruction_language": case.language,
-        "output_image_path": str(picture_path(folder, case)),
-    }
+    scores = {}
     for name in ("PF", "SC"):
-        score, reason = (None, str(scores)) if isinstance(scores, Fault) else scores[name]
-        row |= {f"{name}_score": score, f"{name}_score_reason": reason}
-    return row
+        score, reason = ask_score(
+            judge, name, case.instruction, pictures=pictures, scene="scene" in case.task
+        )
+        scores |= {f"{name}_score": score, f"{name}_score_reason": reason}
+    return scores
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,11 +350,10 @@ def statistics(rows, tasks, language="en"):
                 "n": len(scored),
                 "null": len(mine) - len(scored),
             }
-    if table:
-        tasks = list(table.values())
-        average = {name: mean([row[name] for row in tasks]) for name in ("PF", "SC", "Overall")}
-        table["average"] = average | {n: sum(row[n] for row in tasks) for n in ("n", "null")}
-    return table
+    per_task = list(table.values())
+    average = {name: mean([row[name] for row in per_task]) for name in ("PF", "SC", "Overall")}
+    counts = {name: sum(row[name] for row in per_task) for name in ("n", "null")}
+    return table | {"average": average | counts}
 
 
 def print_statistics(table, cases, config):
@@ -429,24 +363,6 @@ def print_statistics(table, cases, config):
     for task, row in table.items():
         scores = f"{row['PF']:8.2f}{row['SC']:8.2f}{row['Overall']:9.2f}"
         print(f"{task:24s}{scores}{row['n']:6d}{row['null']:6d}")
-    average = table.get("average", {"n": 0, "null": 0})
-    if missing := len(cases) - average["n"] - average["null"]:
-        print(
-            f"{missing} of {len(cases)} cases have no picture or another language "
-            "and are not in these means"
-        )
-
-
-def print_published(table, tasks, config):
-    """The published rows, and ours below them."""
-    print(
-        "\nOverall, published; given by GPT-4.1 with the official prompts: "
-        "numbers of another judge are not comparable"
-    )
-    columns = [*tasks, "average"] if config.bench == "omnicontext" else list(tasks)
-    short = [name.replace("character", "char").replace("object", "obj")[:13] for name in columns]
-    print(f"{'':24s}" + "".join(f"{name:>15s}" for name in short))
-    ours = [table.get(name, {}).get("Overall") for name in columns]
-    for name, values in {**PUBLISHED[config.bench], f"{config.folder.name} (ours)": ours}.items():
-        cells = ("-" if value is None else f"{value:.2f}" for value in values)
-        print(f"{name:24s}" + "".join(f"{cell:>15s}" for cell in cells))
+    if missing := len(cases) - table["average"]["n"] - table["average"]["null"]:
+        print(f"{missing} of {len(cases)} cases are of another language, not in these means")
+    print("published numbers: docs/DATA.md; those of another judge are not comparable")

@@ -26,8 +26,9 @@ from runtime import files, loop
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.processes import barrier, is_main, joined, rank, size
 from runtime.sharding import gathered
+from studies import pictures
 from studies.metrics import COLUMNS
-from studies.pictures import PAD, SIDE, Cell, evenly, reference_cells, save_png, sheet_of
+from studies.pictures import PAD, SIDE, Cell, evenly
 
 SMOOTH = 5  # steps of a running mean; of a long run a twentieth
 STYLES = ("-", "--", ":")  # of the keys of a panel, which may coincide
@@ -69,10 +70,10 @@ def save_curves(named, path):
     panels = {title: keys for title, keys in panels.items() if keys}
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for axis in axes[len(panels) :]:
         axis.axis("off")
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
+    for axis, (title, keys) in zip(axes, panels.items()):
         for key, style in zip(keys, STYLES):
             for name, runs in logs.items():
                 label = " ".join([name] * (len(logs) > 1) + [key] * (len(keys) > 1))
@@ -87,16 +88,17 @@ def save_curves(named, path):
 
 
 def draw(axis, runs, key, label, style):
-    """The mean of some runs' values, smoothed unless they are held-out metrics; behind it each."""
+    """The mean of the runs' values, smoothed unless they are held-out metrics; behind it each."""
     logged = [values for values in (values_of(lines, key) for lines in runs) if values]
     if not logged:
         return
-    measured, mean = key.startswith("held_out"), mean_of(logged)
-    mean, marker = (mean, ".") if measured else (smoothed(mean), "")
+    mean, marker = mean_of(logged), "."
+    if not key.startswith("held_out"):
+        mean, marker = smoothed(mean), ""
     (line,) = axis.plot(mean.keys(), mean.values(), label=label, marker=marker, linestyle=style)
+    thin = dict(color=line.get_color(), linewidth=0.6, alpha=0.5, zorder=1)
     for values in logged:
-        thin = axis.plot(values.keys(), values.values(), color=line.get_color(), zorder=1)
-        thin[0].set(linewidth=0.6, alpha=0.5)
+        axis.plot(values.keys(), values.values(), **thin)
 
 
 def log_of(folder):
@@ -114,27 +116,15 @@ def values_of(lines, key):
 
 def smoothed(values):
     """The running mean of {step: value}."""
-    last, means = max(SMOOTH, len(values) // 20), {}
-    logged = list(values.values())
-    for i, step in enumerate(values):
-        window = logged[max(0, i + 1 - last) : i + 1]
-        means[step] = sum(window) / len(window)
-    return means
+    last, logged = max(SMOOTH, len(values) // 20), list(values.values())
+    windows = (logged[max(0, end - last) : end] for end in range(1, len(logged) + 1))
+    return dict(zip(values, (sum(window) / len(window) for window in windows)))
 
 
 def mean_of(curves):
     """{step: mean} of several {step: value}, at the steps that all of them have."""
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: sum(curve[step] for curve in curves) / len(curves) for step in shared}
-
-
-def named_runs(text):
-    """{name: [folder]} of what --runs says; a folder without a name is called by its own."""
-    named = {}
-    for word in text.split():
-        name, _, folders = word.rpartition("=")
-        named[name or Path(folders).name] = folders.split(",")
-    return named
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,13 +153,15 @@ def save_strip(folder, step, engine: Engine, *, held_out):
     mine = [(rank() * each + i) % len(samples) for i in range(each)]
     with gathered(engine.model):
         results = eight.paint(engine, [samples[number] for number in mine], mine)
-    own = torch.stack([torch.from_numpy(np.array(one.image)) for one in results])  # (each, h, w, 3)
-    pictures = joined(own)[: len(samples)].cpu().numpy()
+    own = torch.stack(
+        [torch.from_numpy(np.array(result.image)) for result in results]
+    )  # (each, h, w, 3)
+    painted = joined(own)[: len(samples)].cpu().numpy()
     if is_main():
-        rows = reference_cells(samples)
-        for row, sample, picture in zip(rows, samples, pictures):
+        rows = pictures.reference_cells(samples)
+        for row, sample, picture in zip(rows, samples, painted):
             row += [Cell((sample.target,)), Cell((Image.fromarray(picture),))]
-        save_png(sheet_of(rows), Path(folder) / "samples" / f"{step:06d}.png")
+        pictures.save_png(pictures.sheet_of(rows), Path(folder) / "samples" / f"{step:06d}.png")
     barrier()
 
 
@@ -183,38 +175,45 @@ def save_lapse(folder):
     if not strips:
         return []
     still, moving = Path(folder) / "lapse.png", Path(folder) / "lapse.webp"
-    save_png(lapse([strips[i] for i in evenly(len(strips), COLUMNS_OF_LAPSE)]), still)
-    frames = [lapse([strips[i]]) for i in evenly(len(strips), FRAMES)]
-    ms = [PAUSE] * (len(frames) - 1) + [4 * PAUSE]
+    pictures.save_png(lapse([strips[i] for i in evenly(len(strips), COLUMNS_OF_LAPSE)]), still)
+    first, *others = (lapse([strips[i]]) for i in evenly(len(strips), FRAMES))
+    ms = [PAUSE] * len(others) + [4 * PAUSE]
     with files.published(moving) as hidden:
-        frames[0].save(
-            hidden, "WEBP", save_all=True, append_images=frames[1:], duration=ms, loop=0, quality=90
+        first.save(
+            hidden, "WEBP", save_all=True, append_images=others, duration=ms, loop=0, quality=90
         )
     return [still, moving]
 
 
 def lapse(strips):
-    """References and true targets of a run's prompts, then the last column of each strip."""
-    cell, first = SIDE + PAD, strips[0][1]
-    columns, rows = first.width // cell, first.height // cell
+    """References and true targets of a run's prompts, then the last column of each strip.
 
-    def square(strip, row, column):
-        left, top = PAD + column * cell, PAD + row * cell
-        return Cell((strip.crop((left, top, left + SIDE, top + SIDE)),))
+    strips: [(title, a picture that save_strip made)].
+    """
+    first, column, top = strips[0][1], SIDE + PAD, pictures.LINE + PAD
+    left = first.width - column  # of the first strip's last column
+    sheet = Image.new("RGB", (left + column * len(strips), first.height + top), "white")
+    sheet.paste(first, (0, top))
+    pictures.write(sheet, (PAD, PAD), "references")
+    pictures.write(sheet, (left - column, PAD), "true target")
+    for i, (title, strip) in enumerate(strips):
+        painted = strip.crop((left, 0, strip.width, strip.height))
+        sheet.paste(painted, (left + i * column, top))
+        pictures.write(sheet, (left + i * column, PAD), title)
+    return sheet
 
-    cells = [
-        [square(first, row, column) for column in range(columns - 1)]
-        + [square(strip, row, columns - 1) for _, strip in strips]
-        for row in range(rows)
-    ]
-    titles = ["references", *[""] * (columns - 3), "true target", *(title for title, _ in strips)]
-    return sheet_of(cells, titles)
+
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
 @exit_on_user_error()
 def main(config):
     """Draw, and print where the pictures are."""
-    named = named_runs(config.runs)
+    named = {}
+    for word in config.runs.split():  # a folder without a name is called by its own
+        name, _, folders = word.rpartition("=")
+        named[name or Path(folders).name] = folders.split(",")
     folder, *others = [folder for folders in named.values() for folder in folders]
     out = config.out or str(Path(folder) / "curves.png")
     save_curves(named, out)

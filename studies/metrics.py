@@ -41,6 +41,7 @@ from toy.tasks import Drawn, check_request
 
 MAX_PLAN_TOKENS = 72  # the longest plan of the toy world has 52
 COLUMNS = ("PF", "SC", "Overall", "CLIP_out", "CLIP_plan", "format_ok", "caption_ok")
+IN_GRID = 8  # prompts in the grid of pictures
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,12 @@ class HeldOut:
         """
         if self.thinking is not None:
             self.check_length([len(engine.tokenizer.encode(iccot.render(s.plan))) for s in samples])
-        numbers = range(len(samples)) if numbers is None else numbers
         return engine.generate(
             [engine.request(sample, self.side) for sample in samples],
             sampler=self.sampler,
             thinking=self.thinking,
             batch=self.batch,
-            seeds=[(self.seed, number) for number in numbers],
+            seeds=[(self.seed, number) for number in numbers or range(len(samples))],
         )
 
     def check_length(self, plans):
@@ -97,8 +97,8 @@ class HeldOut:
         if max(plans, default=0) >= self.thinking.max_tokens:
             warn(
                 f"plans of these prompts take up to {max(plans)} tokens, and only "
-                f"{self.thinking.max_tokens} may be written: raise --sample_plan_tokens (sft.py), "
-                "--max_plan_tokens and --eval_plan_tokens (grpo.py), --max_plan_tokens (elsewhere)"
+                f"{self.thinking.max_tokens} may be written: raise --sample_plan_tokens (sft.py) "
+                "or --max_plan_tokens (elsewhere)"
             )
 
 
@@ -150,65 +150,62 @@ def agreement(clip, pictures, captions):
     return 100 * float(cosine(pictures, clip.embed_captions(captions)).mean())
 
 
-def of_all(own):
-    """{column: mean over the samples of all processes}, nan where there are none.
+def measure_shared(engine, held_out, samples, clip, shown=0):
+    """(row of the table over all samples, {number: Result} of what this process painted).
 
-    own: what `means` gave for those of this process, {} if it has none.
+    All processes take part and get the same row: each paints its share of the samples, and the
+    first one also the first `shown`.
     """
-    parts = {column: own.get(column, (0.0, 0)) for column in (*COLUMNS, "plan_ok")}
-    totals = reduced([value * count if count else 0.0 for value, count in parts.values()])
-    counts = reduced([count for _, count in parts.values()])
-    return {c: t / n if n else math.nan for c, t, n in zip(parts, totals, counts)}
+    mine = range(rank(), len(samples), size())
+    numbers = sorted({*mine, *range(min(shown, len(samples)) if is_main() else 0)})
+    results, own = {}, {}
+    if numbers:
+        asked = [samples[number] for number in numbers]
+        results = dict(zip(numbers, held_out.paint(engine, asked, numbers)))
+    if mine:
+        own = means([samples[i] for i in mine], [results[i] for i in mine], clip)
+    parts = [own.get(column, (0.0, 0)) for column in (*COLUMNS, "plan_ok")]
+    totals = reduced([value * count if count else 0.0 for value, count in parts])
+    counts = reduced([count for _, count in parts])
+    row = {
+        column: total / count if count else math.nan
+        for column, total, count in zip((*COLUMNS, "plan_ok"), totals, counts)
+    }
+    return row | {"n": len(samples)}, results
 
 
 def measured_together(engine, held_out, clip):
-    """`measure` during training, for the log: {held_out_COLUMN: mean}, each process its share.
-
-    All processes take part and get the same numbers; a column without a value is left out.
-    """
-    samples, own = held_out.samples(), {}
-    numbers = range(rank(), len(samples), size())
+    """`measure_shared` during training, for the log: {held_out_COLUMN: mean}, without nan."""
     with gathered(engine.model):
-        if numbers:
-            mine = [samples[number] for number in numbers]
-            own = means(mine, held_out.paint(engine, mine, numbers), clip)
-    row = of_all(own)
-    return {f"held_out_{c}": row[c] for c in COLUMNS if not math.isnan(row[c])}
+        row, _ = measure_shared(engine, held_out, held_out.samples(), clip)
+    return {f"held_out_{column}": row[column] for column in COLUMNS if not math.isnan(row[column])}
 
 
 def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=None):
     """Table and grid of several checkpoints, {name: path}, on the same prompts from the same noise.
 
-    All processes take part: each loads them and paints its share of the prompts, and the first one
-    also the pictures of the grid.
+    All processes take part. Prints the table, writes table.json and grid.png (pictures of all, side
+    by side) into `folder`, and returns the rows {name: measure(...)}. Whatever nobody holds any
+    more is freed first: cycles keep a model that was trained.
     held_as: the weights' precision on a GPU (a CPU takes float32), and what the experts are rounded
-    to, as load_quantised has it. Whatever nobody holds any more is freed first: cycles keep a model
-    that was trained. Prints the table, writes table.json and grid.png (pictures of all, side by
-    side) into `folder`, and returns the rows {name: measure(...)}.
-    score(pictures, captions): the reward that stage 2 trained with; it stands in the grid.
+    to, as load_quantised has it. score(pictures, captions): the reward that stage 2 trained with;
+    it stands in the grid.
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a GPU
     precision, weights = held_as
     dtype = torch.float32 if device().type == "cpu" else getattr(torch, precision)
     barrier()  # the first process has written the last checkpoint
-    samples, rows, painted = held_out.samples(), {}, {}
-    mine = range(rank(), len(samples), size())
-    shown = range(min(8, len(samples))) if is_main() else ()  # in the grid
-    numbers = sorted({*mine, *shown})
+    samples, rows, painted, rewards = held_out.samples(), {}, {}, {}
     for name, path in checkpoints.items():
-        asked = [samples[number] for number in numbers]
         engine = Engine(*load_quantised(path, device(), dtype, kind=weights))
-        results = dict(zip(numbers, held_out.paint(engine, asked, numbers)))
+        rows[name], results = measure_shared(engine, held_out, samples, clip, IN_GRID)
         del engine  # before the next is read
-        own = {}
-        if mine:
-            own = means([samples[i] for i in mine], [results[i] for i in mine], clip)
-        rows[name] = of_all(own) | {"n": len(samples)}
-        painted[name] = [results[i] for i in shown]
+        if is_main():
+            painted[name] = [results[i] for i in range(len(samples[:IN_GRID]))]
+            rewards[name] = rewards_of_plans(painted[name], score)
     if is_main():
-        rewards = {name: rewards_of_plans(shown, score) for name, shown in painted.items()}
-        save_grid(Path(folder) / "grid.png", samples[:8], painted, rewards=rewards)
+        save_grid(Path(folder) / "grid.png", samples[:IN_GRID], painted, rewards=rewards)
         write_text(Path(folder) / "table.json", to_json(rows, indent=1) + "\n")
         print_table(rows)
     return rows
@@ -216,14 +213,12 @@ def compare_checkpoints(checkpoints, held_out, clip, *, folder, held_as, score=N
 
 def rewards_of_plans(results, score):
     """The reward of each picture with the caption of its own plan; None where there is none."""
-    rewards = [None] * len(results)
-    planned = [i for i, result in enumerate(results) if result.valid]
-    if score and planned:
-        captions = [results[i].plan.caption for i in planned]
-        values = score([results[i].image for i in planned], captions).tolist()
-        for i, value in zip(planned, values):
-            rewards[i] = value
-    return rewards
+    planned = [result for result in results if result.valid]
+    if score is None or not planned:
+        return [None] * len(results)
+    captions = [result.plan.caption for result in planned]
+    rewards = iter(score([result.image for result in planned], captions).tolist())
+    return [next(rewards) if result.valid else None for result in results]
 
 
 def by_task(samples, results):

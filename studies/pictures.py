@@ -17,6 +17,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.files import published
@@ -46,28 +47,35 @@ def sheet_of(rows, titles=(), *, side=SIDE, gap=PAD, widths=None):
     """
     widths = widths or [side] * max(len(row) for row in rows)
     lefts = [gap * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
-    pieces, height = [], gap + (LINE + PAD if titles else 0)  # of the sheet so far
+    pictures, words = [], [((left, PAD), title, GREY) for left, title in zip(lefts, titles)]
+    top = gap + (LINE + PAD if titles else 0)
     for row in rows:
-        bottom = height + side
+        bottom = top + side
         for cell, left, width in zip(row, lefts, widths):
-            square = mosaic(cell.pictures, side) if cell.pictures else None
-            lines = wrapped(cell.words, width)
-            words_top = height + (square.height + PAD if square else 0)
-            bottom = max(bottom, words_top + LINE * len(lines) if lines else 0)
-            pieces.append((left, height, square, cell.frame, words_top, lines))
-        height = bottom + gap
-    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for left, title in zip(lefts, titles):
-        pen.text((left, PAD), title, fill=GREY, font=font)
-    for left, top, square, frame, words_top, lines in pieces:
+            below = top
+            if cell.pictures:
+                square = mosaic(cell.pictures, side)
+                pictures.append((square, cell.frame, left, top))
+                below += square.height + PAD
+            for line, colour in wrapped(cell.words, width):
+                words.append(((left, below), line, colour))
+                below += LINE
+            bottom = max(bottom, below if cell.words else 0)
+        top = bottom + gap
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, top), "white")
+    for square, frame, left, top in pictures:
         if frame:
             sheet.paste(frame, (left - PAD, top - PAD, left + side + PAD, top + side + PAD))
-        if square:
-            sheet.paste(square, (left, top))
-        for i, (line, colour) in enumerate(lines):
-            pen.text((left, words_top + LINE * i), line, fill=colour, font=font)
+        sheet.paste(square, (left, top))
+    for place, line, colour in words:
+        write(sheet, place, line, colour)
     return sheet
+
+
+def write(sheet, place, line, colour=GREY):
+    """A line of words on a sheet; place: pixels from the left and from the top."""
+    font = ImageFont.load_default(12)
+    ImageDraw.Draw(sheet).text(place, line, fill=colour, font=font)
 
 
 def wrapped(words, width):
@@ -117,9 +125,7 @@ def save_png(sheet, path):
 
 def evenly(count, most):
     """At most `most` of range(count), evenly, first and last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from runtime.pretrained import save_model
 from studies import benchmarks
 from studies.material import pools_of
 from toy import server, tasks, world
-from toy.clip import ToyClipSettings, train_toy_clip
 from toy.judge import Verdict
 from toy.judge import judge as exact_judge
 from toy.server import draw_pools
@@ -190,7 +189,7 @@ def small_model(tmp_path_factory):
 
 
 def write_parquet(folder, count=16):
-    """OmniContext's schema, two samples a task; their captions are known."""
+    """OmniContext's schema, two samples a task."""
     import pyarrow
     from pyarrow import parquet
 
@@ -205,7 +204,6 @@ def write_parquet(folder, count=16):
                 "instruction": sample.instruction,
                 "instruction_language": "en",
                 "input_images": images,
-                "caption": sample.plan.caption,
             }
         )
     (folder / "data").mkdir(parents=True)
@@ -217,7 +215,6 @@ def run_benchmark(folder, model, url, *words):
     """evaluate.py --bench on the data of `write_parquet`, with pictures in folder/results."""
     options = ["--config", "smoke", "--bench", "omnicontext", str(folder / "bench")]
     options += ["--checkpoint", str(model), "--out", str(folder / "results/ours")]
-    options += ["--metric", str(folder / "clip")]
     options += "--judge_model toy --threads 1 --max_plan_tokens 20".split()
     argv = evaluate.arguments([*options, "--judge_url", url, *words])
     evaluate.main(parse(evaluate.Config, evaluate.PRESETS, argv))
@@ -226,7 +223,6 @@ def run_benchmark(folder, model, url, *words):
 def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
     pytest.importorskip("openai", reason="no client to ask with: pip install openai")
     write_parquet(tmp_path / "bench")
-    train_toy_clip(tmp_path / "clip", ToyClipSettings(steps=1))
 
     def sometimes(handler, number):
         if number in (2, 9):
@@ -236,7 +232,7 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
     with served(sometimes) as counted:
         where = (tmp_path, small_model, f"{counted.home}/v1")
         run_benchmark(*where, "--generate_only")
-        assert counted.requests == 0 and "CLIP_out" in capsys.readouterr().out
+        assert counted.requests == 0 and "16 pictures painted" in capsys.readouterr().out
         pictures = sorted((tmp_path / "results/ours/fullset").rglob("*.png"))
         assert len(pictures) == 16
         assert {path.parent.name for path in pictures} == set(benchmarks.OMNICONTEXT_TASKS)
@@ -251,7 +247,7 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
         assert "1 pictures painted" in out and pictures[3].read_bytes() == whole
         assert sum(path.stat().st_mtime_ns != times[path] for path in pictures) == 1
         assert counted.requests == 2 * 16 + 2
-        assert all(words in out for words in ("average", "not comparable", "8.21"))
+        assert all(words in out for words in ("average", "not comparable"))
         rows = []
         for path in (tmp_path / "results/ours/toy").rglob("score.jsonl"):
             rows += [json.loads(line) for line in path.read_text().splitlines()]
@@ -269,7 +265,6 @@ def test_omnicontext_from_pictures_to_the_table(tmp_path, small_model, capsys):
         assert "made with num_timesteps=7, now num_timesteps=9" in capsys.readouterr().err
     table = json.loads((tmp_path / "results/ours/omnicontext.json").read_text())
     assert table["average"]["n"] == 16 and table["average"]["null"] == 0
-    assert (tmp_path / "results/ours/scene_object.png").is_file()
 
 
 def test_statistics_are_the_official_ones():

@@ -7,7 +7,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from runtime.config import UserError
-from studies import curves
+from studies import curves, pictures
+
+CELL = pictures.SIDE + pictures.PAD
 
 
 def run(folder, rewards, **held_out):
@@ -32,48 +34,34 @@ def test_the_strips_of_a_run_become_a_sheet_and_an_animation(tmp_path, monkeypat
     """Beside what all strips show their last columns stand; one of other prompts is left out."""
     folder = run(tmp_path / "run", [0.0, 1.0])
     (tmp_path / "run/samples").mkdir()
-    cell, colours = curves.SIDE + curves.PAD, {5: (255, 0, 0), 10: (0, 255, 0), 20: (0, 0, 255)}
+    colours = {5: (255, 0, 0), 10: (0, 255, 0), 20: (0, 0, 255)}
     for step, colour in colours.items():
-        strip = Image.new("RGB", (3 * cell + curves.PAD, cell + curves.PAD), (9, 9, 9))
-        strip.paste(colour, (2 * cell + curves.PAD, 0, 3 * cell, cell))
-        strip.save(tmp_path / f"run/samples/{step:06d}.png")
+        rows = [(9, 9, 9), None, (7, 7, 7), colour], [(8, 8, 8), (6, 6, 6), (7, 7, 7), colour]
+        cells = [
+            [
+                pictures.Cell((Image.new("RGB", (128, 128), c),)) if c else pictures.Cell()
+                for c in row
+            ]
+            for row in rows
+        ]
+        pictures.sheet_of(cells).save(tmp_path / f"run/samples/{step:06d}.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "run/samples/000007.png")
     monkeypatch.setattr(curves, "save_curves", lambda named, path: path.touch())
     curves.save_story(folder)
     assert (tmp_path / "run/curves.png").is_file()
     with Image.open(tmp_path / "run/lapse.png") as sheet:
-        assert sheet.width == 5 * cell + curves.PAD
-        middles = [sheet.getpixel((i * cell + cell // 2, sheet.height // 2)) for i in range(5)]
-    assert middles == [(9, 9, 9), (9, 9, 9), *colours.values()]
+        assert sheet.width == 6 * CELL + pictures.PAD
+        for y, row in enumerate(rows):
+            expected = [colour or (255, 255, 255) for colour in [*row[:3], *colours.values()]]
+            middle = sheet.height - (2 - y) * CELL + CELL // 2
+            assert expected == [sheet.getpixel((i * CELL + CELL // 2, middle)) for i in range(6)]
     with Image.open(tmp_path / "run/lapse.webp") as moving:
         assert moving.n_frames == 3
 
 
-def test_a_lapse_keeps_the_pictures_of_its_strips():
-    """Cut out of strips of two prompts, one of which has a reference less, and laid out again."""
-    colours = [
-        [(90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 90, 0)],
-        [(9, 0, 0), None, (0, 9, 0), (0, 0, 9)],
-    ]
-    rows = [
-        [
-            curves.Cell((Image.new("RGB", (128, 128), colour),)) if colour else curves.Cell()
-            for colour in row
-        ]
-        for row in colours
-    ]
-    strip = curves.sheet_of(rows)
-    lapse = curves.lapse([("step 1", strip), ("step 2", strip)])
-    cell = curves.SIDE + curves.PAD
-    for y, row in enumerate(colours):
-        for x, colour in enumerate([*row, row[-1]]):
-            middle = (x * cell + cell // 2, lapse.height - (2 - y) * cell + cell // 2)
-            assert lapse.getpixel(middle) == (colour or (255, 255, 255))
-
-
-def test_of_many_strips_some_are_shown():
-    assert curves.evenly(3, 8) == [0, 1, 2]
-    assert curves.evenly(100, 4) == [0, 33, 66, 99]
+def test_of_many_strips_a_few_are_shown():
+    assert pictures.evenly(3, 8) == [0, 1, 2]
+    assert pictures.evenly(100, 4) == [0, 33, 66, 99]
 
 
 def test_a_run_without_a_step_has_no_story(tmp_path):
@@ -82,14 +70,12 @@ def test_a_run_without_a_step_has_no_story(tmp_path):
 
 
 def test_runs_of_a_name_are_averaged(tmp_path):
-    one, two = (run(tmp_path / n, [0.0, x], PF=x, SC=2 * x) for n, x in (("a", 6.0), ("b", 8.0)))
+    first, second = (run(tmp_path / n, [0.0, x], PF=x) for n, x in (("a", 6.0), ("b", 8.0)))
     other = run(tmp_path / "c", [1.0, 1.0], PF=3.0)
-    named = curves.named_runs(f"both={one},{two} {other}")
-    assert named == {"both": [one, two], "c": [other]}
-    axis, runs = Figure().subplots(), [curves.log_of(folder) for folder in (one, two)]
+    axis, runs = Figure().subplots(), [curves.log_of(folder) for folder in (first, second)]
     curves.draw(axis, runs, "held_out_PF", "both", "-")
     assert [list(line.get_ydata()) for line in axis.lines] == [[7.0], [6.0], [8.0]]
-    curves.save_curves(named, tmp_path / "curves.png")
+    curves.main(curves.Config(f"both={first},{second} {other}", str(tmp_path / "curves.png")))
     with Image.open(tmp_path / "curves.png") as drawn:
         assert drawn.width > 500
 

@@ -41,7 +41,7 @@ class Row:
     script: str
     options: tuple[str, ...] = ()
     plans: bool = True  # whether it writes an IC-CoT before it paints
-    paper: tuple[float, ...] | None = None  # the paper's COLUMNS
+    paper: tuple[float, ...] = ()  # the paper's COLUMNS
 
 
 BASE = ("--plan_dropout", "1", "--in_context", "false", "--painter_errors", "0")
@@ -55,27 +55,23 @@ ROWS = {
 
 
 def ablation(config, clip):
-    """All rows, over all seeds. Returns {name: [row of each seed]}, see `metrics.measure`.
+    """All rows, over all seeds; the table and the curves of stage 2 go into config.folder.
 
-    config: an evaluate.Config; clip: of CLIP_out. Writes the table and the curves of stage 2 into
-    config.folder.
-    Exits with the status of a training run that fails.
+    config: an evaluate.Config; clip: of CLIP_out. Exits with the status of a training run that
+    fails.
     """
-    rows = {name: [] for name in ROWS}
+    rows, folders = {name: [] for name in ROWS}, {name: [] for name in ROWS}
     for seed in range(config.seeds):
         for name in ROWS:
             train_row(config, name, seed)
             rows[name].append(measure_row(config, name, seed, clip))
+            folders[name].append(run_folder(config, name, seed))
     text, path = ablation_table(rows), config.folder / config.config
     print(text)
     files.write_text(f"{path}.md", text + "\n")
-    stage_2 = {
-        name: [run_folder(config, name, seed) for seed in range(config.seeds)]
-        for name in ("SFT + RGA", "SFT + RGA + RID")
-    }
+    stage_2 = {name: folders[name] for name, row in ROWS.items() if row.script == "grpo.py"}
     save_curves(stage_2, f"{path}.png")
     print(f"table in {path}.md, curves of stage 2 in {path}.png")
-    return rows
 
 
 def run_folder(config, name, seed):
@@ -95,9 +91,8 @@ def train_row(config, name, seed):
     if row.script == "grpo.py":
         command += ["--init", str(run_folder(config, "SFT", seed)), "--eval_samples", "8"]
     print(f"ablation: {name}, seed {seed}", flush=True)
-    code = subprocess.run(command).returncode
-    if code:
-        sys.exit(code)
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
 
 
 def measure_row(config, name, seed, clip):
@@ -112,18 +107,20 @@ def measure_row(config, name, seed, clip):
 def ablation_table(rows):
     """Markdown: mean ± standard deviation over seeds, all seeds, the paper's numbers in brackets.
 
-    rows: {name: [row of each seed]}.
+    rows: {name: [`metrics.measure` of each seed]}.
     """
     heads = [*COLUMNS, "Overall of each seed", "Overall over SFT", "CLIP_out over SFT"]
     lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for name, seeds in rows.items():
-        cells = []
-        for i, column in enumerate(COLUMNS):
-            paper = f" ({ROWS[name].paper[i]:.2f})" if ROWS[name].paper else ""
-            mean, deviation = over_seeds([row[column] for row in seeds])
-            cells.append(f"{mean:.2f} ± {deviation:.2f}{paper}")
+        cells = [spread([row[column] for row in seeds]) for column in COLUMNS]
+        for i, value in enumerate(ROWS[name].paper):
+            cells[i] += f" ({value:.2f})"
         cells.append(", ".join(f"{row['Overall']:.2f}" for row in seeds))
-        cells += [gain(seeds, rows["SFT"], column) for column in ("Overall", "CLIP_out")]
+        for column in ("Overall", "CLIP_out"):
+            gains = [row[column] - sft[column] for row, sft in zip(seeds, rows["SFT"])]
+            counts = len(gains) > 2 and statistics.fmean(gains) > 2 * statistics.stdev(gains)
+            gain = spread(gains, "+") + " \\*" * counts
+            cells.append("" if name == "SFT" else gain)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -133,16 +130,7 @@ def ablation_table(rows):
     return "\n".join(lines)
 
 
-def over_seeds(values):
-    """(mean, standard deviation of the sample), the latter 0 for one seed."""
+def spread(values, sign=""):
+    """Mean ± standard deviation of the sample, in words; 0 for one value."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), deviation
-
-
-def gain(seeds, sft, column):
-    """A row's difference from SFT, seed by seed: its mean ± standard deviation, * if it counts."""
-    if seeds is sft:
-        return ""
-    mean, deviation = over_seeds([row[column] - base[column] for row, base in zip(seeds, sft)])
-    mark = " \\*" if len(seeds) > 2 and mean > 2 * deviation else ""
-    return f"{mean:+.2f} ± {deviation:.2f}{mark}"
+    return f"{statistics.fmean(values):{sign}.2f} ± {deviation:.2f}"

@@ -191,7 +191,7 @@ OWN = {
         (benchmarks, "in_parallel", "judged", None),
         (ablation, "train_row", "rows", nothing),
         (ablation, "measure_row", "measured", row_of_ones),
-        (ablation, "plot_rewards", "plotted", nothing),
+        (ablation, "save_curves", "plotted", nothing),
     ],
 }
 # fmt: on

@@ -441,6 +441,11 @@ def open_source(path, seed, max_references, *, scale=1, painter=None):
     painter: a toy.painter.Painter of the toy's targets, if they are not to be right. All processes
     take part: each makes the indexes of its share of the shards, where they are missing.
     """
+    if not path:
+        raise UserError(
+            "this preset has no samples of its own: name yours with --data (a tar shard, a folder "
+            "of them or of records.jsonl), or --data toy for drawn ones"
+        )
     if path == "toy":
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)

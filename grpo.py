@@ -614,12 +614,12 @@ def begin(config):
         processes.share(
             config.prompts_per_step, "prompts a step", "prompts_per_step", parts=config.updates
         )
+        source = open_source(  # before there is a folder
+            config.data, config.seed + 1, config.max_references, scale=config.scale
+        )
         folder = loop.start(config, PRESETS.get(config.config, {}))
         loop.last_step(folder, newest_step(folder), config)
         prepare(config)
-        source = open_source(
-            config.data, config.seed + 1, config.max_references, scale=config.scale
-        )
         learner = build(config)
         with processes.first_alone():
             clip = Clip(config.clip, processes.device())

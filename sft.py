@@ -488,19 +488,16 @@ def train(config):
     with exit_on_user_error(ValueError):
         processes.launch()
         each = processes.share(config.samples_per_step, "samples a step", "samples_per_step")
-        folder = loop.start(config, PRESETS.get(config.config, {}))
-        step = newest_step(folder)
-        loop.last_step(folder, step, config)
-        if (folder / "model").is_dir() and step >= config.steps:
-            processes.say(f"{folder}/model is finished ({step} steps); raise --steps to train on")
-            return
-        source = open_source(
+        source = open_source(  # before there is a folder
             config.data,
             config.seed,
             config.max_references,
             scale=config.scale,
             painter=painter_of(config),
         )
+        folder = loop.start(config, PRESETS.get(config.config, {}))
+        step = newest_step(folder)
+        loop.last_step(folder, step, config)
         engine = build(config, folder)
         if config.data != "toy":
             check_budget(engine.model.config, config)

@@ -312,11 +312,6 @@ def start(config, preset):
     differently with another.
     """
     folder = Path(config.out)
-    if not config.data:
-        raise UserError(
-            f"config={config.config} has no samples of its own: name yours with --data (a tar "
-            f"shard, a folder of them or of records.jsonl), or --data toy for drawn ones"
-        )
     if config.weights != "full":
         library(config.weights)  # UserError before there is a folder
     _ = config.held_out  # ValueError for prompts that cannot be drawn

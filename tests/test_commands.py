@@ -91,7 +91,7 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
 def test_the_same_command_again_does_not_train_again(trained):
     cwd, _ = trained
     before = (cwd / "out/smoke-sft/metrics.jsonl").read_text()
-    assert "finished" in forked.run("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
+    forked.run("sft.py", "--config", "smoke", "--threads", "1", cwd=cwd)
     assert (cwd / "out/smoke-sft/metrics.jsonl").read_text() == before
 
 

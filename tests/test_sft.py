@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -252,9 +253,36 @@ def test_full_has_no_samples_of_its_own(stage, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as refused:
         stage.train(parse(stage.Config, stage.PRESETS, ["--config", "full", "--out", "here"]))
     assert refused.value.code == 2 and not (tmp_path / "here").exists()
-    assert (
-        "config=full has no samples of its own: name yours with --data" in capsys.readouterr().err
-    )
+    assert "no samples of its own: name yours with --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_a_mistyped_path_of_data_leaves_no_folder(stage, tmp_path, monkeypatch, capsys):
+    """Its config.json would refuse the right command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo, "find_stage_1", lambda _: None)
+    words = ["--config", "smoke", "--data", "shrads", "--out", "here", "--painter_errors", "0"]
+    words = words[: 8 if stage is sft else 6]
+    with pytest.raises(SystemExit) as refused:
+        stage.train(parse(stage.Config, stage.PRESETS, words))
+    assert refused.value.code == 2 and not (tmp_path / "here").exists()
+    assert "no samples at shrads" in capsys.readouterr().err
+
+
+def test_a_finished_run_writes_its_newest_state_again(toy, tmp_path):
+    """A model that an earlier --export left behind is not taken for the finished one."""
+    config = part(toy, tmp_path / "run", "all", steps=1)
+    sft.train(config)
+    early = weights(tmp_path / "run")
+    shutil.copytree(tmp_path / "run/model", tmp_path / "early")
+    sft.train(dataclasses.replace(config, steps=2))
+    late = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    shutil.copytree(tmp_path / "early", tmp_path / "run/model")
+    sft.train(dataclasses.replace(config, steps=2))
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(late[name], again[name]) for name in late)
+    assert any(not torch.equal(late[name], early[name]) for name in late)
 
 
 def test_a_dealer_knows_what_references_will_take(toy):

@@ -93,10 +93,10 @@ def train_toy_clip(folder, settings: ToyClipSettings, log=print) -> Path:
 def _is_trained(folder: Path, settings: ToyClipSettings) -> bool:
     """Whether the folder holds the CLIP of these settings; ValueError if it holds anything else."""
     if (folder / "clip.json").is_file() and (folder / "clip.safetensors").is_file():
-        found = json.loads((folder / "clip.json").read_text(encoding="utf-8")).get("training")
-        if found != asdict(settings):
+        written = json.loads((folder / "clip.json").read_text(encoding="utf-8")).get("training")
+        if written != asdict(settings):
             raise ValueError(
-                f"{folder} holds a CLIP trained with {found}, not with {asdict(settings)}; "
+                f"{folder} holds a CLIP trained with {written}, not with {asdict(settings)}; "
                 "delete the folder or choose another one"
             )
         return True

@@ -130,7 +130,7 @@ def nearest_subjects(
     # (4, subjects)
     cost = masked - 2 * crops.reshape(4, -1) @ known.pixels.T + known.squares
     best, least = cost.argmin(1), cost.min(1)  # (4,)
-    found = {}
+    nearest = {}
     for i, place in enumerate(PLACES):
         subject, template = None, behind[i]  # (256, 3)
         if least[i] < 0:  # this subject explains the crop better than the empty scene
@@ -138,8 +138,8 @@ def nearest_subjects(
             inside = known.silhouettes[best[i]][:, None] > 0  # (256, 1)
             # (256, 3)
             template = np.where(inside, known.pixels[best[i]].reshape(-1, 3), template)
-        found[place] = subject, _quality(crops[i], template)
-    return found
+        nearest[place] = subject, _quality(crops[i], template)
+    return nearest
 
 
 def _uncovered(standing: dict[str, Subject]) -> np.ndarray:
@@ -172,14 +172,14 @@ def judge(image, truth: Truth) -> Verdict:
         picture, _uncovered({thing.place: thing.subject for thing in truth.things})
     )
     scene, background = scenes()[best], templates().backgrounds[best]  # (32, 32, 3)
-    found = nearest_subjects(picture, background)
-    behind = _uncovered({place: subject for place, (subject, _) in found.items() if subject})
+    standing = nearest_subjects(picture, background)
+    behind = _uncovered({place: subject for place, (subject, _) in standing.items() if subject})
     scene_quality = _quality(picture[behind], background[behind])
     scene_right = scene_quality * (scene.kind == truth.scene.kind)
 
     following, consistent = [scene_right], []
     for thing in truth.things:
-        subject, quality = found.pop(thing.place)
+        subject, quality = standing.pop(thing.place)
         kind_right = subject is not None and subject.kind == thing.subject.kind
         colour_right = subject is not None and subject.colour == thing.subject.colour
         following.append(quality * (kind_right + colour_right) / 2)
@@ -187,8 +187,8 @@ def judge(image, truth: Truth) -> Verdict:
             wanted, seen = attributes(thing.subject), attributes(subject) if kind_right else {}
             right = [seen.get(name) == wanted[name] for name in thing.given]
             consistent.append(quality * np.mean(right))
-    if found:  # the places that should be free
-        free = [subject is None for subject, _ in found.values()]
+    if standing:  # the places that should be free
+        free = [subject is None for subject, _ in standing.values()]
         following.append(scene_quality * np.mean(free))
     if truth.scene_given:
         right = [a == b for a, b in zip(scene.looks, truth.scene.looks)]

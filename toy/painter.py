@@ -66,10 +66,14 @@ def painted(truth: Truth, rng: np.random.Generator, errors: float) -> Truth:
         return truth
     while True:
         shown = one_fact_changed(truth, pick(rng, FACTS), rng)
-        known = [split_of(one) for one in (shown.scene, *(t.subject for t in shown.things))]
-        before = [split_of(one) for one in (truth.scene, *(t.subject for t in truth.things))]
-        if shown != truth and set(known) <= set(before):
+        if shown != truth and splits_of(shown) <= splits_of(truth):
             return shown
+
+
+def splits_of(truth: Truth) -> set[str]:
+    """The splits that the scene and the subjects of a truth belong to."""
+    identities = (truth.scene, *(thing.subject for thing in truth.things))
+    return {split_of(identity) for identity in identities}
 
 
 class Painted(torch.utils.data.Dataset):

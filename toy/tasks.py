@@ -104,16 +104,16 @@ def wrong_captions(truth: Truth, rng: np.random.Generator, count: int) -> list[s
 
     ValueError if the world has too few of them.
     """
-    found = [caption(truth)]
+    captions = [caption(truth)]
     for _ in range(1000):
-        if len(found) > count:
-            return found[1:]
+        if len(captions) > count:
+            return captions[1:]
         fact = pick(rng, ("colour", "kind", "place", "scene")[0 if truth.things else 3 :])
         words = caption(one_fact_changed(truth, fact, rng))
-        if words not in found:
-            found.append(words)
+        if words not in captions:
+            captions.append(words)
     raise ValueError(
-        f"{count} wrong captions asked of {found[0]!r}, which has about {len(found) - 1}; "
+        f"{count} wrong captions asked of {captions[0]!r}, which has about {len(captions) - 1}; "
         "ask for fewer"
     )
 
@@ -178,7 +178,7 @@ class Wording:
 def pool_of(split: str, kind: type) -> tuple:
     """All identities of a split: kind is Subject or Scene."""
     world = subjects() if kind is Subject else scenes()
-    return tuple(one for one in world if split_of(one) == split)
+    return tuple(identity for identity in world if split_of(identity) == split)
 
 
 def _cast(rng: np.random.Generator, split: str, count: int, *, taken: tuple = ()) -> list[Subject]:
@@ -244,11 +244,13 @@ def _add(ask: Ask) -> Draft:
     kinds = tuple(thing.subject.kind for thing in source.things)
     cast = _cast(rng, ask.split, added, taken=kinds)
     things = [known_thing(place, subject) for place, subject in zip(free, cast)]
-    one, placed = wording.image(1), wording.placed(things, 2)
+    first, placed = wording.image(1), wording.placed(things, 2)
     words = {
-        "instructive": f"Add {placed} to {one}.",
-        "descriptive": f"The picture of {one} with {placed}.",
-        "vague": pick(rng, (f"Add {'it' if added == 1 else 'them'} to {one}.", f"Complete {one}.")),
+        "instructive": f"Add {placed} to {first}.",
+        "descriptive": f"The picture of {first} with {placed}.",
+        "vague": pick(
+            rng, (f"Add {'it' if added == 1 else 'them'} to {first}.", f"Complete {first}.")
+        ),
     }[wording.style]
     relations = [REST]
     relations += [f"The {subject.kind} is from image_{i}." for i, subject in enumerate(cast, 2)]
@@ -264,12 +266,12 @@ def _replace(ask: Ask) -> Draft:
     old = things[index]
     (new,) = _cast(rng, ask.split, 1, taken=tuple(thing.subject.kind for thing in things))
     things[index] = known_thing(old.place, new)
-    one, two = wording.image(1), wording.image(2)
+    first, second = wording.image(1), wording.image(2)
     name = pick(rng, (f"the {old.subject.kind}", f"the thing at the {old.place}"))
     words = {
-        "instructive": f"Replace {name} of {one} with the thing of {two}.",
-        "descriptive": f"The picture of {one} with {phrase(new)} ({two}) instead of {name}.",
-        "vague": pick(rng, (f"Put the thing of {two} in its place.", f"Swap it for {two}.")),
+        "instructive": f"Replace {name} of {first} with the thing of {second}.",
+        "descriptive": f"The picture of {first} with {phrase(new)} ({second}) instead of {name}.",
+        "vague": pick(rng, (f"Put the thing of {second} in its place.", f"Swap it for {second}.")),
     }[wording.style]
     references = [draw(source), portrait(rng, new)]
     relations = [REST, f"The {new.kind} is from image_2."]
@@ -283,8 +285,10 @@ def _edits(subject: Subject, name: str) -> tuple[Subject, ...]:
         changed = [replace(subject, colour=colour) for colour in COLOURS]
     else:
         accent = subject.looks[1]
-        changed = [replace(subject, looks=(one, accent)) for one in OBJECT_LOOKS["pattern"]]
-    return tuple(one for one in changed if one != subject and split_of(one) == split_of(subject))
+        changed = [replace(subject, looks=(pattern, accent)) for pattern in OBJECT_LOOKS["pattern"]]
+    return tuple(
+        other for other in changed if other != subject and split_of(other) == split_of(subject)
+    )
 
 
 def _attribute(ask: Ask) -> Draft:
@@ -296,7 +300,7 @@ def _attribute(ask: Ask) -> Draft:
         if (name == "colour" or old.subject.kind in OBJECTS) and _edits(old.subject, name):
             break
     new = pick(rng, _edits(old.subject, name))
-    kind, one, two = new.kind, wording.image(1), wording.image(2)
+    kind, first, second = new.kind, wording.image(1), wording.image(2)
     who = "it"
     if wording.style != "vague":
         who = pick(rng, (f"the {kind}", f"the thing at the {old.place}"))
@@ -305,15 +309,15 @@ def _attribute(ask: Ask) -> Draft:
         references.append(portrait(rng, _owner(ask, new.looks[0])))
         relations.append(f"The pattern of the {kind} is from image_2.")
         words = {
-            "instructive": f"Give {who} of {one} the pattern of {two}.",
-            "vague": f"Use the pattern of {two}.",
-            "descriptive": f"The picture of {one} where {who} has the pattern of {two}.",
+            "instructive": f"Give {who} of {first} the pattern of {second}.",
+            "vague": f"Use the pattern of {second}.",
+            "descriptive": f"The picture of {first} where {who} has the pattern of {second}.",
         }[wording.style]
     else:
         words = {
-            "instructive": f"Make {who} of {one} {new.colour}.",
+            "instructive": f"Make {who} of {first} {new.colour}.",
             "vague": f"Make it {new.colour}.",
-            "descriptive": f"The picture of {one} where {who} is {new.colour}.",
+            "descriptive": f"The picture of {first} where {who} is {new.colour}.",
         }[wording.style]
     changed = known_thing(old.place, new, "colour" if name == "colour" else "")
     things = tuple(changed if thing is old else thing for thing in source.things)
@@ -334,11 +338,11 @@ def _scene(ask: Ask) -> Draft:
     while (scene := pick(rng, pool_of(ask.split, Scene))).kind == source.scene.kind:
         pass
     who = listing([f"the {thing.subject.kind}" for thing in source.things])
-    one, two = wording.image(1), wording.image(2)
+    first, second = wording.image(1), wording.image(2)
     words = {
-        "instructive": f"Move everything of {one} into the scene of {two}.",
-        "descriptive": f"{who} of {one} in the scene of {two}.",
-        "vague": pick(rng, ("Change the scene.", f"Go to {two}.")),
+        "instructive": f"Move everything of {first} into the scene of {second}.",
+        "descriptive": f"{who} of {first} in the scene of {second}.",
+        "vague": pick(rng, ("Change the scene.", f"Go to {second}.")),
     }[wording.style]
     relations = [
         f"{capitalised(who)} {'is' if len(source.things) == 1 else 'are'} from image_1.",
@@ -405,7 +409,9 @@ def _with_look(ask: Ask, subject: Subject, turn: int) -> tuple[Subject, Subject 
     if sort == CHARACTERS and ask.max_references < MOST_REFERENCES:
         return subject, None, name
     pool = pool_of(ask.split, Subject)
-    owner = pick(ask.rng, [one for one in pool if one.kind in sort and "none" not in one.looks])
+    owner = pick(
+        ask.rng, [other for other in pool if other.kind in sort and "none" not in other.looks]
+    )
     place = list(looks_of(subject.kind)).index(name)
     looks = (*subject.looks[:place], owner.looks[place], *subject.looks[place + 1 :])
     changed = replace(subject, looks=looks)
@@ -455,7 +461,7 @@ def draw_sample(split: str, index: int, seed: int = 0, *, max_references: int = 
     return Sample(
         key=f"{split}-{seed}-{index:08d}",
         task=task,
-        references=tuple(Image.fromarray(one) for one in draft.references),
+        references=tuple(Image.fromarray(pixels) for pixels in draft.references),
         instruction=capitalised(draft.instruction),
         plan=iccot.ICCoT(caption(draft.truth), tuple(draft.relations)),
         target=Image.fromarray(draw(draft.truth)),

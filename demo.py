@@ -2,7 +2,7 @@
 A page where one sees the plan and steers the picture: python demo.py, then a browser.
 
     references + instruction   think   plan: caption, a line a reference; every field can be edited
-    plan                       paint   the picture, step by step, and how well it agrees
+    plan                       paint   the picture, and how well it agrees
                                compare without a plan, and by the checkpoint `before`
                                group   what GRPO sees: members, rewards, advantages
 
@@ -10,7 +10,7 @@ A plan comes back from the page as its fields. It is written in the grammar agai
 model in place of its own, so the picture follows the edited words. One request is computed at a
 time, the others wait in a queue. The page is served to this machine alone (127.0.0.1); nothing is
 sent anywhere. A `Studio` does the work, a `Page` has the buttons. It needs Gradio.
-Left out: accounts, a public address, keeping what was made.
+Left out: accounts, a public address, keeping what was made, the picture on its way (sample.py).
 
     python demo.py --checkpoint out/toy-grpo --before out/toy-sft
     python demo.py --config full --checkpoint out/full-grpo
@@ -25,15 +25,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from PIL import Image
 
 import iccot
-from engine import PAINTING, THINKING, Branch, Engine, Group, Request, Sampler, Thinking
+from engine import THINKING, Engine, Request, Sampler, Thinking
 from reward import Clip, group_rewards
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
 from runtime.quantised import load_quantised
-from studies.pictures import fitted
 from toy.judge import judge
 from toy.tasks import Drawn
 from vision import open_image, to_png
@@ -43,10 +41,8 @@ try:
 except ImportError:  # said in main
     gr = None
 
-SIDE = 384  # pixels on the page that small pictures are enlarged to
-SHOWN = 8  # pictures on the way from noise, at most
+SIDE = 384  # pixels of a picture in a comparison or a group, at most
 LARGEST = 20 * 2**20  # bytes of an uploaded picture
-PENDING = 16  # requests that may wait
 STYLE = """
 .gradio-container { max-width: 1200px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
@@ -54,7 +50,6 @@ STYLE = """
 .cards figure { margin: 0; }
 .cards img { width: 100%; image-rendering: pixelated; border-radius: 6px; }
 .cards figcaption { font-size: 13px; line-height: 1.35; }
-.line { align-items: center; }
 """
 
 
@@ -130,11 +125,15 @@ class Ask:
     relations: tuple[str, ...] = ()
     truth: object | None = None  # of a toy example that nobody changed
 
+    def __post_init__(self):
+        if not self.instruction.strip():
+            raise UserError("the instruction is empty: say what to draw")
+
 
 class Studio:
     """Some checkpoints, {name: Engine}, of which the first one is asked, and a CLIP or None.
 
-    Whatever a person can get wrong is a UserError of one sentence.
+    Whatever a person can get wrong is a ValueError of one sentence.
     """
 
     def __init__(self, engines: dict[str, Engine], clip: Clip | None, config: Config):
@@ -143,49 +142,34 @@ class Studio:
 
     def read(self, paths) -> tuple:
         """The pictures of some files, PIL RGB; None is an empty place, which nothing may follow."""
-        paths = list(paths)
-        while paths and paths[-1] is None:
-            paths.pop()
-        if len(paths) > self.config.max_references:
-            raise UserError(
-                f"{len(paths)} references, this page takes at most {self.config.max_references}"
-            )
         pictures = []
-        for i, path in enumerate(paths, 1):
+        last = max((i for i, path in enumerate(paths, 1) if path), default=0)
+        for i, path in enumerate(paths[:last], 1):
             if path is None:
                 raise UserError(f"reference {i} is missing; drop a picture there")
             try:
                 pictures.append(open_image(path))
             except ValueError:  # its words name a file that nobody knows
                 raise UserError(
-                    f"reference {i} cannot be read as a picture; take another PNG, JPEG or WebP, "
-                    f"of at most {Image.MAX_IMAGE_PIXELS * 2:,} pixels"
+                    f"reference {i} cannot be read as a picture; take another PNG, JPEG or WebP"
                 ) from None
         return tuple(pictures)
 
-    def prompt(self, ask: Ask, engine: Engine):
-        """The engine.Prompt of an Ask."""
-        if not ask.instruction.strip():
-            raise UserError("the instruction is empty: say what to draw")
-        try:
-            return engine.prompt(ask.references, ask.instruction)
-        except ValueError as error:  # <image> at a wrong place, a word that cannot be written
-            raise UserError(str(error)) from None
-
-    def grid(self, references):
-        """(h, w) latent tokens of a picture."""
+    def request(self, ask: Ask, plan: str) -> Request:
+        """The engine.Request of an Ask. The picture is as large as the last reference."""
         shape = self.engine.model.config
-        width = height = shape.latent_side * shape.token_pixels
-        if references and not self.config.square:
-            width, height = shape.image_rule.size(*references[-1].size)
-        return height // shape.token_pixels, width // shape.token_pixels
+        grid = (shape.latent_side, shape.latent_side)
+        if ask.references and not self.config.square:
+            grid = shape.picture_grid(*ask.references[-1].size)
+        return Request(ask.references, ask.instruction, grid, plan=plan)
 
     def thoughts(self, ask: Ask):
         """The text of the plan, longer with every token."""
         engine, eos = self.engine, self.engine.layout.eos
+        prompt = engine.prompt(ask.references, ask.instruction)
         thinking = Thinking(self.config.max_plan_tokens, ask.temperature)
         generators = [processes.generator(ask.seed, THINKING)]
-        for tokens in engine.tokens([self.prompt(ask, engine)], thinking, generators=generators):
+        for tokens in engine.tokens([prompt], thinking, generators=generators):
             (row,) = tokens.tolist()
             written = [token for token in row if token >= 0]
             yield engine.tokenizer.decode(written[: written.index(eos)] if eos in row else written)
@@ -206,20 +190,16 @@ class Studio:
             raise UserError(f"the plan does not parse: {error}") from None
         return text
 
-    def stages(self, ask: Ask, text: str, engine: Engine | None = None):
-        """Paint the plan `text`, "": straight from the prompt. (steps done, PIL), the last is x."""
-        engine, grid = engine or self.engine, self.grid(ask.references)
-        prompt = self.prompt(ask, engine)
-        try:
-            plan = engine.tokenizer.encode(text) if text else None
-        except ValueError as error:
-            raise UserError(f"the plan cannot be written: {error}") from None
-        start = engine.start(grid, processes.generator(ask.seed, PAINTING))
-        group = Group(prompt, grid, (Branch(plan, (start,)),))
-        steps = ask.sampler.num_timesteps - 1
-        for k, (x, estimate) in enumerate(engine.steps([group], ask.sampler), 1):
-            if k % -(-steps // SHOWN) == 0 or k == steps:
-                yield k, engine.pictures([x if k == steps else estimate], [grid])[0]
+    def paint(self, ask: Ask, plan: str, engine: Engine | None = None):
+        """The picture of a plan, PIL; "": straight from the prompt."""
+        (result,) = (engine or self.engine).generate(
+            [self.request(ask, plan)],
+            sampler=ask.sampler,
+            thinking=None,
+            batch=1,
+            seeds=[(ask.seed,)],
+        )
+        return result.image
 
     def verdict(self, image, ask: Ask) -> str:
         """What can be said of a picture: agreement with its plan; PF, SC where truth is known."""
@@ -235,31 +215,25 @@ class Studio:
 
     def compare(self, ask: Ask):
         """[(PIL, words)]: without a plan and with it, then the other checkpoints, one noise."""
-        text, cards = self.write(ask), []
-        asked, *others = self.engines
-        rows = [(asked, "", "no plan"), (asked, text, "this plan")]
-        rows += [(name, text, f"this plan, {name}") for name in others]
-        for name, plan, words in rows:
-            *_, (_, image) = self.stages(ask, plan, self.engines[name])
+        text = self.write(ask)
+        rows = [(self.engine, "", "no plan"), (self.engine, text, "this plan")]
+        for name, engine in list(self.engines.items())[1:]:
+            rows.append((engine, text, f"this plan, {name}"))
+        cards = []
+        for engine, plan, words in rows:
+            image = self.paint(ask, plan, engine)
             cards.append((image, f"{words}. {self.verdict(image, ask)}"))
-            yield list(cards)
+        return cards
 
     def group(self, ask: Ask):
         """[(PIL, words)]: members that plan for themselves, the best first, as GRPO sees them."""
         if self.clip is None:
             raise UserError("rewards need a CLIP: start the page with --clip")
-        engine, config, members = self.engine, self.config, range(self.config.group_size)
-        plans, _ = engine.think(
-            [self.prompt(ask, engine)],
-            Thinking(config.max_plan_tokens, temperature=1.0),
-            count=len(members),
-            generators=[processes.generator(ask.seed, i, THINKING) for i in members],
-        )
-        grid, texts = self.grid(ask.references), map(engine.tokenizer.decode, plans)
-        results = engine.generate(
-            [Request(ask.references, ask.instruction, grid, plan=text) for text in texts],
+        config, members = self.config, range(self.config.group_size)
+        results = self.engine.generate(
+            [self.request(ask, "")] * len(members),
             sampler=replace(config.sampler, text_guidance=1.0),
-            thinking=None,
+            thinking=Thinking(config.max_plan_tokens, temperature=1.0),
             batch=len(members) if config.examples else 1,
             seeds=[(ask.seed, i) for i in members],
         )
@@ -280,9 +254,8 @@ class Studio:
 
 def so_far(text: str, references: int, most: int) -> list[str]:
     """The caption and `most` relations of a plan that is still being written, "" for what lacks."""
-    names = ["out_caption", *(f"relation_{i}" for i in range(1, references + 1))]
     fields = []
-    for name in names:
+    for name in ("out_caption", *(f"relation_{i}" for i in range(1, references + 1))):
         _, begun, rest = text.partition(f"<{name}>")
         fields.append(rest.partition("<")[0].strip() if begun else "")
     return fields + [""] * (most - references)
@@ -297,18 +270,14 @@ def said_on_the_page():
     """A person's mistake becomes a message on the page, which keeps what was typed."""
     try:
         yield
-    except UserError as error:
-        words = as_words(error)
+    except ValueError as error:
+        words = str(error)
     except torch.OutOfMemoryError:
         words = "the GPU's memory is too small for this: take fewer or smaller references"
     else:
         return
-    raise gr.Error(words, duration=12, print_exception=False)
-
-
-def as_words(message):
-    """For a message on the page, which would take tags of a plan for HTML."""
-    return html.escape(str(message), quote=False)
+    # the page would take the tags of a plan for HTML
+    raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
 
 
 class Page:
@@ -317,9 +286,6 @@ class Page:
     def __init__(self, studio: Studio):
         self.studio, self.config = studio, studio.config
         self.most = self.config.max_references
-        self.examples = None
-        if self.config.examples:
-            self.examples = Drawn("held_out", 0, max(2, self.most), self.config.examples)
 
     def build(self):
         """The gr.Blocks."""
@@ -329,118 +295,91 @@ class Page:
                 "The model writes what the picture will show and what each reference is for, then "
                 "paints that. Edit the plan and paint again."
             )
-            self.truth = gr.State(None)  # the toy sample on the page, while nobody changed it
             with gr.Row():
                 with gr.Column(min_width=340):
-                    self._ask()
+                    inputs, plan, think, paint = self._question()
                 with gr.Column(min_width=340):
-                    self._answer()
-            self._wire()
+                    shown, cards, compare, group = self._answer()
+            alone = dict(concurrency_id="engine", concurrency_limit=1, show_progress="minimal")
+            thought = think.click(self.on_think, inputs, plan, api_name="think", **alone)
+            thought.success(self.on_paint, inputs, shown, **alone)
+            paint.click(self.on_paint, inputs, shown, api_name="paint", **alone)
+            compare.click(self.on_compare, inputs, cards, api_name="compare", **alone)
+            group.click(self.on_group, inputs, cards, api_name="group", **alone)
         return blocks
 
-    def _ask(self):
-        self.example, self.rows, self.pictures, self.relations = [], [], [], []
-        if self.examples is not None:
-            with gr.Row():
-                for n in range(1, min(4, self.most) + 1):
-                    words = f"Example, {n} reference{'s' * (n > 1)}"
-                    self.example.append(gr.Button(words, size="sm", min_width=80))
-        self.number = gr.State(0)
-        self.instruction = gr.Textbox(
+    def _question(self):
+        """What a person gives: inputs in the order of `asked`, fields of the plan, two buttons."""
+        config, number, truth = self.config, gr.State(0), gr.State(None)
+        instruction = gr.Textbox(
             label="Instruction",
             lines=2,
-            max_length=2000,
             elem_id="instruction",
             placeholder='"image 1" names the first reference',
         )
         with gr.Row():
-            self.think = gr.Button("Think and paint", variant="primary", elem_id="think")
-            self.paint = gr.Button("Paint this plan", elem_id="paint")
-        self.caption = gr.Textbox(
-            label="Plan: what the picture shows", lines=2, max_length=4000, elem_id="caption"
-        )
+            think = gr.Button("Think and paint", variant="primary", elem_id="think")
+            paint = gr.Button("Paint this plan", elem_id="paint")
+        caption = gr.Textbox(label="Plan: what the picture shows", lines=2, elem_id="caption")
+        pictures, relations = [], []
         for i in range(1, self.most + 1):
-            with gr.Row(visible=i == 1, elem_classes="line") as row:
-                self._reference(i)
-            self.rows.append(row)
+            with gr.Row():
+                picture = gr.Image(
+                    label=f"Reference {i}",
+                    type="filepath",
+                    format="png",
+                    sources=["upload", "clipboard"],
+                    height=150,
+                    scale=1,
+                    min_width=120,
+                    elem_classes="pixels",
+                    elem_id=f"reference-{i}",
+                )
+                picture.preprocess = path_of
+                pictures.append(picture)
+                label = f"Plan: what reference {i} is for"
+                relations.append(gr.Textbox(label=label, lines=2, scale=2, elem_id=f"relation-{i}"))
         with gr.Accordion("Seed, steps, guidance", open=False):
-            config = self.config
-            self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            self.steps = slider("Steps", 1, 100, value=config.num_timesteps - 1, step=1)
-            self.text = slider("Text guidance; 1: off", 1, 10, value=config.text_guidance)
-            self.image = slider("Image guidance; 1: off", 1, 4, value=config.image_guidance)
-            self.heat = slider("Temperature of the plan; 0: the likeliest", 0, 2, value=0)
-
-    def _reference(self, i):
-        """A reference, and what the plan says of it."""
-        picture = gr.Image(
-            label=f"Reference {i}",
-            type="filepath",
-            format="png",
-            sources=["upload", "clipboard"],
-            height=150,
-            scale=1,
-            min_width=120,
-            elem_classes="pixels",
-            elem_id=f"reference-{i}",
-            buttons=[],
-        )
-        picture.preprocess = path_of  # Gradio would open it, and say nothing where it cannot
-        self.pictures.append(picture)
-        with gr.Column(scale=2, min_width=160):
-            relation = gr.Textbox(
-                label=f"Plan: what reference {i} is for",
-                lines=2,
-                max_length=2000,
-                elem_id=f"relation-{i}",
-            )
-            self.relations.append(relation)
+            settings = [
+                gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed"),
+                gr.Number(config.num_timesteps - 1, label="Steps", precision=0, minimum=1),
+                gr.Number(config.text_guidance, label="Text guidance; 1: off", minimum=1),
+                gr.Number(config.image_guidance, label="Image guidance; 1: off", minimum=1),
+                gr.Number(0, label="Temperature of the plan; 0: the likeliest", minimum=0),
+            ]
+        plan = [caption, *relations]
+        if config.examples:
+            example = gr.Button("Example", size="sm", elem_id="example")
+            filled = [number, truth, instruction, *pictures, *plan]
+            example.click(self.on_example, number, filled, api_name=False)
+        return [instruction, *settings, *pictures, truth, *plan], plan, think, paint
 
     def _answer(self):
-        self.picture = gr.Image(
+        """What the page gives: (picture and words, cards, two buttons)."""
+        picture = gr.Image(
             label="Picture",
             interactive=False,
             format="png",
             height=SIDE + 20,
             elem_classes="pixels",
             elem_id="picture",
-            buttons=["download", "fullscreen"],
         )
-        self.words = gr.Markdown("Nothing painted yet.", elem_id="words")
+        words = gr.Markdown("Nothing painted yet.", elem_id="words")
         with gr.Row():
-            self.compare = gr.Button("Compare", elem_id="compare")
-            self.group = gr.Button("Group", elem_id="group")
+            compare = gr.Button("Compare", elem_id="compare")
+            group = gr.Button("Group", elem_id="group")
         gr.Markdown(
             "*Compare* paints this prompt from the same noise without a plan"
             f"{' and by stage 1' if self.config.before else ''}; *Group* shows what GRPO sees: "
             f"{self.config.group_size} plans and pictures, their rewards and advantages."
         )
-        self.cards = gr.HTML(elem_id="cards")
-
-    def _wire(self):
-        """Which button does what. Inputs stand in one order everywhere: see `asked`."""
-        inputs = [self.instruction, self.seed, self.steps, self.text, self.image, self.heat]
-        inputs += [*self.pictures, self.truth, self.caption, *self.relations]
-        plan, shown = [self.caption, *self.relations], [self.picture, self.words]
-        alone = dict(concurrency_id="engine", concurrency_limit=1, show_progress="minimal")
-        thought = self.think.click(self.on_think, inputs, plan, api_name="think", **alone)
-        thought.success(self.on_paint, inputs, shown, **alone)
-        self.paint.click(self.on_paint, inputs, shown, api_name="paint", **alone)
-        self.compare.click(self.on_compare, inputs, self.cards, api_name="compare", **alone)
-        self.group.click(self.on_group, inputs, self.cards, api_name="group", **alone)
-        for picture in self.pictures:
-            picture.change(self.on_references, self.pictures, self.rows, show_progress="hidden")
-        filled = [self.number, self.truth, self.instruction, *self.pictures, *plan]
-        for count, button in enumerate(self.example, 1):
-            button.click(self.with_references(count), self.number, filled, api_name=False)
+        return [picture, words], gr.HTML(elem_id="cards"), compare, group
 
     def asked(self, values):
         """The Ask of the values of all inputs."""
         instruction, seed, steps, text, image, heat, *rest = values
         paths, (example, caption, *relations) = rest[: self.most], rest[self.most :]
         references = self.studio.read(paths)
-        if isinstance(seed, bool) or seed is None or not 0 <= seed < 2**62:
-            raise UserError("the seed must be a whole number from 0 on")
         sampler = replace(
             self.config.sampler,
             num_timesteps=int(steps) + 1,
@@ -450,11 +389,11 @@ class Page:
         same = example and instruction == example.instruction and references == example.references
         return Ask(
             references,
-            instruction or "",
+            instruction,
             int(seed),
             sampler,
             temperature=heat,
-            caption=caption or "",
+            caption=caption,
             relations=tuple(relations),
             truth=example.truth if same else None,
         )
@@ -470,46 +409,30 @@ class Page:
                 gr.Warning("The plan does not parse. What could be read is shown.")
 
     def on_paint(self, *values):
-        """The picture of the plan in the fields, every few steps, and a verdict."""
+        """The picture of the plan in the fields, and a verdict."""
         with said_on_the_page():
             ask = self.asked(values)
-            image, steps = None, ask.sampler.num_timesteps - 1
-            for done, image in self.studio.stages(ask, self.studio.write(ask)):
-                yield fitted(image, SIDE), f"step {done} of {steps}"
-            shown = image if max(image.size) > SIDE else fitted(image, SIDE)
-            yield shown, self.studio.verdict(image, ask) or f"{steps} steps"
+            image = self.studio.paint(ask, self.studio.write(ask))
+            return image, self.studio.verdict(image, ask) or "Painted."
 
     def on_compare(self, *values):
         """Cards of the same prompt and noise without a plan, and by the other checkpoint."""
         with said_on_the_page():
-            for rows in self.studio.compare(self.asked(values)):
-                yield cards(rows)
+            return cards(self.studio.compare(self.asked(values)))
 
     def on_group(self, *values):
         """Cards of a group's members."""
         with said_on_the_page():
             return cards(self.studio.group(self.asked(values)))
 
-    def on_references(self, *paths):
-        """One row more than there are references."""
-        last = max((i for i, path in enumerate(paths) if path), default=-1)
-        return [gr.update(visible=i <= last + 1) for i in range(self.most)]
-
-    def with_references(self, count):
-        """A function: the next held-out prompt with so many references, into the fields."""
-
-        def fill(number):
-            while len((sample := self.examples[number]).references) != count:
-                number += 1
-            blank, plan = [None] * (self.most - count), [""] * (1 + self.most)
-            return [number + 1, sample, sample.instruction, *sample.references, *blank, *plan]
-
-        return fill
-
-
-def slider(label, low, high, *, value, step=0.1):
-    """One that reaches as far as the value of the command."""
-    return gr.Slider(min(low, value), max(high, value), value, step=step, label=label)
+    def on_example(self, number):
+        """The next held-out prompt of the toy world, into the fields."""
+        examples = Drawn("held_out", 0, max(2, self.most), self.config.examples)
+        while len((sample := examples[number]).references) > self.most:
+            number += 1
+        blank = [None] * (self.most - len(sample.references))
+        plan = [""] * (1 + self.most)
+        return [number + 1, sample, sample.instruction, *sample.references, *blank, *plan]
 
 
 def path_of(payload):
@@ -521,9 +444,10 @@ def cards(rows):
     """[(PIL, words)] as HTML, each with its words below."""
     figures = []
     for image, words in rows:
-        data = base64.b64encode(to_png(fitted(image, SIDE))).decode()
-        picture = f'<img src="data:image/png;base64,{data}" alt="{html.escape(words)}">'
-        figures.append(f"<figure>{picture}<figcaption>{html.escape(words)}</figcaption></figure>")
+        image.thumbnail((SIDE, SIDE))
+        data, words = base64.b64encode(to_png(image)).decode(), html.escape(words)
+        picture = f'<img src="data:image/png;base64,{data}" alt="{words}">'
+        figures.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
     return f'<div class="cards">{"".join(figures)}</div>'
 
 
@@ -547,8 +471,6 @@ def open_studio(config):
 def serve(config, studio, block=True):
     """Build the page and serve it; returns the gr.Blocks once it answers, unless it blocks."""
     blocks = Page(studio).build()
-    blocks.queue(max_size=PENDING, default_concurrency_limit=4)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     print(f"demo: http://127.0.0.1:{config.port} (ends with Ctrl-C)", flush=True)
     blocks.launch(
         server_name="127.0.0.1",
@@ -556,8 +478,7 @@ def serve(config, studio, block=True):
         share=False,
         quiet=True,
         css=STYLE,
-        theme=theme,
-        footer_links=[],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         max_file_size=LARGEST,
         prevent_thread_lock=not block,
         ssr_mode=False,
@@ -567,6 +488,7 @@ def serve(config, studio, block=True):
 
 @exit_on_user_error(ValueError)
 def main(config):
+    """Serve the page until Ctrl-C."""
     if gr is None:
         raise UserError("the page needs Gradio: pip install -r requirements-optional.txt")
     with socket.socket() as probe:

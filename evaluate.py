@@ -25,7 +25,7 @@ from runtime.pretrained import shape_of
 from runtime.quantised import load_quantised
 from studies.ablation import ablation
 from studies.benchmarks import run_benchmark
-from studies.metrics import HeldOut, by_task, measure, print_table
+from studies.metrics import IN_GRID, HeldOut, by_task, measure, print_table
 from studies.pictures import save_grid
 from toy import world
 from toy.prepare import metric_clip_of_all
@@ -149,24 +149,18 @@ def load_engine(config):
     return Engine(*load_quantised(config.checkpoint, *place, kind=config.weights))
 
 
-def load_clip(config):
-    """The CLIP of CLIP_out; the toys' is trained if it is missing."""
-    return metric_clip_of_all(config, "cpu")
-
-
 def evaluate(config, engine, clip, samples):
-    """Paint and measure; prints the tables and returns the row."""
+    """Paint, measure, print the tables."""
     results, name = config.held_out.paint(engine, samples), Path(config.checkpoint).name
     row = measure(samples, results, clip)
     print_table({name: row})
     for task, (pf, sc, overall, count) in by_task(samples, results).items():
         print(f"  {task:22s} PF {pf:5.2f}  SC {sc:5.2f}  Overall {overall:5.2f}  n {count}")
     if config.out:
-        save_grid(config.out, samples[:8], {name: results[:8]})
+        save_grid(config.out, samples[:IN_GRID], {name: results[:IN_GRID]})
         print(f"pictures in {config.out}")
     if config.json:
         print(files.to_json({key: round(value, 4) for key, value in row.items()}))
-    return row
 
 
 def main(config):
@@ -180,14 +174,15 @@ def main(config):
         processes.choose_threads(config.threads)
         if config.ablation:
             files.check_writable(config.folder)
-            ablation(config, load_clip(config))
+            ablation(config, metric_clip_of_all(config, "cpu"))
             return
         if config.bench:
             run_benchmark(config, load_engine)
             return
         if config.out:
             files.check_writable(Path(config.out).parent)
-        engine, clip, samples = load_engine(config), load_clip(config), config.held_out.samples()
+        engine, clip = load_engine(config), metric_clip_of_all(config, "cpu")
+        samples = config.held_out.samples()
     evaluate(config, engine, clip, samples)
 
 

@@ -141,10 +141,11 @@ def jobs(config):
     prompts = {"picture": (config.prompt, config.ref)}
     if config.prompts:
         prompts = read_prompts(Path(config.prompts))
+    seeds = range(config.seed, config.seed + config.seeds)
     return [
         Job(prompt, references, seed, folder / f"{key}-{seed}.png")
         for key, (prompt, references) in prompts.items()
-        for seed in range(config.seed, config.seed + config.seeds)
+        for seed in seeds
     ]
 
 
@@ -178,35 +179,31 @@ def request_of(config, shape, job):
         raise UserError("--prompt is empty; say what to draw")
     if job.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {job.out}: expected a file name that ends in .png, .jpg or .webp")
-    try:
-        iccot.arranged(job.references, job.prompt)
-    except ValueError as error:
-        raise UserError(f"{job.out}: {error}") from None
+    iccot.arranged(job.references, job.prompt)  # ValueError for <image> at a wrong place
     references = tuple(open_image(path) for path in job.references)
-    unit, largest = shape.token_pixels, shape.latent_side * shape.token_pixels
-    width = height = largest
+    grid, unit = (shape.latent_side, shape.latent_side), shape.token_pixels
     if "x" in config.size:
         width, height = map(int, config.size.split("x"))
+        grid = (height // unit, width // unit)
+        if width % unit or height % unit or not all(0 < n <= shape.latent_side for n in grid):
+            largest = shape.latent_side * unit
+            raise UserError(f"--size={config.size}: expected multiples of {unit} up to {largest}")
     elif references and not config.size:
-        width, height = shape.image_rule.size(*references[-1].size)
-    if any(not 0 < side <= largest or side % unit for side in (width, height)):
-        raise UserError(f"--size={config.size}: expected multiples of {unit} up to {largest}")
+        grid = shape.picture_grid(*references[-1].size)
     for path in (job.out, Path(config.steps_picture)):
         files.check_writable(path.parent)
     system = iccot.GENERATION_SYSTEM_PROMPT if config.plan and config.system_prompt else ""
-    return Request(references, job.prompt, (height // unit, width // unit), system)
+    return Request(references, job.prompt, grid, system)
 
 
 def paint(engine, job, config):
     """Make one picture; its plan (if there shall be one) is printed and kept beside it."""
     request = request_of(config, engine.model.config, job)
-    shown, titles, noised, clean = evenly(config.num_timesteps - 1, STEPS), [], [], []
+    shown, way = evenly(config.num_timesteps - 1, STEPS), []
 
     def noted(k, x, v, *, t, t_next):
         if k in shown:
-            titles.append(f"t = {t:.3f}")
-            noised.append(x)
-            clean.append(flow.estimates(x, v, t)[0])
+            way.append((f"t = {t:.3f}", x, flow.estimates(x, v, t)[0]))
         return flow.euler_step(x, v, t, t_next=t_next)
 
     (result,) = engine.generate(
@@ -227,7 +224,8 @@ def paint(engine, job, config):
         result.image.save(hidden, Image.registered_extensions()[job.out.suffix.lower()])
     print(f"picture    {job.out}")
     if config.steps_picture:
-        grids = [request.grid] * len(titles)
+        titles, noised, clean = zip(*way)
+        grids = [request.grid] * len(way)
         rows = {
             "x_t": engine.pictures(noised, grids),
             "what the model takes it for: x_t - t v": engine.pictures(clean, grids),
@@ -261,13 +259,13 @@ def main(config):
         for job in todo:
             request_of(config, engine.model.config, job)
     processes.choose_threads(config.threads)
-    several = len(todo) > 1 or Path(config.out) != todo[0].out
-    there = [job for job in todo if several and job.out.is_file()]
-    if there:
-        print(f"{len(there)} of {len(todo)} pictures are there and stay; another --out paints anew")
-    for job in tqdm(todo, disable=None if several else True, desc="sample"):
-        if job not in there:
-            paint(engine, job, config)
+    several = bool(config.prompts) or config.seeds > 1
+    left = [job for job in todo if not (several and job.out.is_file())]
+    if len(left) < len(todo):
+        there = f"{len(todo) - len(left)} of {len(todo)} pictures are there"
+        print(f"{there} and stay; another --out paints anew")
+    for job in tqdm(left, disable=None if several else True, desc="sample"):
+        paint(engine, job, config)
 
 
 if __name__ == "__main__":

@@ -61,17 +61,13 @@ def test_smoke_runs_both_stages_and_ends_with_table_and_grid(trained):
         assert (cwd / "out" / path).is_file(), path
     lines = loop.read_log(cwd / "out/smoke-grpo")
     assert [line["step"] for line in lines] == [0, 1]
+    # real updates, or it would not see what an update breaks
+    assert all(line["grad_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
     with Image.open(cwd / "out/smoke-grpo/grid.png") as grid:
         assert grid.width > 100
     assert not list((cwd / "out").glob("**/.*.tmp"))
     # handed on, and kept by whoever resumes
     assert files.read_json(cwd / "out/smoke-sft/config.json")["threads"] == 1
-
-
-def test_the_smoke_preset_takes_real_updates(trained):
-    """Or it would not see what an update breaks."""
-    lines = loop.read_log(trained[0] / "out/smoke-grpo")
-    assert all(line["grad_norm"] > 0 and line["dead_groups"] < 1 for line in lines)
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
@@ -257,29 +253,22 @@ def pictures(tmp_path):
     "words, message",
     [
         ("--prompt A --ref missing.png", "missing.png"),
-        ("--prompt A --ref empty.png", "empty.png cannot be read as a picture"),
-        ("--prompt A --ref text.png", "text.png cannot be read as a picture"),
         ("--prompt A --ref truncated.png", "truncated.png cannot be read as a picture"),
         ('--prompt " "', "--prompt is empty"),
         ("--prompt A --num_timesteps 1", "num_timesteps=1"),
         ("--prompt A --size 32x30", "--size=32x30: expected multiples"),
-        ("--prompt A --size 32", "size=32: expected square, or pixels"),
         ("--prompt A --out good.png/x.png", "cannot write"),
         ("--prompt A --out picture.txt", "picture.txt"),
         ("--prompt A --checkpoint nowhere", "nowhere"),
         ("--promt A", "did you mean --prompt"),
         ("--prompts nothing.jsonl --out many", "file of prompts not found"),
-        ("--prompts text.png --out many", "line 1"),
         ("--prompts text.png --prompt A", "leave --prompt"),
         ("--prompt A --seeds 2 --steps_picture a.png", "shows one picture"),
         ("--prompt A --steps_picture a.jpg", "steps_picture=a.jpg: expected a name"),
         ("--prompt A --seed one", "--seed"),
         ("--prompt A --device gpu", "expected auto, cuda, mps or cpu"),
         ("--prompt A --device cuda:99", "--device=cuda:99"),
-        ("--prompt A --max_plan_tokens 0", "max_plan_tokens=0: expected at least 1"),
         ("--prompt A --timestep_shift 0", "timestep_shift=0.0: expected a number above"),
-        ("--prompt A --timestep_shift inf", "timestep_shift=inf: expected a number"),
-        ("--prompt A --temperature -1", "temperature=-1.0: expected 0 or more"),
         (
             "--prompt A --text_guidance inf",
             "text_guidance=inf, image_guidance=1.0: expected numbers",
@@ -301,12 +290,8 @@ GOOD = '{"prompt": "Show it.", "ref": ["a.png"]}'
 @pytest.mark.parametrize(
     "content, prompts",
     [
-        (
-            '{"prompt": "Show it\u2028in\x85a\u2029meadow.", "ref": []}',
-            ["Show it\u2028in\x85a\u2029meadow."],
-        ),
-        ("\ufeff" + GOOD, ["Show it."]),
-        (f"\r\n{GOOD}\r\n\r\n\n{GOOD}", ["Show it.", "Show it."]),
+        ('{"prompt": "Show\u2028it\x85a", "ref": []}', ["Show\u2028it\x85a"]),
+        (f"\ufeff\r\n{GOOD}\r\n\r\n\n{GOOD}", ["Show it.", "Show it."]),
         ('{"prompt": "一只猫", "key": 7}\n', ["一只猫"]),
     ],
 )
@@ -321,15 +306,11 @@ def test_a_file_of_prompts_is_read_as_people_write_it(tmp_path, content, prompts
     [
         ("\n\n", "p.jsonl holds no prompts; expected a line for each"),
         ('{"prompt": "A", "ref": "a.png"}', 'p.jsonl, line 1: its ref is "a.png"; expected'),
-        ('{"prompt": "A", "ref": [1]}', "p.jsonl, line 1: "),
         ('{"prompt": "A", "references": []}', "p.jsonl, line 1: its references is []; expected"),
         ('{"prompt": ""}', 'p.jsonl, line 1: its prompt is ""; expected'),
-        (GOOD + "\n{}", "p.jsonl, line 2: its prompt is null; expected"),
         (GOOD + "\n[]", "p.jsonl, line 2: it holds a list; expected"),
         (GOOD + '\n{"prompt": "to', "p.jsonl, line 2: Unterminated string"),
-        ('{"prompt": "A", "key": "%s"}' % ("k" * 300), "p.jsonl, line 1: its key: 'kkk"),
         ('{"prompt": "A", "key": "../a"}', "p.jsonl, line 1: its key: '../a' names files"),
-        ('{"prompt": "A", "key": null}', "p.jsonl, line 1: its key is null"),
         ('{"prompt": "A", "key": "a"}\n' * 2, "line 2: keys name files, so they must differ; 'a'"),
     ],
 )
@@ -344,14 +325,11 @@ def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
     "module, words, message",
     [
         (sft, ["--config", "smoke", "--out", "file/run"], "cannot write"),
-        (grpo, ["--config", "smoke", "--out", "file/run"], "cannot write"),
         (grpo, ["--config", "smoke", "--group_size", "1"], "at least 2"),
         (sft, ["--config", "tiny"], "tiny"),
         (evaluate, ["--config", "smoke", "--checkpoint", "nowhere"], "nowhere"),
         (evaluate, ["--config", "smoke", "--device", "cuda:99"], "--device=cuda:99"),
         (evaluate, ["--config", "smoke", "--batch", "0"], "batch=0"),
-        (evaluate, ["--config", "smoke", "--max_plan_tokens", "0"], "max_plan_tokens=0"),
-        (evaluate, ["--config", "smoke", "--timestep_shift", "0"], "timestep_shift=0.0"),
         (sft, ["--config", "smoke", "--eval_batch", "0"], "eval_batch=0"),
         (sft, ["--config", "smoke", "--sample_plan_tokens", "0"], "max_plan_tokens=0"),
         (grpo, ["--config", "smoke", "--init", "out/typo"], "out/typo"),
@@ -370,16 +348,8 @@ def test_bad_runs(tmp_path, capsys, monkeypatch, module, words, message):
 
 def test_a_run_folder_keeps_its_options(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained[0])
-    error = refused(
-        capsys,
-        lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)),
-        "--config",
-        "smoke",
-        "--threads",
-        "1",
-        "--lr",
-        "0.5",
-    )
+    words = "--config smoke --threads 1 --lr 0.5".split()
+    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *words)
     assert "lr=0.006, now lr=0.5" in error
 
 

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 import iccot
-from engine import THINKING, Engine, Request, Sampler, Thinking
+from engine import Engine, Request, Sampler, Thinking
 from reward import Clip, group_rewards
 from runtime import processes
 from runtime.config import UserError, exit_on_user_error, parse
@@ -60,9 +60,9 @@ class Config:
     clip: str = "ViT-L-14:openai"  # the CLIP of the reward, see reward.Clip; "": no agreement
     max_references: int = 4
     max_plan_tokens: int = 1000
-    num_timesteps: int = 50  # grid points, to begin with; one more than model evaluations
+    num_timesteps: int = 50  # grid points; one more than model evaluations
     timestep_shift: float = 3.0
-    text_guidance: float = 4.0  # to begin with; 1: off
+    text_guidance: float = 4.0  # 1: off
     image_guidance: float = 1.5
     group_size: int = 8  # members of a group
     std_floor: float = 0.003  # of their rewards, as in grpo.py
@@ -119,8 +119,6 @@ class Ask:
     references: tuple
     instruction: str
     seed: int
-    sampler: Sampler
-    temperature: float = 0.0  # of the plan; 0 is greedy
     caption: str = ""  # of the plan in the fields
     relations: tuple[str, ...] = ()
     truth: object | None = None  # of a toy example that nobody changed
@@ -167,9 +165,7 @@ class Studio:
         """The text of the plan, longer with every token."""
         engine, eos = self.engine, self.engine.layout.eos
         prompt = engine.prompt(ask.references, ask.instruction)
-        thinking = Thinking(self.config.max_plan_tokens, ask.temperature)
-        generators = [processes.generator(ask.seed, THINKING)]
-        for tokens in engine.tokens([prompt], thinking, generators=generators):
+        for tokens in engine.tokens([prompt], Thinking(self.config.max_plan_tokens)):
             (row,) = tokens.tolist()
             written = [token for token in row if token >= 0]
             yield engine.tokenizer.decode(written[: written.index(eos)] if eos in row else written)
@@ -194,7 +190,7 @@ class Studio:
         """The picture of a plan, PIL; "": straight from the prompt."""
         (result,) = (engine or self.engine).generate(
             [self.request(ask, plan)],
-            sampler=ask.sampler,
+            sampler=self.config.sampler,
             thinking=None,
             batch=1,
             seeds=[(ask.seed,)],
@@ -310,7 +306,7 @@ class Page:
 
     def _question(self):
         """What a person gives: inputs in the order of `asked`, fields of the plan, two buttons."""
-        config, number, truth = self.config, gr.State(0), gr.State(None)
+        number, truth = gr.State(0), gr.State(None)
         instruction = gr.Textbox(
             label="Instruction",
             lines=2,
@@ -339,20 +335,13 @@ class Page:
                 pictures.append(picture)
                 label = f"Plan: what reference {i} is for"
                 relations.append(gr.Textbox(label=label, lines=2, scale=2, elem_id=f"relation-{i}"))
-        with gr.Accordion("Seed, steps, guidance", open=False):
-            settings = [
-                gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed"),
-                gr.Number(config.num_timesteps - 1, label="Steps", precision=0, minimum=1),
-                gr.Number(config.text_guidance, label="Text guidance; 1: off", minimum=1),
-                gr.Number(config.image_guidance, label="Image guidance; 1: off", minimum=1),
-                gr.Number(0, label="Temperature of the plan; 0: the likeliest", minimum=0),
-            ]
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
         plan = [caption, *relations]
-        if config.examples:
+        if self.config.examples:
             example = gr.Button("Example", size="sm", elem_id="example")
             filled = [number, truth, instruction, *pictures, *plan]
             example.click(self.on_example, number, filled, api_name=False)
-        return [instruction, *settings, *pictures, truth, *plan], plan, think, paint
+        return [instruction, seed, *pictures, truth, *plan], plan, think, paint
 
     def _answer(self):
         """What the page gives: (picture and words, cards, two buttons)."""
@@ -377,26 +366,12 @@ class Page:
 
     def asked(self, values):
         """The Ask of the values of all inputs."""
-        instruction, seed, steps, text, image, heat, *rest = values
+        instruction, seed, *rest = values
         paths, (example, caption, *relations) = rest[: self.most], rest[self.most :]
         references = self.studio.read(paths)
-        sampler = replace(
-            self.config.sampler,
-            num_timesteps=int(steps) + 1,
-            text_guidance=text,
-            image_guidance=image,
-        )
         same = example and instruction == example.instruction and references == example.references
-        return Ask(
-            references,
-            instruction,
-            int(seed),
-            sampler,
-            temperature=heat,
-            caption=caption,
-            relations=tuple(relations),
-            truth=example.truth if same else None,
-        )
+        truth = example.truth if same else None
+        return Ask(references, instruction, int(seed), caption, tuple(relations), truth)
 
     def on_think(self, *values):
         """The plan as it is written, into its fields."""

@@ -19,7 +19,7 @@ import torch
 import demo
 import grpo
 import iccot
-from engine import Engine, Sampler, Thinking
+from engine import Engine, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
 from reward import Clip
 from runtime.config import UserError, parse
@@ -71,7 +71,7 @@ def studio(folder):
 
 
 def ask(**changes):
-    whole = demo.Ask(SAMPLE.references, SAMPLE.instruction, 3, Sampler(5, 10.0))
+    whole = demo.Ask(SAMPLE.references, SAMPLE.instruction, 3)
     return dataclasses.replace(whole, **changes)
 
 
@@ -98,7 +98,7 @@ def test_the_edited_plan_is_what_is_painted(studio):
     engine = Engine(studio.engine.model, studio.engine.tokenizer)
     engine.think = lambda *_, **__: ([engine.tokenizer.encode(text)], [True])
     request = engine.request(SAMPLE, 32)
-    painting = dict(sampler=ask().sampler, thinking=Thinking(72), batch=1, seeds=[(3,)])
+    painting = dict(sampler=CONFIG.sampler, thinking=Thinking(72), batch=1, seeds=[(3,)])
     (result,) = engine.generate([request], **painting)
     assert to_png(result.image) == to_png(studio.paint(ask(), text))
     assert to_png(result.image) != to_png(studio.paint(ask(), ""))
@@ -143,7 +143,7 @@ def test_plans_and_pictures_that_cannot_be(studio, folder):
 def pressed(folder, references=2, caption="", relations=("",) * 4):
     """What a button of the page gets."""
     paths = [folder / f"{i}.png" if i <= references else None for i in range(1, 5)]
-    return [SAMPLE.instruction, 3, 4, 1.0, 1.0, 0.0, *paths, SAMPLE, caption, *relations]
+    return [SAMPLE.instruction, 3, *paths, SAMPLE, caption, *relations]
 
 
 def test_a_plan_that_does_not_parse_is_shown_as_far_as_it_can_be_read(studio, folder, monkeypatch):
@@ -160,7 +160,7 @@ def test_an_example_is_known_until_somebody_changes_it(studio, monkeypatch):
     number, truth, instruction, *rest = page.on_example(0)
     pictures, plan = rest[:4], rest[4:]
     monkeypatch.setattr(studio, "read", lambda paths: tuple(path for path in paths if path))
-    values = [3, 4, 1.0, 1.0, 0.0, *pictures, truth, *plan]
+    values = [3, *pictures, truth, *plan]
     assert number == 1 and page.asked([instruction, *values]).truth == truth.truth is not None
     assert page.asked(["Something else.", *values]).truth is None
 

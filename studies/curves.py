@@ -65,7 +65,7 @@ def save_curves(named, path):
     from matplotlib.figure import Figure
 
     logs = {name: [log_of(folder) for folder in folders] for name, folders in named.items()}
-    logged = {key for runs in logs.values() for lines in runs for line in lines for key in line}
+    logged = {key for runs in logs.values() for run in runs for key in run}
     panels = {title: [k for k in keys if k in logged] for title, keys in PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     rows = -(-len(panels) // 3)
@@ -77,7 +77,8 @@ def save_curves(named, path):
         for key, style in zip(keys, STYLES):
             for name, runs in logs.items():
                 label = " ".join([name] * (len(logs) > 1) + [key] * (len(keys) > 1))
-                draw(axis, runs, key, label, style)
+                if curves := [run[key] for run in runs if key in run]:
+                    draw(axis, curves, key, label, style)
         if keys[0] in LOGARITHMIC:
             axis.set_yscale("log")
         axis.set(title=title, xlabel="steps")
@@ -87,44 +88,38 @@ def save_curves(named, path):
         figure.savefig(hidden, dpi=100, format="png")
 
 
-def draw(axis, runs, key, label, style):
-    """The mean of the runs' values, smoothed unless they are held-out metrics; behind it each."""
-    logged = [values for values in (values_of(lines, key) for lines in runs) if values]
-    if not logged:
-        return
-    mean, marker = mean_of(logged), "."
+def draw(axis, curves, key, label, style):
+    """The mean of curves {step: value}, smoothed unless it is of a held-out metric; behind it each.
+
+    The mean is at the steps that all of them have.
+    """
+    shared = sorted(set.intersection(*map(set, curves)))
+    mean, marker = [sum(c[step] for c in curves) / len(curves) for step in shared], "."
     if not key.startswith("held_out"):
         mean, marker = smoothed(mean), ""
-    (line,) = axis.plot(mean.keys(), mean.values(), label=label, marker=marker, linestyle=style)
+    (line,) = axis.plot(shared, mean, label=label, marker=marker, linestyle=style)
     thin = dict(color=line.get_color(), linewidth=0.6, alpha=0.5, zorder=1)
-    for values in logged:
-        axis.plot(values.keys(), values.values(), **thin)
+    for curve in curves:
+        axis.plot(curve.keys(), curve.values(), **thin)
 
 
 def log_of(folder):
-    """The lines of a run's log. UserError where there is none."""
-    lines = loop.read_log(folder)
-    if not lines:
+    """{key: {steps made: value}} of a run's log. UserError where there is none."""
+    curves = {}
+    for line in loop.read_log(folder):
+        for key, value in line.items():
+            if value is not None:
+                curves.setdefault(key, {})[line["step"] + 1] = value
+    if not curves:
         raise UserError(f"{folder} has no metrics.jsonl with a step; give the folders of runs")
-    return lines
-
-
-def values_of(lines, key):
-    """{number of steps made: value} of one key, as it was logged."""
-    return {line["step"] + 1: line[key] for line in lines if line.get(key) is not None}
+    return curves
 
 
 def smoothed(values):
-    """The running mean of {step: value}."""
-    last, logged = max(SMOOTH, len(values) // 20), list(values.values())
-    windows = (logged[max(0, end - last) : end] for end in range(1, len(logged) + 1))
-    return dict(zip(values, (sum(window) / len(window) for window in windows)))
-
-
-def mean_of(curves):
-    """{step: mean} of several {step: value}, at the steps that all of them have."""
-    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return {step: sum(curve[step] for curve in curves) / len(curves) for step in shared}
+    """The running mean of a list."""
+    last = max(SMOOTH, len(values) // 20)
+    windows = (values[max(0, end - last) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ def run(folder, rewards, **held_out):
 
 @pytest.mark.parametrize("steps, expected", [(6, 1 / 5), (200, 1 / 10)])
 def test_curves_are_smoothed_over_five_steps_or_a_twentieth(tmp_path, steps, expected):
-    lines = curves.log_of(run(tmp_path / "run", [0.0] * (steps - 1) + [1.0], PF=7.0))
-    smoothed = curves.smoothed(curves.values_of(lines, "reward"))
+    logged = curves.log_of(run(tmp_path / "run", [0.0] * (steps - 1) + [1.0], PF=7.0))
+    smoothed = curves.smoothed(list(logged["reward"].values()))
     assert len(smoothed) == steps
-    assert smoothed[steps - 1] == 0 and smoothed[steps] == pytest.approx(expected)
-    assert curves.values_of(lines, "held_out_PF") == {steps: 7.0}
+    assert smoothed[-2] == 0 and smoothed[-1] == pytest.approx(expected)
+    assert logged["held_out_PF"] == {steps: 7.0}
 
 
 def test_the_strips_of_a_run_become_a_sheet_and_an_animation(tmp_path, monkeypatch):
@@ -70,19 +70,16 @@ def test_a_run_without_a_step_has_no_story(tmp_path):
 
 
 def test_runs_of_a_name_are_averaged(tmp_path):
-    first, second = (run(tmp_path / n, [0.0, x], PF=x) for n, x in (("a", 6.0), ("b", 8.0)))
-    other = run(tmp_path / "c", [1.0, 1.0], PF=3.0)
-    axis, runs = Figure().subplots(), [curves.log_of(folder) for folder in (first, second)]
-    curves.draw(axis, runs, "held_out_PF", "both", "-")
-    assert [list(line.get_ydata()) for line in axis.lines] == [[7.0], [6.0], [8.0]]
-    curves.main(curves.Config(f"both={first},{second} {other}", str(tmp_path / "curves.png")))
-    with Image.open(tmp_path / "curves.png") as drawn:
-        assert drawn.width > 500
-
-
-def test_means_are_over_the_steps_that_all_runs_have():
-    often, rarely = {5: 1.0, 10: 2.0, 15: 3.0, 20: 4.0}, {10: 6.0, 20: 8.0}
-    assert curves.mean_of([often, rarely]) == {10: 4.0, 20: 6.0}
+    """Over the steps that all of them have."""
+    axis, often, rarely = Figure().subplots(), {5: 1.0, 10: 2.0, 20: 4.0}, {10: 6.0, 20: 8.0}
+    curves.draw(axis, [often, rarely], "held_out_PF", "both", "-")
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    assert drawn == [([10, 20], [4, 6]), ([5, 10, 20], [1, 2, 4]), ([10, 20], [6, 8])]
+    folders = [run(tmp_path / name, [0.0, 1.0], PF=3.0) for name in "abc"]
+    words = f"both={folders[0]},{folders[1]} {folders[2]}"
+    curves.main(curves.Config(words, str(tmp_path / "curves.png")))
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 500
 
 
 def test_a_folder_without_a_log_is_named(tmp_path):

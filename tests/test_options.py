@@ -106,6 +106,7 @@ def noted(patch, seen, owner, name, *, key, instead=None):
 
     def call(*words, **named):
         given = [one for one in (*words, *named.values()) if isinstance(one, SIMPLE)]
+        given += [config.metric for config in words if hasattr(config, "metric")]
         seen[key].append((name, given))
         return original(*words, **named)
 

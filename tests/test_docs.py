@@ -65,14 +65,10 @@ def test_every_idea_has_a_place_and_a_proof():
     """The last cell names tests, the one before names what is no test."""
     broken = []
     for idea, place, proof in rows():
-        if not ENTRY.search(place) or any(
-            path.startswith("tests/") for path, _ in ENTRY.findall(place)
-        ):
+        places, proofs = ENTRY.findall(place), ENTRY.findall(proof)
+        if not places or any(path.startswith("tests/") for path, _ in places):
             broken.append(f"{idea}: the place is no entry of the code: {place}")
-        proofs = ENTRY.findall(proof)
-        if not proofs or not all(
-            path.startswith("tests/test_") and name.startswith("test_") for path, name in proofs
-        ):
+        if not proofs or not all(path.startswith("tests/test_") for path, _ in proofs):
             broken.append(f"{idea}: the proof is no test: {proof}")
     ideas = [idea for idea, *_ in rows()]
     broken += [f"{idea}: several rows" for idea in set(ideas) if ideas.count(idea) > 1]
@@ -88,18 +84,12 @@ def test_every_concept_is_in_the_paper():
 
 
 def paths_of(text):
-    """(path, where else it may start) of what is named in backticks or as the target of a link.
-
-    A row of the map that begins with a folder names the files of that folder.
-    """
-    for line in text.splitlines():
-        folder = re.match(r"\| `(\w+/)` \|", line)
-        for word in re.findall(r"`([^`]+)`", line):
-            word = word.split(":")[0]
-            if re.fullmatch(r"[\w./-]+(\.(py|md|toml|txt|sh|png)|/)", word):
-                yield word, folder[1] if folder else ""
-        for word in re.findall(r"\]\(((?!https?:)[^)#]+)\)", line):
-            yield word, ""
+    """What is named in backticks, or is the target of a link."""
+    for word in re.findall(r"`([^`]+)`", text):
+        word = word.split(":")[0]
+        if re.fullmatch(r"[\w./-]+(\.(py|md|toml|txt|sh|png)|/)", word):
+            yield word
+    yield from re.findall(r"\]\(((?!https?:)[^)#]+)\)", text)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -108,9 +98,9 @@ def test_every_path_exists(document):
     base = (ROOT / document).parent
     missing = {
         path
-        for path, folder in paths_of(text_of(document))
+        for path in paths_of(text_of(document))
         if not path.startswith(made_by_runs)
-        and not any((start / path).exists() for start in (ROOT / folder, ROOT, base))
+        and not any((start / path).exists() for start in (ROOT, base))
     }
     assert not missing, f"{document} names {', '.join(sorted(missing))}"
 

@@ -129,14 +129,13 @@ class Ask:
 
 
 class Studio:
-    """Some checkpoints, {name: Engine}, of which the first one is asked, and a CLIP or None.
+    """A checkpoint, the reward's CLIP and the checkpoint `before`, or None in place of these two.
 
     Whatever a person can get wrong is a ValueError of one sentence.
     """
 
-    def __init__(self, engines: dict[str, Engine], clip: Clip | None, config: Config):
-        self.engines, self.clip, self.config = engines, clip, config
-        self.engine = next(iter(engines.values()))
+    def __init__(self, engine: Engine, clip: Clip | None, before: Engine | None, config: Config):
+        self.engine, self.clip, self.before, self.config = engine, clip, before, config
 
     def read(self, paths) -> tuple:
         """The pictures of some files, PIL RGB; None is an empty place, which nothing may follow."""
@@ -210,11 +209,11 @@ class Studio:
         return "; ".join(words)
 
     def compare(self, ask: Ask):
-        """[(PIL, words)]: without a plan and with it, then the other checkpoints, one noise."""
+        """[(PIL, words)]: without a plan and with it, then by `before`, from the same noise."""
         text = self.write(ask)
         rows = [(self.engine, "", "no plan"), (self.engine, text, "this plan")]
-        for name, engine in list(self.engines.items())[1:]:
-            rows.append((engine, text, f"this plan, {name}"))
+        if self.before is not None:
+            rows.append((self.before, text, "this plan, before"))
         cards = []
         for engine, plan, words in rows:
             image = self.paint(ask, plan, engine)
@@ -433,14 +432,13 @@ def cards(rows):
 def open_studio(config):
     """The checkpoints and the CLIP; UserError and the like for what is missing."""
     device, dtype = processes.placed(config.device, "auto")
-    paths = {"this checkpoint": config.checkpoint}
+    engine = Engine(*load_quantised(config.checkpoint, device, dtype, kind=config.weights))
+    clip = before = None
+    if config.clip:
+        clip = Clip(config.clip, str(device))
     if config.before:
-        paths["before"] = config.before
-    engines = {
-        name: Engine(*load_quantised(path, device, dtype, kind=config.weights))
-        for name, path in paths.items()
-    }
-    return Studio(engines, Clip(config.clip, str(device)) if config.clip else None, config)
+        before = Engine(*load_quantised(config.before, device, dtype, kind=config.weights))
+    return Studio(engine, clip, before, config)
 
 
 def serve(config, studio, block=True):

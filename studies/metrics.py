@@ -158,19 +158,14 @@ def measure_shared(engine, held_out, samples, clip, shown=0):
     """
     mine = range(rank(), len(samples), size())
     numbers = sorted({*mine, *range(min(shown, len(samples)) if is_main() else 0)})
-    results, own = {}, {}
-    if numbers:
-        asked = [samples[number] for number in numbers]
-        results = dict(zip(numbers, held_out.paint(engine, asked, numbers)))
-    if mine:
-        own = means([samples[i] for i in mine], [results[i] for i in mine], clip)
-    parts = [own.get(column, (0.0, 0)) for column in (*COLUMNS, "plan_ok")]
+    asked = [samples[number] for number in numbers]
+    results = dict(zip(numbers, held_out.paint(engine, asked, numbers)))
+    own = means([samples[i] for i in mine], [results[i] for i in mine], clip) if mine else {}
+    columns = (*COLUMNS, "plan_ok")
+    parts = [own.get(column, (0.0, 0)) for column in columns]
     totals = reduced([value * count if count else 0.0 for value, count in parts])
     counts = reduced([count for _, count in parts])
-    row = {
-        column: total / count if count else math.nan
-        for column, total, count in zip((*COLUMNS, "plan_ok"), totals, counts)
-    }
+    row = {c: total / n if n else math.nan for c, total, n in zip(columns, totals, counts)}
     return row | {"n": len(samples)}, results
 
 

@@ -55,8 +55,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studio(folder):
     """Two checkpoints, and a first one that writes the sample's plan."""
-    engines = {name: Engine(*load_model(folder)) for name in ("0", "1")}
-    made = demo.Studio(engines, Clip(str(folder / "clip")), CONFIG)
+    engine, before = (Engine(*load_model(folder)) for _ in range(2))
+    made = demo.Studio(engine, Clip(str(folder / "clip")), before, CONFIG)
     plan = made.engine.tokenizer.encode(iccot.render(SAMPLE.plan)) + [made.engine.layout.eos]
 
     def tokens(prompts, thinking, *, count=1, **_):
@@ -108,7 +108,7 @@ def test_compare_and_group(studio):
     plan = dict(caption=SAMPLE.plan.caption, relations=SAMPLE.plan.relations)
     rows = studio.compare(ask(**plan, truth=SAMPLE.truth))
     words = [row[1].partition(".")[0] for row in rows]
-    assert words == ["no plan", "this plan", "this plan, 1"]
+    assert words == ["no plan", "this plan", "this plan, before"]
     assert all("CLIP agreement" in row[1] and "PF" in row[1] for row in rows)
     members = studio.group(ask())
     assert len(members) == 4 and all(SAMPLE.plan.caption in words for _, words in members)

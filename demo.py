@@ -265,14 +265,11 @@ def said_on_the_page():
     """A person's mistake becomes a message on the page, which keeps what was typed."""
     try:
         yield
-    except ValueError as error:
-        words = str(error)
-    except torch.OutOfMemoryError:
-        words = "the GPU's memory is too small for this: take fewer or smaller references"
-    else:
-        return
-    # the page would take the tags of a plan for HTML
-    raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        words = html.escape(str(error), quote=False)  # the page would take a plan's tags for HTML
+        if isinstance(error, torch.OutOfMemoryError):
+            words = "the GPU's memory is too small for this: take fewer or smaller references"
+        raise gr.Error(words, duration=12, print_exception=False) from None
 
 
 class Page:

@@ -172,7 +172,8 @@ def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_p
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = ["--checkpoint", trained[0] / "out/smoke-grpo", "--prompts", tmp_path / "prompts.jsonl"]
     words += ["--out", tmp_path / "many", *"--seeds 2 --threads 1 --max_plan_tokens 12".split()]
-    sample_main(map(str, words))
+    config = parse(sample.Config, sample.PRESETS, [str(word) for word in words])
+    sample.main(config)
     pictures = sorted((tmp_path / "many").glob("*.png"))
     names = ["0002-0.png", "0002-1.png", "one-0.png", "one-1.png"]
     assert [path.name for path in pictures] == names
@@ -182,24 +183,19 @@ def test_sample_paints_a_file_of_prompts_and_goes_on_where_it_was(trained, tmp_p
     assert pictures[2].read_bytes() != pictures[3].read_bytes()
     before = {path: path.stat().st_mtime_ns for path in pictures}
     pictures[0].unlink()
-    sample_main(map(str, words))
+    sample.main(config)
     assert [path for path in pictures if path.stat().st_mtime_ns != before[path]] == [pictures[0]]
 
 
-@pytest.mark.parametrize("script, options", [("sft", {}), ("grpo", {})])
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    trained, script, options, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("script, half", [("sft", 30), ("grpo", 1)])
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, script, half, monkeypatch, capsys):
     """Bit for bit: stop after the first state, go on, compare with the unbroken run."""
     cwd, _ = trained
     monkeypatch.chdir(cwd)
     module = {"sft": sft, "grpo": grpo}[script]
     folder = cwd / "out" / f"again-{script}"
-    config = dataclasses.replace(
-        parse(module.Config, module.PRESETS, ["--config", "smoke", "--threads", "1"]),
-        out=str(folder),
-    )
-    half = {"sft": 30, "grpo": 1}[script]
+    words = ["--config", "smoke", "--threads", "1", "--out", str(folder)]
+    config = parse(module.Config, module.PRESETS, words)
     saved = loop.save_state
 
     def stop(folder, step, tensors):
@@ -226,17 +222,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 # bad input: one line that names the culprit, exit status 2, nothing half-written
 
 
-def refused(capsys, main, *words):
+def refused(capsys, module, *words):
+    """The line with which a command ends."""
+    command = getattr(module, "train", None) or module.main
     with pytest.raises(SystemExit) as stopped:
-        main(list(words))
-    error = capsys.readouterr().err.strip()
+        command(parse(module.Config, module.PRESETS, list(words)))
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2
-    assert len(error.splitlines()) == 1, error
-    return error
-
-
-def sample_main(words):
-    sample.main(parse(sample.Config, sample.PRESETS, list(words)))
+    return line
 
 
 @pytest.fixture
@@ -280,7 +273,7 @@ def test_bad_command_line(trained, pictures, capsys, monkeypatch, words, message
     before, words = sorted(os.listdir(pictures)), shlex.split(words)
     if "--checkpoint" not in words:
         words += ["--checkpoint", str(trained[0] / "out/smoke-grpo")]
-    assert message in refused(capsys, sample_main, *words)
+    assert message in refused(capsys, sample, *words)
     assert sorted(os.listdir(pictures)) == before
 
 
@@ -340,17 +333,13 @@ def test_a_bad_file_of_prompts_gets_one_line(tmp_path, content, message):
 def test_bad_runs(tmp_path, capsys, monkeypatch, module, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    main = getattr(module, "train", None) or module.main
-    assert message in refused(
-        capsys, lambda w: main(parse(module.Config, module.PRESETS, w)), *words
-    )
+    assert message in refused(capsys, module, *words)
 
 
 def test_a_run_folder_keeps_its_options(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained[0])
     words = "--config smoke --threads 1 --lr 0.5".split()
-    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *words)
-    assert "lr=0.006, now lr=0.5" in error
+    assert "lr=0.006, now lr=0.5" in refused(capsys, sft, *words)
 
 
 def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
@@ -359,7 +348,7 @@ def test_a_torn_state_is_named(trained, capsys, monkeypatch, tmp_path):
     newest = state.states("out/smoke-sft")[-1]
     (newest / "__0_0.distcp").write_bytes(b"torn")
     again = ["--config", "smoke", "--threads", "1", "--steps", "61"]
-    error = refused(capsys, lambda w: sft.train(parse(sft.Config, sft.PRESETS, w)), *again)
+    error = refused(capsys, sft, *again)
     assert newest.name in error and "torn" in error
     # a state without its index is no state: the one before is taken
     (newest / ".metadata").unlink()

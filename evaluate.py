@@ -112,8 +112,7 @@ class Config:
             split=self.split,
         )
 
-    @property
-    def work(self):
+    def work(self, shape):
         """What is painted at once, for --memory; a benchmark paints one by one."""
         return replace(self.held_out, batch=1) if self.bench else self.held_out
 
@@ -169,7 +168,7 @@ def main(config):
         if config.memory:
             default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
             shape = shape_of(config.checkpoint, config.config, default)
-            accountant.dry_run(accountant.walk_evaluate, config, shape)
+            accountant.dry_run(accountant.walk_painting, config, shape)
             return
         processes.choose_threads(config.threads)
         if config.ablation:

@@ -17,6 +17,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from PIL import Image
@@ -103,7 +104,13 @@ class Config:
         references = max(len(job.references) for job in jobs(self))
         largest = shape.latent_side * shape.token_pixels
         side = max(map(int, re.findall(r"\d+", self.size)), default=largest)
-        return accountant.Work(1, references, side, self.sampler, self.thinking)
+        return SimpleNamespace(
+            batch=1,
+            max_references=references,
+            side=side,
+            sampler=self.sampler,
+            thinking=self.thinking,
+        )
 
 
 # fmt: off
@@ -252,7 +259,7 @@ def main(config):
         if config.memory:
             default = PRESETS.get(config.config, {}).get("checkpoint", Config.checkpoint)
             shape = shape_of(config.checkpoint, config.config, default)
-            accountant.dry_run(accountant.walk_sample, config, shape)
+            accountant.dry_run(accountant.walk_painting, config, shape)
             return
         todo, place = jobs(config), processes.placed(config.device, "auto")
         engine = Engine(*load_quantised(config.checkpoint, *place, kind=config.weights))

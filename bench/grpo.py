@@ -26,7 +26,7 @@ from bench.model import MID, random_engine, random_reference, random_words
 from bench.timing import best_of
 from engine import Branch, Engine, Group, Prompt, Thinking
 from model import TOY, ModelConfig
-from runtime.accountant import kept_bytes
+from runtime.accountant import live_bytes
 from runtime.state import TrainingState
 from sequence import Sequence
 from vision import Reference
@@ -255,10 +255,12 @@ def kept_for_backward(contest):
     """Bytes that autograd keeps at a time: for one member and step; for a pack with its prompt."""
     model, config = contest.engine.model, contest.config
     packed = naive_pack(contest, 0, 0)
-    alone, together = kept_bytes(model.parameters()), kept_bytes(model.parameters())
-    with alone:
-        model.velocity(packed, model(packed)[1])
+    outputs = []  # the graphs hang on them
+    with live_bytes() as alone:
+        outputs.append(model.velocity(packed, model(packed)[1]))
     found = tree.plant(contest.engine.layout, contest.rollout, 0, config)
-    with together:
-        tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config)
-    return alone.total, together.total
+    with live_bytes() as together:
+        outputs.append(
+            tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config)
+        )
+    return alone.now, together.now

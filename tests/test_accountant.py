@@ -1,15 +1,16 @@
 """
 The dry run (runtime/accountant.py): against tensors of small models, and for README's commands.
 
-What stands always is compared to the byte, the graphs of prompt and members with what autograd
-keeps in a real forward pass, the KV cache with a real one. A command of README that cannot run by
-our own arithmetic fails here. Left out: a GPU's own peaks.
+What stands always is compared to the byte, a graph with what autograd keeps in real forward passes,
+the KV cache with a real one. A command of README that cannot run by our own arithmetic fails here.
+Left out: a GPU's own peaks.
 """
 
 import dataclasses
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -23,9 +24,8 @@ import grpo
 import sample
 import sft
 from model import SMOKE, TOY, Cache, ModelConfig, RMSNorm, UnifiedModel
-from reward import BATCH
 from runtime import accountant
-from runtime.accountant import Stage, kept_bytes, live_bytes, values_of
+from runtime.accountant import FusedNorm, live_bytes, training, values_of
 from runtime.config import UserError, parse
 from runtime.lora import add_lora, load_trained, trained_parameters
 from runtime.pretrained import official_configs, save_model, shape_of
@@ -49,6 +49,34 @@ def size(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
+class kept_bytes(torch.autograd.graph.saved_tensors_hooks):
+    """`with kept_bytes(parameters) as kept: forward` -> kept.total(): what autograd keeps."""
+
+    def __init__(self, parameters):
+        self.known, self.storages = {p.untyped_storage()._cdata for p in parameters}, {}
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def keep(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    def total(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def with_the_norms_of_a_gpu(model):
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm):
+            norm.forward = partial(FusedNorm.apply, norm.weight)
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # against tensors
 
@@ -66,7 +94,7 @@ def test_what_stands_always(train):
         p.grad = torch.ones_like(p)
     optimizer.step()
     states, names = optimizer.state.values(), ("exp_avg", "exp_avg_sq")
-    always = Stage(config, shape, 1).always(reference=True)
+    always, *_ = training(config, shape, 1, reference=True)
     assert always["weights, trained"] + always["weights, frozen"] == size(model.parameters())
     gradients = size(p.grad for p in trained.values())
     assert always["gradients"] == gradients == always["average"] == always["reference"]
@@ -76,77 +104,62 @@ def test_what_stands_always(train):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", [SMOKE, TOY], ids=["smoke", "toy"])
 def test_graphs(shape, checkpointing):
-    """What autograd keeps in a real forward pass of the prompt, and of the members against it."""
+    """What autograd keeps in real forward passes of the prompt, and of the members against it."""
     shape = ModelConfig(**shape)
-    model = accountant.fuse_norms(UnifiedModel(shape))
+    model = with_the_norms_of_a_gpu(UnifiedModel(shape))
     model.checkpointing = checkpointing
-    branches = accountant.fullest(shape, CONFIG)
-    shared, members = accountant.a_group(shape, 2, 32, branches, ("full",)).cut()
-    prompt, rest = kept_bytes(model.parameters()), kept_bytes(model.parameters())
-    with prompt:
-        prefix = model.keys_and_values(shared)
+    whole = accountant.a_group(shape, 2, 32, accountant.fullest(shape, CONFIG), ("full",))
+    prompt, members = whole.cut()
+    with kept_bytes(model.parameters()) as of_prompt:
+        prefix = model.keys_and_values(prompt)
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in prefix]
-    with rest:
+    with kept_bytes(model.parameters()) as of_members:
         model(members, prefix=leaves, losses=True)
-    computed = [
-        accountant.graph_bytes(shape, pack, torch.float32, checkpointing, **how)[0]
-        for pack, how in ((shared, dict(keys=True)), (members, dict(prefix_rows=len(shared))))
-    ]
+    computed, _ = accountant.graph_bytes(shape, whole, torch.float32, checkpointing)
     # checkpoint holds RoPE's cos and sin where no hook sees them
-    turns = [2 * len(pack) * shape.head_dim * 4 * checkpointing for pack in (shared, members)]
-    measured = [prompt.total + turns[0], rest.total + turns[1]]
+    turn = 2 * len(whole) * shape.head_dim * 4 * checkpointing
+    measured = of_prompt.total() + of_members.total() + turn
     # without checkpointing, this CPU's attention keeps copies of rows and keys where the kernel
     # keeps q, k and v
-    assert computed == pytest.approx(measured, rel=0.05 if checkpointing else 0.35)
-    assert all(a <= b * 1.05 for a, b in zip(computed, measured))
+    assert computed == pytest.approx(measured, rel=0.1 if checkpointing else 0.35)
 
 
 def test_one_block_again():
     """Of a real block, called with tensors that nobody else holds."""
     shape = ModelConfig(**TOY)
     packed = accountant.a_group(shape, 2, 32)
-    model, seen = accountant.fuse_norms(UnifiedModel(shape)), []
-
-    def before(block, inputs):
-        seen.append(kept_bytes(model.parameters()))
-        seen[-1].__enter__()
-
-    def after(block, inputs, outputs):
-        seen[-1].__exit__(None, None, None)
-
-    model.blocks[0].register_forward_pre_hook(before)
-    model.blocks[0].register_forward_hook(after)
+    model = with_the_norms_of_a_gpu(UnifiedModel(shape))
+    kept = kept_bytes(model.parameters())
+    model.blocks[0].register_forward_pre_hook(lambda *_: kept.__enter__() and None)
+    model.blocks[0].register_forward_hook(lambda *_: kept.__exit__(None, None, None))
     model(packed)
     _, computed = accountant.graph_bytes(shape, packed, torch.float32, True)
-    assert computed == pytest.approx(seen[0].total, rel=0.35) and computed <= seen[0].total * 1.05
+    assert computed == pytest.approx(kept.total(), rel=0.35) and computed <= kept.total() * 1.05
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch with CUDA")
 def test_norms_keep_what_the_kernel_of_a_gpu_keeps():
     """By what autograd saves of tensors that are said to be on one."""
-    how = dict(dtype=torch.bfloat16, requires_grad=True)
+    sizes, how = ((6, 8), (8,)), dict(dtype=torch.bfloat16, requires_grad=True)
     with FakeTensorMode():
-        x, weight = (torch.empty(*sizes, device="cuda", **how) for sizes in ((6, 8), (8,)))
+        x, weight = (torch.empty(*each, device="cuda", **how) for each in sizes)
         node = F.rms_norm(x, (8,), weight, 1e-6).grad_fn
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         saved = [value for value in saved if isinstance(value, torch.Tensor)]
-    norm = accountant.fuse_norms(torch.nn.ModuleList([RMSNorm(8, 1e-6).bfloat16()]))[0]
-    kept = kept_bytes()
-    with kept:
-        norm(torch.randn(6, 8, **how))
-    assert kept.total == size(saved) == 2 * 48 + 2 * 8 + 4 * 6
+    x, weight = (torch.empty(*each, device="meta", **how) for each in sizes)
+    ours = FusedNorm.apply(weight, x).grad_fn.saved_tensors
+    assert size(ours) == size(saved) == 2 * 48 + 2 * 8 + 4 * 6
 
 
 def test_cache():
     shape = ModelConfig(**SMOKE)
     cache = Cache(UnifiedModel(shape), 100)
-    work = accountant.Work(3, 4, 32, CONFIG.sampler, CONFIG.thinking)
-    phases = accountant.painting(shape, torch.float32, {}, work, plans=4, pictures=4)
-    parts = {phase.name: phase.parts for phase in phases}["paint"]
-    prompt = len(accountant.a_group(shape, 4, 32))
+    work = dataclasses.replace(CONFIG.held_out, batch=3, thinking=CONFIG.thinking)
+    walked = accountant.painting("", shape, torch.float32, {}, work, plans=4, pictures=4)
+    prompt = len(accountant.a_group(shape, work.max_references, 32))
     tokens = 3 * (2 * prompt + 4 * (40 + 66))
-    found = parts["KV cache"] + parts["prompts' KV"]
-    assert found == size((cache.keys, cache.values)) / 100 * tokens
+    counted = walked["paint"]["KV cache"] + walked["paint"]["prompts' KV"]
+    assert counted == size((cache.keys, cache.values)) / 100 * tokens
 
 
 def test_live_bytes_counts_what_stands_at_once():
@@ -164,22 +177,25 @@ def test_what_a_clip_takes():
     """The table of CLIPs, against a model of open_clip on the meta device."""
     with torch.device("meta"):
         clip = open_clip.create_model("ViT-B-32", device="meta")
-    with torch.no_grad(), live_bytes() as live:
-        clip.encode_image(torch.empty(BATCH, 3, 224, 224, device="meta"))
-    as_read = 4 * BATCH * 3 * 224**2  # the pictures once more
-    expected = size(clip.parameters()), live.peak + as_read
-    assert accountant.clip_bytes("ViT-B-32:openai") == expected
-    assert accountant.clip_bytes("out/toy-clip-metric") == (0, 0)
+    shape = ModelConfig(**SMOKE)
+    parts = accountant.codec_and_clip(shape, "ViT-B-32:openai")
+    assert parts == {"codec": 0, "CLIP": size(clip.parameters())}
+    assert accountant.codec_and_clip(shape, "out/toy-clip-metric") == {"codec": 0, "CLIP": 0}
+
+
+def test_a_clip_of_unknown_size_is_said(capsys):
+    config = dataclasses.replace(CONFIG, clip="ViT-H-14:laion2b_s32b_b79k", memory="8x80")
+    accountant.dry_run(accountant.walk_grpo, config, ModelConfig(**SMOKE))
+    assert "CLIP ViT-H-14 of unknown size, not counted" in capsys.readouterr().out
 
 
 def test_sharding_divides_what_is_sharded():
     shape = ModelConfig(**SMOKE)
-    config = dataclasses.replace(CONFIG, groups_at_once=1)
-    one, eight = (accountant.walk_grpo(config, shape, gpus) for gpus in (1, 8))
+    one, eight = (accountant.walk_grpo(CONFIG, shape, gpus) for gpus in (1, 8))
     for name in ("weights, trained", "gradients", "moments", "average", "reference"):
         assert eight.always[name] == one.always[name] / 8
-    assert eight.phases == one.phases
-    assert one.fits(1) and one.always["CLIP and codec"] == 0  # the toys' have no weights
+    assert eight.phases["update"] == one.phases["update"]
+    assert one.fits(1) and one.always["CLIP"] == 0  # the toys' have no weights
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +217,13 @@ def test_a_world_of_one_holds_frozen_weights_once(world_of_one, checkpoint, trai
         local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
         return {tensor.data_ptr(): tensor.nbytes for tensor in local}
 
-    before, stage = held(), Stage(config, model.config, 1)
-    always = stage.always()
+    before, (always, whole, _) = held(), training(config, model.config, 1)
     assert sum(before.values()) == always["weights, frozen"] + always["weights, trained"]
     with gathered(model):
         inside = held()
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     copied = sum(size for at, size in inside.items() if at not in before)
-    assert copied == 2 * values_of(stage.model, trained=True) == stage.gathered(stage.model)
+    assert copied == 2 * values_of(model, trained=True) == whole["gathered weights"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +236,7 @@ def readme_commands():
     texts.append((ROOT / "README.md").read_text().split("## I have one GPU")[1])
     for text in texts:
         blocks = "\n".join(text.split("```")[1::2])
-        for line in blocks.strip().splitlines():
+        for line in filter(None, blocks.splitlines()):
             words = shlex.split(line, comments=True)
             gpus = 1
             if words[0] == "torchrun":
@@ -243,16 +258,6 @@ def configured(script, words, gpus=1):
 def run(script, config):
     module = COMMANDS[script]
     (module.train if hasattr(module, "train") else module.main)(config)
-
-
-def refused(script, config, capsys):
-    """The one line with which a command is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        run(script, config)
-    assert left.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 @pytest.fixture
@@ -284,10 +289,10 @@ def test_the_readme_names_all_commands():
 
 # GB of the phase that decides, as in RESULTS.md
 PRESETS = [
-    ("grpo.py", "--config full", 8, 85.9, "update"),
-    ("grpo.py", "--config full --prompts_per_step 128", 64, 47.6, "update"),
-    ("grpo.py", "--config full --train gen", 8, 60.2, "update"),
-    ("grpo.py", "--config full --train lora", 1, 66.1, "update"),
+    ("grpo.py", "--config full", 8, 86.2, "update"),
+    ("grpo.py", "--config full --prompts_per_step 128", 64, 47.9, "update"),
+    ("grpo.py", "--config full --train gen", 8, 60.5, "update"),
+    ("grpo.py", "--config full --train lora", 1, 66.4, "update"),
     ("sft.py", "--config full", 8, 70.8, "strip: paint"),
     ("sft.py", "--config full", 64, 38.9, "strip: paint"),
 ]
@@ -297,10 +302,8 @@ PRESETS = [
 def test_the_table_of_the_results(script, words, gpus, peak, deciding):
     config = configured(script, words.split(), gpus)
     walk = accountant.walk_sft if script == "sft.py" else accountant.walk_grpo
-    walked = walk(config, FULL, gpus)
-    assert walked.deciding.name == deciding
-    assert walked.peak(walked.deciding) / 1e9 == pytest.approx(peak, abs=0.05)
-    assert [phase.name for phase in walked.phases if not phase.parts] == ["save"]  # the host's
+    most, phase = walk(config, FULL, gpus).peak
+    assert phase == deciding and most / 1e9 == pytest.approx(peak, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_the_table_of_the_results(script, words, gpus, peak, deciding):
         # as the run itself would, which would have cost a place in the queue
         ("sft.py", "--init BAGEL-7B-MoT", "24x80", "by 24 processes; use --samples_per_step=504"),
         ("grpo.py", "--init BAGEL-7B-MoT", "24x80", "by 24 processes; use --prompts_per_step=24"),
-        ("grpo.py", "", "8x80", "update needs 85.9 GB of each GPU, more than 80; .* --train lora"),
+        ("grpo.py", "", "8x80", "update needs 86.2 GB of each GPU, more than 80; .* --train lora"),
         ("grpo.py", "--init out/full-stf", "8x80", "checkpoint folder not found: out/full-stf"),
         ("sample.py", "", "1x16", "decode needs 32.7 GB of each GPU, more than 16; .* --weights"),
         ("grpo.py", "", "8", "memory=8: expected GPUs x GB of each, as 8x80"),
@@ -318,8 +321,10 @@ def test_the_table_of_the_results(script, words, gpus, peak, deciding):
 )
 def test_refusals_are_one_line(a_folder, capsys, script, words, memory, expected):
     words = ["--config", "full", *words.split(), "--memory", memory]
-    line = refused(script, configured(script, words), capsys)
-    assert line.startswith("error: ") and re.search(expected, line), line
+    with pytest.raises(SystemExit) as left:
+        run(script, configured(script, words))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith("error: ") and re.search(expected, line), line
 
 
 def test_a_shape_is_that_of_the_folder(a_folder):

@@ -284,14 +284,14 @@ def test_what_is_walked_is_held(bitsandbytes, checkpoint, world_of_one):
     for kind, width in (("int8", 1.0), ("nf4", 0.5)):
         config = smoke("grpo", checkpoint, "run", weights=kind, precision="bfloat16")
         model, _ = load_trained(config)
-        always = accountant.Stage(config, model.config, 1).always()
+        always, *_ = accountant.training(config, model.config, 1)
         walked = always["weights, frozen"] + always["weights, trained"]
         held = sum(p.nbytes for p in model.parameters())
         narrow = sum(
             layer.in_features * layer.out_features for *_, layer in quantised_layers(model)
         )
         assert walked - held == (BYTES[kind] - width) * narrow
-        on_meta = accountant.model_of(model.config, "lora", 4)
+        on_meta = accountant.model_of(model.config, train="lora", lora_rank=4)
         assert count(model.parameters()) == accountant.values_of(on_meta)
 
 
@@ -323,5 +323,5 @@ def test_what_fits_small_cards():
     config = partial(Config, ref=("a.png",), text_guidance=4.0)
     for card, refused, fits in ((24, "full", "int8"), (16, "int8", "nf4")):
         for kind, expected in ((refused, False), (fits, True)):
-            found = accountant.walk_sample(config(weights=kind), FULL, 1)
+            found = accountant.walk_painting(config(weights=kind), FULL, 1)
             assert found.fits(card) == expected, (card, kind)

@@ -75,7 +75,6 @@ def parse(Config: type, presets: dict[str, dict], argv: list[str] | None = None)
         hints = typing.get_type_hints(Config)
         fields = {field.name: field for field in dataclasses.fields(Config) if field.init}
         kinds = {name: hints[name] for name in fields}
-        _check_presets(presets, kinds)
         if "--help" in argv or "-h" in argv:
             print(_help(Config, presets, fields, kinds))
             sys.exit(0)
@@ -193,30 +192,7 @@ def _did_you_mean(word: str, words, prefix: str = "") -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# presets and help
-
-
-def _check_presets(presets: dict[str, dict], kinds: dict[str, type]) -> None:
-    for name, values in presets.items():
-        for key, value in values.items():
-            if key not in kinds:
-                hint = _did_you_mean(key, kinds)
-                raise UserError(f"preset {name!r} sets the unknown option {key!r}{hint}")
-            if not _is(value, kinds[key]):
-                raise UserError(
-                    f"preset {name!r} sets {key}={value!r}: expected {_name(kinds[key])}"
-                )
-
-
-def _is(value, kind) -> bool:
-    if typing.get_origin(kind) is tuple:
-        part = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is(item, part) for item in value)
-    if _optional(kind) is not None:
-        return value is None or _is(value, _optional(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    return type(value) is kind or (kind is float and type(value) is int)
+# help
 
 
 def _show(value) -> str:

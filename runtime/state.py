@@ -17,6 +17,7 @@ processes may read what another number wrote. Nothing random is stored, see proc
 Not a concept of the paper. Left out: states of other optimisers, storage that cannot rename.
 """
 
+import logging
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class TrainingState:
         torn or of another model."""
         path = state_path(folder, step)
         try:
+            _quietly(dcp.load, {}, path)  # a CheckpointException if .metadata is garbage
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             for name, parameter in self.parameters.items():
                 if f"optimizer.step.{name}" in stored:  # make room for its moments
@@ -139,7 +141,11 @@ def save_state(folder, step, tensors):
 def _quietly(transfer, tensors, path):
     """dcp.save or dcp.load; a world of one has no process group, and need not say so each time."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    transfer(tensors, checkpoint_id=path, no_dist=size() == 1)
+    logging.disable(logging.CRITICAL)  # it also logs what it raises; one message is enough
+    try:
+        transfer(tensors, checkpoint_id=path, no_dist=size() == 1)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _reason(error):

@@ -140,22 +140,6 @@ def test_values_and_types(argv, expected):
         assert type(getattr(result, key)) is type(value)
 
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        (dict(group_siez=4), "the unknown option 'group_siez'; did you mean group_size?"),
-        (dict(group_size=4.0), "group_size=4.0: expected int"),
-        (dict(lr="1e-4"), "lr='1e-4': expected float"),
-        (dict(rid=1), "rid=1: expected bool"),
-        (dict(refs=["a"]), "refs=['a']: expected str, repeatable"),
-        (dict(reward="x"), "reward='x': expected one of clip_l2, clip_cos"),
-    ],
-)
-def test_a_wrong_preset_is_found_even_when_another_is_used(capsys, values, message):
-    presets = {**PRESETS, "small": values}
-    assert mistake(capsys, "--config=toy", presets=presets) == f"preset 'small' sets {message}"
-
-
 def test_required_fields_and_derived_fields(capsys):
     @dataclass(frozen=True)
     class Needs:

@@ -17,9 +17,9 @@ lets it first write a plan, the IC-CoT, in two parts:
 
 There are exactly as many relations as references. Images are counted from 1. `parse` is strict: it
 takes this grammar with any white space between and around the fields, and says what is wrong and
-where. `salvage` keeps what it can from a truncated or sloppy answer and lists every repair. Both
-read decoded text, never token ids: a tokenizer may fuse a tag with its neighbours. The JSON form is
-that of the paper's first figure.
+where. `salvage` keeps what it can from a truncated or sloppy answer. Both read decoded text, never
+token ids: a tokenizer may fuse a tag with its neighbours. The JSON form is that of the paper's
+first figure.
 Left out: checking that a relation is true, and escaping (no field may hold a tag).
 
     iccot.parse(iccot.render(plan), references=2) == plan
@@ -28,7 +28,6 @@ Left out: checking that a relation is true, and escaping (no field may hold a ta
 import json
 import re
 from dataclasses import dataclass
-from typing import NoReturn
 
 from PIL import Image
 
@@ -57,6 +56,8 @@ LOOSE_TAG = re.compile(
 IMAGE_NUMBER = re.compile(
     r"(?<![A-Za-z])(?:image_|(?<!the )image )(\d{1,2})(?![A-Za-z0-9_%°:]|\.[a-z])", re.IGNORECASE
 )
+
+NO_JSON = 'not JSON of the form {"out_caption": "...", "relations": [{"relation_1": "..."}, ...]}'
 
 
 class PlanError(ValueError):
@@ -98,9 +99,13 @@ def arranged(references, instruction: str) -> list:
             f"the instruction has {len(pieces) - 1} times <image>, but {len(references)} "
             f"references are given; name each once, or none"
         )
-    items = [item for pair in zip(pieces, [*references, ""]) for item in pair]
-    items = [item.strip() if isinstance(item, str) else item for item in items]
-    return [item for item in items if item != ""]
+    items = []
+    for text, picture in zip(pieces, [*references, None]):
+        if text.strip():
+            items.append(text.strip())
+        if picture is not None:
+            items.append(picture)
+    return items
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def to_json(plan: ICCoT) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# reading, strictly
+# reading
 
 
 def parse(text: str, references: int | None = None) -> ICCoT:
@@ -145,33 +150,35 @@ def parse(text: str, references: int | None = None) -> ICCoT:
     With `references`, the plan must have that many relations, and they may name no image beyond it.
     PlanError says what is wrong and at which character.
     """
-    position = _skip_space(text, 0)
-    wrapped = text.startswith("<think>", position)
-    if wrapped:
-        position = _skip_space(text, position + len("<think>"))
-    caption, position = _field(text, position, "out_caption")
-    relations = []
-    while text.startswith(f"<relation_{len(relations) + 1}>", position):
-        start = position
-        relation, position = _field(text, position, f"relation_{len(relations) + 1}")
-        for match in _absent(text[start:position], references):
-            message = f"a relation names image {match[1]}, but {_there_are(references)}"
-            _fail(text, start + match.start(), message)
-        relations.append(relation)
-    read = len(relations)
-    if references is not None and read < references and not _stray(text, position):
-        missing = f"<relation_{read + 1}> is missing: {_there_are(references)}"
-        _fail(text, position, f"{missing}, each needs a relation, found {read}")
-    if wrapped:
-        if not text.startswith("</think>", position):
-            _fail(text, position, _unexpected(text, position, "</think>", relations=read))
-        position = _skip_space(text, position + len("</think>"))
-    if position < len(text):
-        _fail(text, position, _unexpected(text, position, "the end", relations=read))
-    if references is not None and read > references:
-        first = text.index(f"<relation_{references + 1}>")
-        _fail(text, first, f"{read} relations for {references} reference images")
-    return ICCoT(caption, tuple(relations))
+    start = re.match(r"\s*(<think>\s*)?", text)
+    position, fields = start.end(), []
+
+    def fail(message, place):
+        raise PlanError(f"{message} (at character {place}: {text[place : place + 40]!r})")
+
+    while True:
+        name = f"relation_{len(fields)}" if fields else "out_caption"
+        field = re.compile(rf"<{name}>(.*?)</{name}>\s*", re.DOTALL).match(text, position)
+        if field is None:
+            break
+        if tag := TAG.search(field[1]):
+            fail(f"the tag {tag[0]} stands inside <{name}>", field.start(1) + tag.start())
+        if not field[1].strip():
+            fail(f"<{name}> is empty", position)
+        if references is not None and len(fields) > references:
+            fail(f"<{name}> is one too many: {_there_are(references)}", position)
+        for image in _absent(field[1], references) if fields else []:
+            message = f"a relation names image {image[1]}, but {_there_are(references)}"
+            fail(message, field.start(1) + image.start())
+        fields.append(field[1].strip())
+        position = field.end()
+    if not fields or references is not None and len(fields) <= references:
+        reason = f": {_there_are(references)}, each needs a relation" if fields else ""
+        fail(f"<{name}>...</{name}> should stand here{reason}", position)
+    closing = "</think>" if start[1] else ""
+    if text[position:].rstrip() != closing:
+        fail(f"{closing or 'the end'} should stand here", position)
+    return ICCoT(fields[0], tuple(fields[1:]))
 
 
 def is_valid(text: str, references: int) -> bool:
@@ -184,96 +191,21 @@ def is_valid(text: str, references: int) -> bool:
 
 
 def from_json(text: str, references: int | None = None) -> ICCoT:
-    """Read `to_json`'s form strictly; PlanError otherwise."""
+    """Read `to_json`'s form, by the rules of `parse`; PlanError otherwise."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"the plan is not JSON: {error}") from None
-    if not isinstance(value, dict) or set(value) != {"out_caption", "relations"}:
-        raise PlanError('a JSON plan needs exactly the keys "out_caption" and "relations"')
-    if not isinstance(value["relations"], list):
-        raise PlanError(
-            '"relations" must be a list of {"relation_1": ...}, {"relation_2": ...}, ...'
-        )
-    relations = []
-    for i, item in enumerate(value["relations"], 1):
-        if not isinstance(item, dict) or set(item) != {f"relation_{i}"}:
-            raise PlanError(
-                f'item {i} of "relations" must be {{"relation_{i}": ...}}, found {json.dumps(item)}'
-            )
-        relations.append(item[f"relation_{i}"])
-    fields = [("out_caption", value["out_caption"])]
-    fields += [(f"relation_{i}", relation) for i, relation in enumerate(relations, 1)]
-    for name, field in fields:
-        if not isinstance(field, str) or not field.strip():
-            raise PlanError(f'"{name}" must be a sentence, found {json.dumps(field)}')
-    plan = ICCoT(value["out_caption"].strip(), tuple(relation.strip() for relation in relations))
-    return parse(render(plan), references)  # the same rules as the tag form
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
-
-
-def _field(text: str, position: int, name: str) -> tuple[str, int]:
-    """Read `<name>text</name>` at `position`: the stripped text, and where what follows begins."""
-    opening, closing = f"<{name}>", f"</{name}>"
-    if not text.startswith(opening, position):
-        _fail(text, position, _unexpected(text, position, opening, relations=-1))
-    start = position + len(opening)
-    tag = TAG.search(text, start)
-    if tag is None or (tag.group() != closing and closing not in text[start:]):
-        _fail(text, position, f"{opening} is never closed")
-    if tag.group() != closing:
-        _fail(text, tag.start(), f"the tag {tag.group()} stands inside {opening}")
-    content = text[start : tag.start()].strip()
-    if not content:
-        _fail(text, position, f"{opening} is empty")
-    return content, _skip_space(text, tag.end())
-
-
-def _stray(text: str, position: int) -> bool:
-    """Whether something other than `</think>` or the end follows: the clearer complaint."""
-    return position < len(text) and not text.startswith("</think>", position)
-
-
-def _unexpected(text: str, position: int, wanted: str, *, relations: int) -> str:
-    """Say what stands at `position` where `wanted` should.
-
-    relations: how many were read; -1: none could be.
-    """
-    if position >= len(text):
-        return f"{wanted} is missing: the text ends here"
-    tag = TAG.match(text, position)
-    if tag is None:
-        return f"there is text outside the tags where {wanted} should be"
-    number = re.fullmatch(r"<relation_(\d+)>", tag.group())
-    if relations < 0 and number:
-        if wanted not in text:
-            return f"{wanted} is missing"
-        return f"{tag.group()} is out of order: {wanted} should come first"
-    if relations >= 0:
-        if tag.group() == "<out_caption>" or number and int(number[1]) <= relations:
-            return f"{tag.group()} occurs twice"
-        if number:
-            return f"{tag.group()} is out of order: <relation_{relations + 1}> should come first"
-    return f"{tag.group()} stands where {wanted} should be"
-
-
-def _fail(text: str, position: int, message: str) -> NoReturn:
-    """Raise PlanError with the message and the place it speaks of."""
-    snippet = text[position : position + 40]
-    raise PlanError(f"{message} (at character {position}: {snippet!r})")
-
-
-# --------------------------------------------------------------------------------------------------
-# reading, leniently
+        record = json.loads(text)
+        relations = [item[f"relation_{i}"] for i, item in enumerate(record["relations"], 1)]
+        written = ICCoT(record["out_caption"], tuple(relations))
+        plan = ICCoT(written.caption.strip(), tuple(relation.strip() for relation in relations))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{NO_JSON}: {error!r}") from None
+    if to_record(written) != record:
+        raise PlanError(f"{NO_JSON}, without other keys")
+    return parse(render(plan), references)
 
 
 def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, list[str]]:
-    """What can be saved from any text, and a list of what was missing or repaired. Never raises.
+    """What can be saved from any text, and what was wrong with it. Never raises.
 
     Returns (plan, []) for a text that `parse` takes, and (None, notes) when there is no caption.
     Relations that are missing between others, or up to `references`, are "" in the plan; those
@@ -283,16 +215,16 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
         return parse(text, references), []
     except PlanError as error:
         notes = [str(error)]
-    fields = _loose_tags(text, notes)
+    fields = _loose_fields(text)
     caption = fields.pop("out_caption", "")
     if not caption:
         return None, notes + ["no caption"]
     numbers = {int(name.split("_")[1]): relation for name, relation in fields.items()}
     count = max(numbers, default=0) if references is None else references
+    relations = tuple(numbers.get(i, "") for i in range(1, count + 1))
     for number in sorted(numbers):
         if not 1 <= number <= count:
             notes.append(f"relation_{number} dropped: {_there_are(count)}")
-    relations = tuple(numbers.get(i, "") for i in range(1, count + 1))
     for i, relation in enumerate(relations, 1):
         if not relation:
             notes.append(f"relation_{i} is missing")
@@ -301,39 +233,24 @@ def salvage(text: str, references: int | None = None) -> tuple[ICCoT | None, lis
     return ICCoT(caption, relations), notes
 
 
-def _loose_tags(text: str, notes: list[str]) -> dict[str, str]:
-    """Fields between tags of any case, closed and opened or not; the first of duplicates counts."""
-    fields: dict[str, str] = {}
-    tags = list(LOOSE_TAG.finditer(text))
-    ends = [tag.start() for tag in tags[1:]] + [len(text)]
-    previous = None  # name of the last tag when it was an opening one
-    before = text[: tags[0].start()] if tags else text  # text between the last tag and this one
-    for tag, end in zip(tags, ends):
+def _loose_fields(text: str) -> dict[str, str]:
+    """{name: text} between tags of any case, opened and closed or not; of two the first counts.
+
+    The text between two tags is that of the first if it opens a field, else of the second if it
+    closes one.
+    """
+    fields, opened, start = {}, "", 0
+    for tag in LOOSE_TAG.finditer(text + "</think>"):
         name = re.sub(r"[ -]", "_", tag[2].lower()).replace("outcaption", "out_caption")
         name = re.sub(r"relation_?0*(\d)", r"relation_\1", name)
-        if name != "think":
-            if not tag[1]:  # <name>: its text runs to the next tag, whichever that is
-                _keep(fields, name, text[tag.end() : end], notes=notes)
-                closed = LOOSE_TAG.match(text, end)
-                if not (closed and closed[1]):
-                    notes.append(f"<{name}> was not closed")
-            # </name> alone: its text runs back to the last tag
-            elif previous is None and name not in fields:
-                notes.append(f"</{name}> was not opened")
-                _keep(fields, name, before, notes=notes)
-        previous = name if not tag[1] and name != "think" else None
-        before = text[tag.end() : end]
+        owner = opened or (name if tag[1] else "think")
+        # without tags of other kinds, and without one that the end of the text cut off
+        content = re.sub(r"</?[\w ]*$", "", text[start : tag.start()])
+        content = " ".join(TAG.sub(" ", content).split())
+        if owner != "think" and content:
+            fields.setdefault(owner, content)
+        opened, start = "" if tag[1] or name == "think" else name, tag.end()
     return fields
-
-
-def _keep(fields: dict[str, str], name: str, content: str, *, notes: list[str]) -> None:
-    """Store a cleaned field unless it is empty or a duplicate."""
-    content = re.sub(r"</?[\w ]*$", "", content)  # a closing tag cut off by the end of the text
-    content = " ".join(TAG.sub(" ", content).split())
-    if name in fields:
-        notes.append(f"{name} occurs twice, the first one counts")
-    elif content:
-        fields[name] = content
 
 
 def _absent(relation: str, references: int | None) -> list[re.Match]:

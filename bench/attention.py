@@ -3,9 +3,9 @@ Attention over the packs that this project is made of, and causal and full ones 
 
     python -m bench attention
 
-On a GPU: the Triton kernel against FlexAttention (with our tile lists, and as BAGEL's training code
-builds its masks), our pieces of SDPA, and PyTorch's SDPA where it needs no dense mask. The output
-and all gradients are compared with float64 before anything is timed. TFLOP/s count visible pairs,
+On a GPU: the Triton kernel against FlexAttention, with masks as BAGEL's training code builds them,
+our pieces of SDPA, and PyTorch's SDPA where it needs no dense mask. The output and all gradients
+are compared with float64 before anything is timed. TFLOP/s count visible pairs,
 
     forward  4 pairs H D        backward  2.5 times that        (D of each head, H heads)
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.timing import IMAGE, VIT, best_of, first_line, gpu_best_of
+from bench.timing import best_of, gpu_best_of
 from kernels.attention import attention, reference
 from kernels.mask import Mask
 from kernels.tiles import classify_tiles
@@ -30,6 +30,7 @@ from sequence import Layout, Sequence
 from vision import Reference
 
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128  # BAGEL-7B
+IMAGE, VIT = 4096, 4900  # latent and ViT tokens of a picture of 1024 x 1024
 LONGEST = 1 << 14  # tokens of a run; the position tables of the cases are that large
 
 
@@ -45,26 +46,25 @@ def runs(sequence, *sizes):
         if size > 0:
             sequence.text([0] * n)
         else:
-            image = Reference(torch.empty(n, 0), (1, n), None, (0, 0))
-            sequence.image(image, vit=False)
+            sequence.image(Reference(torch.empty(n, 0), (1, n), None, (0, 0)), vit=False)
 
 
-def forest(build):
-    """Mask of what `build` lays out."""
-    sequence = Sequence(Layout(0, 1, 2, 3, LONGEST, LONGEST))
-    build(sequence)
+def new_sequence():
+    return Sequence(Layout(0, 1, 2, 3, LONGEST, LONGEST))
+
+
+def document(*sizes):
+    """Mask of one document of these runs."""
+    sequence = new_sequence()
+    with sequence.document():
+        runs(sequence, *sizes)
     return sequence.pack().mask
 
 
-def one_run(sequence, size):
-    """One document of one run, causal or (negative) bidirectional."""
-    with sequence.document():
-        runs(sequence, size)
-
-
-def bagel_pack(sequence, tokens=36864):
+def bagel_pack(tokens=36864):
     """Training samples until the pack is full: an edit with a reference, text to image, a question
     about a picture."""
+    sequence = new_sequence()
     shapes = [(-IMAGE - 2, -1371, 60, -IMAGE - 2), (150, -IMAGE - 2), (-VIT - 2, 400)]
     for shape in shapes * 9:
         if sequence.length + sum(map(abs, shape)) > tokens:
@@ -73,10 +73,12 @@ def bagel_pack(sequence, tokens=36864):
             runs(sequence, *shape[:-1])
             with sequence.branch():
                 runs(sequence, shape[-1])
+    return sequence.pack().mask
 
 
-def tree(sequence, prompt, plans=8, *, plan=300, steps=4, image=1024):
+def tree(*prompt, plans=8, plan=300, steps=4, image=1024):
     """A group of the update: `plans` branches of a plan and the noised pictures of its steps."""
+    sequence = new_sequence()
     with sequence.document():
         runs(sequence, *prompt)
         for _ in range(plans):
@@ -85,11 +87,12 @@ def tree(sequence, prompt, plans=8, *, plan=300, steps=4, image=1024):
                 for _ in range(steps):
                     with sequence.branch():
                         runs(sequence, -image)
+    return sequence.pack().mask
 
 
 def decoding(members=32, prompt=36864, room=256):
     """One step: a query a member at the end of its own slots, on the prompt that all share."""
-    sequence = Sequence(Layout(0, 1, 2, 3, LONGEST, LONGEST))
+    sequence = new_sequence()
     with sequence.document():
         runs(sequence, prompt)
         for _ in range(members):
@@ -103,11 +106,11 @@ def decoding(members=32, prompt=36864, room=256):
 def attention_cases():
     """{name: Mask} of everything that is measured."""
     return {
-        "causal 16k": forest(partial(one_run, size=16384)),
-        "full 16k": forest(partial(one_run, size=-16384)),
-        "BAGEL pack 36k": forest(bagel_pack),
-        "edit tree": forest(partial(tree, prompt=(-1026, -VIT, 60))),
-        "text-to-image tree": forest(partial(tree, prompt=(120,))),
+        "causal 16k": document(16384),
+        "full 16k": document(-16384),
+        "BAGEL pack 36k": bagel_pack(),
+        "edit tree": tree(-1026, -VIT, 60),
+        "text-to-image tree": tree(120),
         "decode 32 on 36k": decoding(),
     }
 
@@ -177,7 +180,7 @@ def attention_on_gpu(config):
     print(f"matmul of 8192^3 in bfloat16, the ceiling: {ceiling:.0f} TFLOP/s")
     result = {"matmul": ceiling}
     for name, mask in attention_cases().items():
-        result |= one_case(name, mask, g, repeats=config.repeats)
+        result |= measure(name, mask, g, config.repeats)
     return result
 
 
@@ -187,62 +190,45 @@ def draw(generator, *shape):
     return x.requires_grad_()
 
 
-def one_case(name, mask, generator, *, repeats):
+def measure(name, mask, generator, repeats):
     """Correctness first, then the speeds of all rivals on one mask."""
     pairs, mask = visible_pairs(mask), mask.to("cuda")
     queries, keys = len(mask.q_hi), len(mask.k_hi)
     q = draw(generator, queries, HEADS, HEAD_DIM)  # (Nq, H, D)
     k = draw(generator, keys, KEY_HEADS, HEAD_DIM)  # (Nk, K, D)
     v = draw(generator, keys, KEY_HEADS, HEAD_DIM)  # (Nk, K, D)
-    rivals, builders = attention_rivals(name, (q, k, v), mask)
-    check_attention(name, (q, k, v), mask)
+    check(name, (q, k, v), mask)
+    build_flex = flex_mask_as_bagel_builds_it(mask)
+    rivals = {
+        "triton": partial(attention, q, k, v, mask, "triton"),
+        "sdpa by pieces": partial(attention, q, k, v, mask, "sdpa"),
+        "flex, BAGEL": flex_rival((q, k, v), build_flex),
+    }
+    if name.endswith("16k"):
+        rivals["sdpa"] = partial(plain_sdpa, (q, k, v), name.startswith("causal"))
+    builders = {"our lists": partial(build_lists, mask, q, k), "BAGEL's mask": build_flex}
     forward = gpu_best_of(repeats, {key: torch.no_grad()(run) for key, run in rivals.items()})
-    backward = {}
+    both = {}
     if not name.startswith("decode"):
-        both = {key: with_backward(run, (q, k, v)) for key, run in rivals.items()}
+        gradient = torch.randn_like(q)
+        both = {
+            key: partial(with_backward, run, (q, k, v), gradient) for key, run in rivals.items()
+        }
         both = gpu_best_of(repeats, both)
-        known = [key for key in both if None not in (both[key], forward[key])]
-        backward = {key: both[key] - forward[key] for key in known}
-    masks = {key: ms for key, ms in gpu_best_of(repeats, builders).items() if ms is not None}
-    print(
-        f"{name}: {queries} queries, {keys} keys, {pairs:.2e} visible pairs; masks, ms: "
-        + ", ".join(f"{key} {ms:.2f}" for key, ms in masks.items())
-    )
+    print(f"{name}: {queries} queries, {keys} keys, {pairs:.2e} visible pairs; masks, ms:")
+    for key, ms in gpu_best_of(repeats, builders).items():
+        print(f"  {key:18s}" + (f"{ms:.2f}" if ms else "-"))
     flop, result = 4 * pairs * HEADS * HEAD_DIM, {}
-    for key in rivals:
-        times = (forward.get(key), 1), (backward.get(key), 2.5)
-        speeds = [factor * flop / ms / 1e9 if ms else None for ms, factor in times]
-        print_speeds(key, speeds, forward[key])
+    for key, ms in forward.items():
+        speeds = [None, None]
+        if ms:
+            speeds[0] = flop / ms / 1e9
+        if ms and both.get(key):
+            speeds[1] = 2.5 * flop / (both[key] - ms) / 1e9
+        words = ["-" if speed is None else f"{speed:.0f}" for speed in speeds]
+        print(f"  {key:18s}forward {words[0]:>6s}   backward {words[1]:>6s}")
         result[f"{name}, {key}"] = speeds
     return result
-
-
-def print_speeds(rival, speeds, ms):
-    """One line: TFLOP/s forward and backward, milliseconds forward."""
-    words = ["-" if speed is None else f"{speed:.0f}" for speed in speeds]
-    line = f"  {rival:18s}forward {words[0]:>6s}   backward {words[1]:>6s}   "
-    print(line + (f"({ms:.3f} ms)" if ms else ""))
-
-
-def attention_rivals(name, inputs, mask):
-    """({rival: attention of q, k, v under the mask}, {rival: what builds its masks})."""
-    q, k, _ = inputs
-    rivals = {
-        "triton": partial(attention, *inputs, mask, "triton"),
-        "flex, our lists": partial(attention, *inputs, mask, "flex"),
-        "sdpa by pieces": partial(attention, *inputs, mask, "sdpa"),
-    }
-    builders = {"our lists": partial(build_lists, mask, q, k)}
-    if name.endswith("16k"):
-        rivals["sdpa"] = partial(plain_sdpa, inputs, name.startswith("causal"))
-    build = flex_mask_as_bagel_builds_it(mask)
-    try:
-        compiled = torch.compile(flex_attention, dynamic=True)
-        rivals["flex, BAGEL"] = partial(plain_flex, inputs, compiled, build())
-        builders["BAGEL's mask"] = build
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        print(f"  flex, BAGEL: {first_line(error)}")
-    return rivals, builders
 
 
 def flex_mask_as_bagel_builds_it(mask):
@@ -258,10 +244,17 @@ def flex_mask_as_bagel_builds_it(mask):
     )
 
 
-def plain_flex(inputs, compiled, block_mask):
-    """FlexAttention with a BlockMask."""
-    out = compiled(*batch_of_one(inputs), block_mask=block_mask, enable_gqa=True)
-    return out[0].transpose(0, 1)  # (Nq, H, D)
+def flex_rival(inputs, build):
+    """FlexAttention with a BlockMask, which is made on the first call."""
+    compiled, made = torch.compile(flex_attention, dynamic=True), []
+
+    def run():
+        if not made:
+            made.append(build())
+        out = compiled(*batch_of_one(inputs), block_mask=made[0], enable_gqa=True)
+        return out[0].transpose(0, 1)  # (Nq, H, D)
+
+    return run
 
 
 def plain_sdpa(inputs, is_causal):
@@ -276,27 +269,26 @@ def batch_of_one(inputs):
     return [x.transpose(0, 1)[None] for x in inputs]  # (1, heads, N, D)
 
 
-def with_backward(run, inputs):
-    """A function that runs `run` and takes the gradients of q, k and v."""
-    gradient = torch.randn_like(inputs[0])
-    return lambda: torch.autograd.grad(run(), inputs, gradient)
+def with_backward(run, inputs, gradient):
+    """Run, and take the gradients of q, k and v."""
+    return torch.autograd.grad(run(), inputs, gradient)
 
 
-def check_attention(name, inputs, mask, *, rows=64):
+def check(name, inputs, mask, *, rows=64):
     """ValueError unless the Triton kernel is right about some rows and their gradients.
 
     The output of a few rows, and all gradients if only these rows have one, against float64.
     """
     q, k, v = inputs
-    some = torch.linspace(0, len(mask.q_hi) - 1, rows, device=q.device).long().unique()  # (rows,)
-    part = Mask(mask.q_hi[some], mask.k_hi, mask.positions()[some])
-    do = torch.zeros_like(q).index_copy_(0, some, torch.randn_like(q[some]))  # (Nq, H, D)
+    rows = torch.linspace(0, len(q) - 1, rows, device=q.device).long().unique()  # (rows,)
+    part = Mask(mask.q_hi[rows], mask.k_hi, mask.positions()[rows])
+    do = torch.zeros_like(q).index_copy_(0, rows, torch.randn_like(q[rows]))  # (Nq, H, D)
     out = attention(q, k, v, mask, "triton")
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), do)
-    exact = [x.detach().double().requires_grad_() for x in (q[some], k, v)]
+    exact = [x.detach().double().requires_grad_() for x in (q[rows], k, v)]
     expected = reference(*exact, part)
-    expected = (expected, *torch.autograd.grad(expected, exact, do[some].double()))
-    for what, got, right in zip(("out", "dq", "dk", "dv"), (out[some], dq[some], dk, dv), expected):
+    expected = (expected, *torch.autograd.grad(expected, exact, do[rows].double()))
+    for what, got, right in zip(("out", "dq", "dk", "dv"), (out[rows], dq[rows], dk, dv), expected):
         error = ((got.double() - right).norm() / right.norm()).item()
         if not error < 1e-2:
             raise ValueError(f"{name}: {what} of the Triton kernel is wrong by {error:.1e}")

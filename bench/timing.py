@@ -4,8 +4,7 @@ The least time of rivals, in alternating rounds, so that a noisy machine is nois
     best_of(5, {"naive": naive, "tree": tree})          CPU seconds, or those of another clock
     gpu_best_of(5, {"triton": ours, "flex": flex})      milliseconds on the GPU
 
-A figure is the best of its rounds: what disturbs a measurement only ever adds to it. Beside them
-stands what several regimes share: the tokens of a picture at 1024 px, names for JSON.
+A figure is the best of its rounds: what disturbs a measurement only ever adds to it.
 Not a concept of the paper. Left out: means, deviations, percentiles.
 """
 
@@ -13,7 +12,6 @@ import time
 
 import torch
 
-IMAGE, VIT = 4096, 4900  # latent and ViT tokens of a picture of 1024 x 1024
 CALLS = 5  # of a function between two events of the GPU
 
 
@@ -38,7 +36,7 @@ def gpu_best_of(repeats, rivals):
             torch.cuda.synchronize()
             best[name] = float("inf")
         except (RuntimeError, ValueError, AssertionError) as error:
-            print(f"  {name}: {first_line(error)}")
+            print(f"  {name}: {str(error)[:100]!r}")
             best[name] = None
     for _ in range(repeats):
         for name in [name for name, value in best.items() if value is not None]:
@@ -51,16 +49,3 @@ def gpu_best_of(repeats, rivals):
             end.synchronize()
             best[name] = min(best[name], start.elapsed_time(end) / CALLS)
     return best
-
-
-def first_line(error):
-    """The start of an error's text, for a rival that cannot run here."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
-
-
-def as_keys(figures, digits):
-    """{name: rounded figure} with names of words joined by "_": what --json prints."""
-    return {
-        name.replace(",", "").replace(" ", "_"): round(figure, digits)
-        for name, figure in figures.items()
-    }

@@ -29,10 +29,8 @@ import math
 import os
 
 import torch
-from torch.nn.attention import flex_attention as flex
 
 from kernels.sdpa import sdpa_attention
-from kernels.tiles import classify_tiles, compact
 from kernels.triton_attention import has_kernel, interpreted, triton_attention
 from kernels.triton_kernels import triton
 
@@ -77,82 +75,19 @@ def reference(q, k, v, mask):
 
 
 # --------------------------------------------------------------------------------------------------
-# FlexAttention, for comparison
-
-
-def flex_block_mask(mask, block=128):
-    """FlexAttention's BlockMask from the same vectors and classes of tiles; nothing Nq x Nk."""
-    key = ("flex", block)
-    if key not in mask.cache:
-        q_hi, q_pos, k_hi = mask.q_hi, mask.positions(), mask.k_hi
-        whole, partly = classify_tiles(q_hi, q_pos, k_hi, 1, block, block)
-        (full, full_count), (part, part_count) = compact(whole), compact(partly)
-
-        def visible(batch, head, i, j):
-            return (j < q_hi[i]) & (q_pos[i] < k_hi[j])
-
-        mask.cache[key] = flex.BlockMask.from_kv_blocks(
-            part_count[None, None, :, 0],  # (1, 1, row tiles)
-            part[None, None],  # (1, 1, row tiles, key tiles)
-            full_count[None, None, :, 0],
-            full[None, None],
-            BLOCK_SIZE=block,
-            mask_mod=visible,
-            seq_lengths=(len(q_hi), len(k_hi)),
-        )
-    return mask.cache[key]
-
-
-_compiled_flex = None
-
-
-def flex_attention(q, k, v, mask):
-    """FlexAttention, compiled on a GPU. q (Nq, H, D), k and v (Nk, K, D) -> (Nq, H, D).
-
-    ValueError where it would need a gradient on a CPU.
-    """
-    global _compiled_flex
-    function = flex.flex_attention
-    if q.is_cuda:
-        function = _compiled_flex = _compiled_flex or torch.compile(function, dynamic=True)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("attention back end 'flex' has no gradient on a CPU; use 'sdpa' here.")
-    else:
-        # it looks at requires_grad, not at the grad mode
-        q, k, v = q.detach(), k.detach(), v.detach()
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, D)
-    out = function(q, k, v, block_mask=flex_block_mask(mask), enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)  # (Nq, H, D)
-
-
-# --------------------------------------------------------------------------------------------------
 # Dispatch
 
-BACKENDS = ("triton", "sdpa", "flex", "reference")
-_forced = None
-
-
-def set_backend(name):
-    """Force a back end for this process, one of BACKENDS; None: choose automatically again."""
-    global _forced
-    _check_name(name)
-    _forced = name
-
-
-def _check_name(name):
-    if name is not None and name not in BACKENDS:
-        raise ValueError(
-            f"attention back end {name!r} is unknown; expected one of {', '.join(BACKENDS)}."
-        )
-
-
-set_backend(os.environ.get("REALIGN_ATTENTION") or None)
+BACKENDS = ("triton", "sdpa", "reference")
 
 
 def choose_backend(device, dtype=torch.bfloat16, head_dim=128):
-    """(name, reason) of the back end that attention() uses when its caller names none."""
-    if _forced is not None:
-        return _forced, "as asked"
+    """(name, reason) of the back end that attention() uses when its caller names none.
+
+    REALIGN_ATTENTION in the environment forces one of BACKENDS.
+    """
+    forced = os.environ.get("REALIGN_ATTENTION")
+    if forced:
+        return forced, "as REALIGN_ATTENTION says"
     if torch.device(device).type != "cuda":
         return "sdpa", f"on {torch.device(device).type}"
     if triton is None:
@@ -162,11 +97,9 @@ def choose_backend(device, dtype=torch.bfloat16, head_dim=128):
     return "triton", "on cuda"
 
 
-def describe_backend(device=None):
+def describe_backend():
     """One line for the start of a run: which back end attention uses, and why."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, reason = choose_backend(device)
+    name, reason = choose_backend("cuda" if torch.cuda.is_available() else "cpu")
     return f"attention: {name} ({reason})"
 
 
@@ -189,15 +122,11 @@ def _check(q, k, v, mask):
 
 
 def _check_triton(q):
-    if triton is None or not (q.is_cuda or interpreted()):
+    if triton is None or not (q.is_cuda or interpreted()) or not has_kernel(q.dtype, q.shape[2]):
         raise ValueError(
-            "attention back end 'triton' needs Triton and a CUDA device (or TRITON_INTERPRET=1); "
-            "use 'sdpa' here."
-        )
-    if not has_kernel(q.dtype, q.shape[2]):
-        raise ValueError(
-            f"attention back end 'triton' has no kernel for {q.dtype} with head_dim {q.shape[2]}; "
-            f"it does float32, float16 and bfloat16 up to 256; use 'sdpa'."
+            f"attention back end 'triton' cannot run here: {q.dtype}, head_dim {q.shape[2]}, on "
+            f"{q.device.type}. It needs Triton, a CUDA device (or TRITON_INTERPRET=1), float32, "
+            f"float16 or bfloat16, and head_dim up to 256; use 'sdpa'."
         )
 
 
@@ -220,10 +149,9 @@ class ShapesOfAttention(torch.autograd.Function):
 def attention(q, k, v, mask, backend=None):
     """softmax(q k^T / sqrt(D)) v under the mask; differentiable.
 
-    q (Nq, H, D), k and v (Nk, K, D), K divides H -> (Nq, H, D). backend: one of BACKENDS for this
-    call; None: the one set by set_backend, REALIGN_ATTENTION, or the device.
-    ValueError if shapes, types or mask do not fit each other, or if the back end is unknown or
-    cannot run here.
+    q (Nq, H, D), k and v (Nk, K, D), K divides H -> (Nq, H, D). backend: one of BACKENDS; None:
+    see choose_backend. ValueError if shapes, types or mask do not fit each other, or if the back
+    end is unknown or cannot run here.
     """
     if q.is_meta:  # shapes without memory (runtime/accountant.py): no mask is read
         return ShapesOfAttention.apply(q, k, v)
@@ -231,11 +159,12 @@ def attention(q, k, v, mask, backend=None):
     name = backend or choose_backend(q.device, q.dtype, q.shape[2])[0]
     if name == "sdpa":
         return sdpa_attention(q, k, v, mask)
-    if name == "flex":
-        return flex_attention(q, k, v, mask)
     if name == "reference":
         return reference(q, k, v, mask)
-    _check_name(name)
+    if name != "triton":
+        raise ValueError(
+            f"attention back end {name!r} is unknown; expected one of {', '.join(BACKENDS)}."
+        )
     _check_triton(q)
     return triton_attention(q, k, v, mask)
 

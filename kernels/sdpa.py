@@ -47,11 +47,21 @@ class Piece(NamedTuple):
     whole: bool
 
 
+class Call(NamedTuple):
+    """One call: B pieces of so many rows. keys: a slice of them, or None: they are fetched.
+
+    bias: (B, 1, rows, keys), or None: all is seen.
+    """
+
+    count: int
+    rows: int
+    keys: slice | None
+    bias: torch.Tensor | None
+
+
 class Schedule(NamedTuple):
     """The calls of one attention, see `make_schedule`.
 
-    calls    of (B, rows, slice of the keys or None: they are fetched, bias (B, 1, rows, keys) or
-             None: all is seen)
     order    the rows of all calls, one after another, padding included
     fetch    the keys of all calls that fetch them, one after another
     lengths  keys that each call fetches, of all its pieces together
@@ -59,10 +69,10 @@ class Schedule(NamedTuple):
     empty    (Nq,) bool, the rows that see nothing, or None
     """
 
-    calls: list
+    calls: list[Call]
     order: torch.Tensor
     fetch: torch.Tensor
-    lengths: list
+    lengths: list[int]
     restore: torch.Tensor
     empty: torch.Tensor | None
 
@@ -72,21 +82,21 @@ def sdpa_attention(q, k, v, mask):
     if "sdpa" not in mask.cache:
         mask.cache["sdpa"] = make_schedule(mask)
     schedule = mask.cache["sdpa"]
-    queries = _rows(q, schedule.order).split([rows * count for count, rows, *_ in schedule.calls])
+    queries = _rows(q, schedule.order).split([call.count * call.rows for call in schedule.calls])
     # those of a call that takes a slice are empty
-    fetched = [_rows(x, schedule.fetch).split(schedule.lengths) for x in (k, v)]
+    keys, values = (_rows(x, schedule.fetch).split(schedule.lengths) for x in (k, v))
     outputs = []
-    for query, key, value, (count, _, direct, bias) in zip(queries, *fetched, schedule.calls):
-        if direct is not None:
-            key, value = k[direct], v[direct]
+    for query, key, value, call in zip(queries, keys, values, schedule.calls):
+        if call.keys is not None:
+            key, value = k[call.keys], v[call.keys]
         # (B, H, rows, D), (B, K, keys, D), (B, K, keys, D)
         query, key, value = (
-            x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value)
+            x.unflatten(0, (call.count, -1)).transpose(1, 2) for x in (query, key, value)
         )
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = None if call.bias is None else call.bias.to(q.dtype)
         out = _one_call(query, key, value, bias)  # (B, H, rows, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * rows, H, D)
-    del queries, query, fetched, key, value  # what follows needs as much memory
+    del queries, query, keys, key, values, value  # what follows needs as much memory
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     del outputs
     out = _rows(out, schedule.restore)  # (Nq, H, D)
@@ -94,16 +104,16 @@ def sdpa_attention(q, k, v, mask):
 
 
 def _one_call(query, key, value, bias):
-    """Attention of (B, H, rows, D) to (B, K, keys, D), (B, H, rows, D)."""
-    many = query.shape[1] // key.shape[1]  # query heads of a key head
-    if many == 1 or query.shape[2] > FEW:
-        how = dict(attn_mask=bias, enable_gqa=many > 1)
-        return F.scaled_dot_product_attention(query, key, value, **how)
+    """Attention of (B, H, rows, D) to (B, K, keys, D) -> (B, H, rows, D)."""
+    group = query.shape[1] // key.shape[1]  # query heads of a key head
+    sdpa = F.scaled_dot_product_attention
+    if group == 1 or query.shape[2] > FEW:
+        return sdpa(query, key, value, attn_mask=bias, enable_gqa=group > 1)
     # few rows: keys are repeated for each query head; so let these be more rows of one head
-    folded = query.unflatten(1, (-1, many)).flatten(2, 3)  # (B, K, many * rows, D)
-    bias = None if bias is None else bias.repeat(1, 1, many, 1)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias)
-    return out.unflatten(2, (many, -1)).flatten(1, 2)  # (B, H, rows, D)
+    folded = query.unflatten(1, (-1, group)).flatten(2, 3)  # (B, K, group * rows, D)
+    bias = None if bias is None else bias.repeat(1, 1, group, 1)
+    out = sdpa(folded, key, value, attn_mask=bias)
+    return out.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, rows, D)
 
 
 def _rows(x, index):
@@ -111,42 +121,43 @@ def _rows(x, index):
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])  # (n, heads, D)
 
 
+# --------------------------------------------------------------------------------------------------
+# the schedule
+
+
 def make_schedule(mask):
     """What to compute together, on the device of the mask."""
     q_hi, k_hi = mask.q_hi.cpu().numpy(), mask.k_hi.cpu().numpy()
     q_pos = mask.positions().cpu().numpy()
-    pieces = [_piece(*ends, q_hi, k_hi, q_pos) for ends in _cut(q_hi, k_hi, q_pos)]
+    pieces = [_piece(begin, end, q_hi, k_hi, q_pos) for begin, end in _cut(q_hi, k_hi, q_pos)]
     calls, order, fetch, offset = [], [], [], 0
-    restore, empty = np.zeros(len(q_hi), np.int64), np.zeros(len(q_hi), dtype=bool)
+    restore, empty = np.zeros(len(q_hi), np.int64), np.zeros(len(q_hi), bool)
     for batch in _batch(_merge(pieces)):
         height, width = _shape(batch)
         rows = np.zeros((len(batch), height), np.int64)
         keys = np.zeros((len(batch), width), np.int64)
-        visible = None if _is_whole(batch) else np.zeros((len(batch), height, width), dtype=bool)
-        for b, (begin, end, seen, _) in enumerate(batch):
-            inside = np.arange(begin, end)
-            rows[b, : len(inside)], keys[b, : len(seen)] = inside, seen
-            restore[begin:end] = offset + b * height + inside - begin
+        visible = None if _is_whole(batch) else np.zeros((len(batch), height, width), bool)
+        for b, piece in enumerate(batch):
+            inside = np.arange(piece.begin, piece.end)
+            rows[b, : len(inside)], keys[b, : len(piece.keys)] = inside, piece.keys
+            restore[inside] = offset + b * height + np.arange(len(inside))
             if visible is not None:
-                pairs = (seen < q_hi[begin:end, None]) & (q_pos[begin:end, None] < k_hi[seen])
-                visible[b, : len(inside), : len(seen)] = pairs
-                empty[begin:end] = ~pairs.any(1)
-        direct = _slice(keys.ravel()) if len(k_hi) <= VIEW * keys.size else None
+                below, behind = q_hi[inside, None], k_hi[piece.keys]
+                pairs = (piece.keys < below) & (q_pos[inside, None] < behind)  # (rows, keys)
+                visible[b, : len(inside), : len(piece.keys)] = pairs
+                empty[inside] = ~pairs.any(1)
+        seen = keys.ravel()
+        in_a_row = (seen[1:] == seen[:-1] + 1).all() and len(k_hi) <= VIEW * len(seen)
+        view = slice(int(seen[0]), int(seen[-1]) + 1) if in_a_row else None
         bias = None if visible is None else _bias(visible).to(mask.device)
-        calls.append((len(batch), height, direct, bias))
+        calls.append(Call(len(batch), height, view, bias))
         order.append(rows.ravel())
-        fetch.append(keys.ravel() if direct is None else keys[:0].ravel())
+        fetch.append(seen[:0] if in_a_row else seen)
         offset += rows.size
-    lengths = [len(x) for x in fetch]
+    lengths = [len(keys) for keys in fetch]
     vectors = np.concatenate(order), np.concatenate(fetch), restore, empty
     order, fetch, restore, empty = (torch.from_numpy(x).to(mask.device) for x in vectors)
     return Schedule(calls, order, fetch, lengths, restore, empty if empty.any() else None)
-
-
-def _slice(keys):
-    """Keys (n,) as a slice, where each is the one before plus one; else None."""
-    neighbours = (keys[1:] == keys[:-1] + 1).all()
-    return slice(int(keys[0]), int(keys[-1]) + 1) if neighbours else None
 
 
 def _bias(visible):
@@ -164,12 +175,11 @@ def _cut(q_hi, k_hi, q_pos):
     picture = np.concatenate([[False], together]) | np.concatenate([together, [False]])
     edge = (own[1:] != own[:-1]) | (~together & (picture[1:] | picture[:-1]))
     cuts = [0, *(np.flatnonzero(edge) + 1).tolist(), len(q_hi)]
-    return [
-        (first, min(first + size, end))
-        for begin, end in zip(cuts, cuts[1:])
-        for size in [end - begin if picture[begin] else TEXT]
-        for first in range(begin, end, size)
-    ]
+    pieces = []
+    for begin, end in zip(cuts, cuts[1:]):
+        size = end - begin if picture[begin] else TEXT
+        pieces += [(first, min(first + size, end)) for first in range(begin, end, size)]
+    return pieces
 
 
 def _piece(begin, end, q_hi, k_hi, q_pos):
@@ -177,11 +187,6 @@ def _piece(begin, end, q_hi, k_hi, q_pos):
     keys = np.flatnonzero(k_hi[: q_hi.max()] > q_pos.min())
     whole = len(keys) > 0 and keys[-1] < q_hi.min() and q_pos.max() < k_hi[keys].min()
     return Piece(begin, end, keys, bool(whole))
-
-
-def _cost(rows, keys, *, whole, count=1):
-    """Of one call on `count` pieces, in scores."""
-    return CALL + count * (rows + FETCH) * keys * (1 if whole else BIASED)
 
 
 def _shape(batch):
@@ -194,8 +199,16 @@ def _is_whole(batch):
     return all(p.whole for p in batch) and len({(p.end - p.begin, len(p.keys)) for p in batch}) == 1
 
 
-def _cost_of(batch):
-    return _cost(*_shape(batch), whole=_is_whole(batch), count=len(batch))
+def _fits(batch):
+    """Whether the bias of a batch is bounded."""
+    rows, keys = _shape(batch)
+    return _is_whole(batch) or rows * keys * len(batch) <= MAX_BIAS
+
+
+def _cost(batch):
+    """Of one call on a batch, in scores."""
+    rows, keys = _shape(batch)
+    return CALL + len(batch) * (rows + FETCH) * keys * (1 if _is_whole(batch) else BIASED)
 
 
 def _merge(pieces):
@@ -203,14 +216,12 @@ def _merge(pieces):
     merged = pieces[:1]
     for piece in pieces[1:]:
         above = merged[-1]
-        seen = np.zeros(max(p.keys[-1] + 1 if len(p.keys) else 0 for p in (above, piece)), bool)
-        seen[above.keys], seen[piece.keys] = True, True
+        seen = np.zeros(max([0, *above.keys[-1:], *piece.keys[-1:]]) + 1, bool)
+        seen[above.keys] = seen[piece.keys] = True
         keys = np.flatnonzero(seen)
-        rows = piece.end - above.begin
         same = len(keys) == len(above.keys) == len(piece.keys)
         joined = Piece(above.begin, piece.end, keys, same and above.whole and piece.whole)
-        fits = joined.whole or rows * len(keys) <= MAX_BIAS
-        if fits and _cost_of([joined]) < _cost_of([above]) + _cost_of([piece]):
+        if _fits([joined]) and _cost([joined]) < _cost([above]) + _cost([piece]):
             merged[-1] = joined
         else:
             merged.append(piece)
@@ -221,10 +232,9 @@ def _batch(pieces):
     """Group pieces of similar size, so that padding them to one shape wastes little."""
     batches = []
     for piece in sorted(pieces, key=lambda p: (p.end - p.begin, len(p.keys)), reverse=True):
-        joined = [*batches[-1], piece] if batches else []
-        if joined and (_is_whole(joined) or np.prod(_shape(joined)) * len(joined) <= MAX_BIAS):
-            if _cost_of(joined) <= _cost_of(batches[-1]) + _cost_of([piece]):
-                batches[-1] = joined
-                continue
-        batches.append([piece])
+        joined = [*batches[-1], piece] if batches else [piece]
+        if batches and _fits(joined) and _cost(joined) <= _cost(batches[-1]) + _cost([piece]):
+            batches[-1] = joined
+        else:
+            batches.append([piece])
     return batches

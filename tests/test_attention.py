@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch.nn.attention.flex_attention import create_block_mask
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -338,40 +337,23 @@ def test_lists_hold_each_tile_once_whole_ones_first():
 def test_cut_lists_cover_every_entry_once(extra, monkeypatch):
     monkeypatch.setattr(tiles, "MIN_PIECE", 1)
     random = torch.Generator().manual_seed(extra)
-    for lengths in (
-        torch.randint(0, 50, (12,), generator=random),
-        torch.tensor([400, 1, 0, 2]),
-        torch.zeros(3).long(),
-    ):
-        counts = torch.stack([(lengths * 0.6).long(), lengths], 1).int()
-        work, pieces = tiles.cut_lists(counts, extra)
-        assert work.shape == (len(lengths) + extra, 5)
-        items = [item for item in work.tolist() if item[0] >= 0]
-        for t, (n_whole, n_all) in enumerate(counts.tolist()):
-            mine = sorted([item for item in items if item[0] == t], key=lambda item: item[1])
-            # each entry once, in order
-            assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all))
-            assert all(i[1] <= i[2] <= i[3] and i[2] == min(max(n_whole, i[1]), i[3]) for i in mine)
-            first, number = pieces[t].tolist()
-            assert len(mine) == max(number, 1) and number != 1
-            assert [i[4] for i in mine] == (list(range(first, first + number)) if number else [-1])
-        assert max([i[4] for i in items] + [-1]) < max(2 * extra, 1)
-        if extra:
-            assert max(i[3] - i[1] for i in items) <= -(-int(lengths.sum()) // extra)
-        sizes = [i[3] - i[1] for i in items]
-        assert sizes == sorted(sizes, reverse=True)
-
-
-def test_block_mask_for_flex_is_that_of_create_block_mask():
-    mask = mask_of([text(300, image(200), image(200, text(90))), text(150, image(140))])
-    ours = A.flex_block_mask(mask)
-    theirs = create_block_mask(ours.mask_mod, 1, 1, *ours.seq_lengths, device="cpu")
-    for kind in ("kv", "full_kv"):
-        numbers = getattr(ours, f"{kind}_num_blocks")
-        assert torch.equal(numbers, getattr(theirs, f"{kind}_num_blocks"))
-        for t, n in enumerate(numbers[0, 0].tolist()):
-            mine, other = (getattr(x, f"{kind}_indices")[0, 0, t, :n] for x in (ours, theirs))
-            assert torch.equal(mine.sort().values, other.sort().values)
+    lengths = torch.cat([torch.randint(0, 50, (12,), generator=random), torch.tensor([400, 1, 0])])
+    counts = torch.stack([(lengths * 0.6).long(), lengths], 1).int()
+    work, pieces = tiles.cut_lists(counts, extra)
+    assert work.shape == (len(lengths) + extra, 5)
+    items = [item for item in work.tolist() if item[0] >= 0]
+    for t, (n_whole, n_all) in enumerate(counts.tolist()):
+        mine = sorted([item for item in items if item[0] == t], key=lambda item: item[1])
+        # each entry once, in order
+        assert [e for i in mine for e in range(i[1], i[3])] == list(range(n_all))
+        assert all(i[1] <= i[2] <= i[3] and i[2] == min(max(n_whole, i[1]), i[3]) for i in mine)
+        first, number = pieces[t].tolist()
+        assert len(mine) == max(number, 1) and number != 1
+        assert [i[4] for i in mine] == (list(range(first, first + number)) if number else [-1])
+    assert max([i[4] for i in items] + [-1]) < max(2 * extra, 1)
+    sizes = [i[3] - i[1] for i in items]
+    assert sizes == sorted(sizes, reverse=True)
+    assert not extra or sizes[0] <= -(-int(lengths.sum()) // extra)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,6 +369,10 @@ def test_masks(name):
     assert_close(found, exact(data, mask), TOLERANCE[torch.float32])
     if name == "bagel":  # once more: the same bits
         assert all(map(torch.equal, found, results(data, mask, "triton")))
+    if name == "padded":  # rows that see nothing, keys that nobody sees
+        empty, unseen = ~mask.dense().any(1), ~mask.dense().any(0)
+        assert empty.sum() == 33 and not found.out[empty].any() and not found.dq[empty].any()
+        assert not found.dk[unseen].any() and not found.dv[unseen].any()
 
 
 @needs_kernel
@@ -433,42 +419,6 @@ def test_lists_cut_into_pieces_change_nothing_but_rounding(monkeypatch):
     assert (T.forward_lists(members, q, k)[2][:, 1] > 1).any()
     expected = A.reference(q.double(), k.double(), v.double(), members)
     assert_close([A.attention(q, k, v, members, "triton")], [expected], TOLERANCE[torch.float32])
-
-
-@needs_kernel
-def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
-    mask = padded()
-    empty = ~mask.dense().any(1)
-    unseen = ~mask.dense().any(0)
-    out, dq, dk, dv = results(tensors(mask), mask, "triton")
-    assert empty.sum() == 33 and not out[empty].any() and not dq[empty].any()
-    assert not dk[unseen].any() and not dv[unseen].any()
-
-
-@needs_kernel
-def test_tree_in_one_call_equals_its_branches_run_alone():
-    prompt, plans, images = 14, (6, 3), (9, 7)
-    tree = mask_of([text(prompt, *[text(n, *[image(m) for m in images]) for n in plans])])
-    data = tensors(tree)
-    tree_results = results(data, tree, "triton")
-    sums = [torch.zeros_like(x) for x in tree_results]
-    seen, start = torch.zeros(len(data.q), dtype=torch.bool), prompt
-    for n in plans:
-        plan, position = list(range(start, start + n)), start + n
-        for m in images:
-            rows = torch.tensor([*range(prompt), *plan, *range(position, position + m)])
-            alone = mask_of([text(prompt + n, image(m))])
-            own = torch.where(seen[rows], 0, 1).to(DEVICE)  # shared rows get their gradient once
-            seen[rows] = True
-            q, k, v = (x.detach()[rows].requires_grad_() for x in data[:3])
-            part = Inputs(q, k, v, data.gradient[rows] * own[:, None, None])
-            for total, x in zip(sums, results(part, alone, "triton")):
-                total[rows] += x
-            out = A.attention(q, k, v, alone.to(DEVICE), "triton")
-            torch.testing.assert_close(out, tree_results.out[rows], atol=1e-6, rtol=1e-5)
-            position += m
-        start = position
-    assert_close(sums[1:], tree_results[1:], 1e-6)
 
 
 @needs_kernel
@@ -539,64 +489,37 @@ def test_sdpa_computes_little_that_nobody_sees(monkeypatch):
     monkeypatch.setattr(sdpa, "TEXT", 16)
     after = [image(80), text(60)]
     mask = mask_of([image(60, image(40, text(12, *after))) for _ in range(2)])
-    calls, _, _, lengths, *_ = sdpa.make_schedule(mask)
-    computed = sum(
-        rows * (count * (direct.stop - direct.start) if direct else length)
-        for (count, rows, direct, _), length in zip(calls, lengths)
-    )
+    schedule, computed = sdpa.make_schedule(mask), 0
+    for call, fetched in zip(schedule.calls, schedule.lengths):
+        viewed = call.count * (call.keys.stop - call.keys.start) if call.keys else 0
+        computed += call.rows * (fetched + viewed)
     assert computed <= 1.2 * mask.dense().sum()
-    biased = sum(bias.numel() for *_, bias in calls if bias is not None)
+    biased = sum(call.bias.numel() for call in schedule.calls if call.bias is not None)
     assert 0 < biased < len(mask.q_hi) ** 2 / 6
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["bagel", "decoding", "padded"])
-def test_flex_equals_the_reference(name):
-    mask = MASKS[name]()
-    q, k, v, _ = tensors(mask)
-    with torch.no_grad():
-        out = A.attention(q, k, v, mask.to(DEVICE), "flex")
-        expected = A.reference(q.double(), k.double(), v.double(), mask.to(DEVICE))
-        assert_close([out], [expected], 1e-5)
-    if not CUDA:
-        with pytest.raises(ValueError, match="no gradient on a CPU"):
-            A.attention(q, k, v, mask, "flex")
-
-
-@pytest.fixture
-def automatic_backend():
-    """No back end forced; afterwards the environment's again."""
-    A.set_backend(None)
-    yield
-    A.set_backend(os.environ.get("REALIGN_ATTENTION") or None)
-
-
-def test_dispatch(automatic_backend):
+def test_dispatch(monkeypatch):
+    monkeypatch.delenv("REALIGN_ATTENTION", raising=False)
     assert A.choose_backend("cpu")[0] == "sdpa"
-    assert A.describe_backend("cpu") == "attention: sdpa (on cpu)"
     if triton is not None:
         assert A.choose_backend("cuda")[0] == "triton"
         assert A.choose_backend("cuda", torch.float64)[0] == "sdpa"
-    A.set_backend("reference")
-    assert A.describe_backend("cpu") == "attention: reference (as asked)"
-    with pytest.raises(ValueError, match="expected one of triton, sdpa, flex, reference"):
-        A.set_backend("tritron")
+    monkeypatch.setenv("REALIGN_ATTENTION", "reference")
+    assert A.describe_backend() == "attention: reference (as REALIGN_ATTENTION says)"
 
 
 def test_bad_input_is_named():
     mask = mask_of([text(5)])
     q, k, v, _ = tensors(mask)
-    with pytest.raises(ValueError, match="multiple of K"):
-        A.attention(q[:, :3], k, v, mask)
-    with pytest.raises(ValueError, match="the mask is for 5 queries"):
-        A.attention(q[:4], k, v, mask)
-    with pytest.raises(ValueError, match="expected one type"):
-        A.attention(q, k.double(), v, mask)
-    if not CUDA and T.interpreted():
-        with pytest.raises(ValueError, match="no kernel for torch.float64"):
-            A.attention(q.double(), k.double(), v.double(), mask, "triton")
-    with pytest.raises(ValueError, match="unknown"):
-        A.attention(q, k, v, mask, "cudnn")
+    for inputs, backend, message in (
+        ((q[:, :3], k, v), None, "multiple of K"),
+        ((q[:4], k, v), None, "the mask is for 5 queries"),
+        ((q, k.double(), v), None, "expected one type"),
+        ((q.double(), k.double(), v.double()), "triton", "cannot run here: torch.float64"),
+        ((q, k, v), "cudnn", "unknown; expected one of triton, sdpa, reference"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            A.attention(*inputs, mask.to(DEVICE), backend)
 
 
 @needs_kernel

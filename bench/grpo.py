@@ -16,6 +16,7 @@ Letters: sequence.py. Left out: rewards, several processes, rollouts with guidan
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -43,7 +44,6 @@ class Case:
     plan_tokens: int
     side: int
     group_size: int
-    window: int = 2
 
 
 @dataclass
@@ -52,17 +52,10 @@ class Contest:
 
     engine: Engine
     config: grpo.Config
-    rollout: tree.Rollout  # for the updates, with latents drawn at random
+    rollout: tree.Rollout  # of one group, for the updates, with latents drawn at random
+    prompt: Prompt
     reward: torch.Tensor  # (1, G)
     generator: torch.Generator
-
-    @property
-    def grid(self):
-        return self.rollout.grid
-
-    @property
-    def prompt(self):
-        return self.rollout.prompts[0]
 
 
 def toy_prompt(generator):
@@ -97,26 +90,22 @@ def bench_grpo(config):
         contest = prepare(case, config.seed, generator)
         print(
             f"{name}: prompt {len(contest.prompt)} tokens, {case.group_size} members, "
-            f"plans of {case.plan_tokens}, {case.window} trained steps"
+            f"plans of {case.plan_tokens}, {contest.config.window} trained steps"
         )
         for phase, faster in measure(contest, config.repeats).items():
             result[f"{name.split(',')[0]}_{phase}_speedup"] = round(faster, 2)
-    toy = {f"{phase}_speedup": result[f"toy_{phase}_speedup"] for phase in ("update", "rollout")}
-    return toy | result
+    return result
 
 
 def measure(contest, repeats):
     """Prints a line a phase; returns {phase: how many times faster the tree is}."""
-    model, counted, result = contest.engine.model, {}, {}
+    model, tokens, result = contest.engine.model, {}, {}
     alone, together = kept_for_backward(contest)
 
-    def counting(key, rival):
-        def call():
-            model.tokens = 0
-            rival(contest)
-            counted[key] = f"{model.tokens:,}"
-
-        return call
+    def count_tokens(name, rival):
+        before = model.tokens
+        rival(contest)
+        tokens[name] = model.tokens - before
 
     rivals = {
         "rollout, naive": naive_rollout,
@@ -124,15 +113,16 @@ def measure(contest, repeats):
         "update, naive": naive_update,
         "update, tree": tree_update,
     }
-    best = best_of(repeats, {key: counting(key, rival) for key, rival in rivals.items()})
+    calls = {name: partial(count_tokens, name, rival) for name, rival in rivals.items()}
+    best = best_of(repeats, calls)
     for phase in ("rollout", "update"):
         naive, shared = f"{phase}, naive", f"{phase}, tree"
         result[phase] = best[naive] / best[shared]
-        line = f"  {phase:8s} naive {best[naive]:7.2f} s  tree {best[shared]:7.2f} s  "
-        line += f"{result[phase]:5.1f} times faster; tokens {counted[naive]} and {counted[shared]}"
-        if phase == "update":
-            line += f", kept for backward {alone / 1e6:.1f} and {together / 1e6:.1f} MB"
-        print(line)
+        print(
+            f"  {phase:8s} naive {best[naive]:7.2f} s  tree {best[shared]:7.2f} s  "
+            f"{result[phase]:5.1f} times faster; tokens {tokens[naive]:,} and {tokens[shared]:,}"
+        )
+    print(f"  kept for backward {alone / 1e6:.1f} and {together / 1e6:.1f} MB")
     return result
 
 
@@ -147,7 +137,7 @@ def prepare(case, seed, generator):
         max_plan_tokens=case.plan_tokens,
         picture_side=case.side,
         group_size=case.group_size,
-        window=case.window,
+        window=2,
         prompts_per_step=1,
         tokens_per_pack=4096,
         updates=1,
@@ -158,32 +148,25 @@ def prepare(case, seed, generator):
     config = grpo.Config(config="toy", **grpo.PRESETS["toy"] | options)
     prompt, size = case.prompt(generator), case.group_size
     plans = [random_words(case.plan_tokens, WORDS, generator) for _ in range(size)]
-    rollout = random_rollout(engine, prompt, plans, config=config, generator=generator)
-    reward = torch.randn(1, size, generator=generator)
-    return Contest(engine, config, rollout, reward, generator)
-
-
-def random_rollout(engine, prompt, plans, *, config, generator):
-    """What the update needs of a rollout of one group."""
-    shape, size = engine.model.config, config.group_size
-    grid = shape.picture_grid(config.picture_side, config.picture_side)
-    sizes = (config.window, size, grid[0] * grid[1], shape.token_channels)
-    x = torch.randn(sizes, generator=generator)  # (S, G, T, C)
+    grid = case.shape.picture_grid(case.side, case.side)
+    sizes = (config.window, 1, size, grid[0] * grid[1], case.shape.token_channels)
+    x = torch.randn(sizes, generator=generator)  # (S, P, G, T, C)
     times = flow.time_grid(config.num_timesteps, config.timestep_shift)[1 : config.window + 2]
-    x_next = x + 0.1 * torch.randn(sizes, generator=generator)  # (S, G, T, C)
-    return tree.Rollout(
+    rollout = tree.Rollout(
         prompts=[prompt],
         plans=plans,
         captions=["x"] * size,
         ended=[True] * size,
         images=[],
         grid=grid,
-        x=x[:, None],  # (S, P, G, T, C)
-        target=x_next[:, None],
+        x=x,
+        target=x + 0.1 * torch.randn(sizes, generator=generator),
         t=times[:-1, None],  # (S, P)
         t_next=times[1:, None],
         log_prob=torch.zeros(1, size, config.window),
     )
+    reward = torch.randn(1, size, generator=generator)
+    return Contest(engine, config, rollout, prompt, reward, generator)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,8 +179,8 @@ def naive_rollout(contest):
     thinking = Thinking(contest.config.max_plan_tokens, 1.0)
     for _ in range(contest.config.group_size):
         plans, _ = engine.think([prompt], thinking, generators=[generator])
-        branch = Branch(plans[0], (engine.start(contest.grid, generator),))
-        engine.paint([Group(prompt, contest.grid, (branch,))], contest.config.sampler)
+        branch = Branch(plans[0], (engine.start(contest.rollout.grid, generator),))
+        engine.paint([Group(prompt, contest.rollout.grid, (branch,))], contest.config.sampler)
 
 
 def tree_rollout(contest):
@@ -206,8 +189,8 @@ def tree_rollout(contest):
     prompts, thinking = [contest.prompt], Thinking(contest.config.max_plan_tokens, 1.0)
     prefix, generators = engine.prefill(prompts), [generator] * size
     plans, _ = engine.think(prompts, thinking, count=size, generators=generators, prefix=prefix)
-    branches = [Branch(plan, (engine.start(contest.grid, generator),)) for plan in plans]
-    group = Group(contest.prompt, contest.grid, tuple(branches))
+    branches = [Branch(plan, (engine.start(contest.rollout.grid, generator),)) for plan in plans]
+    group = Group(contest.prompt, contest.rollout.grid, tuple(branches))
     engine.paint([group], contest.config.sampler, prefix=prefix)
 
 
@@ -258,9 +241,9 @@ def kept_for_backward(contest):
     outputs = []  # the graphs hang on them
     with live_bytes() as alone:
         outputs.append(model.velocity(packed, model(packed)[1]))
-    found = tree.plant(contest.engine.layout, contest.rollout, 0, config)
+    group = tree.plant(contest.engine.layout, contest.rollout, 0, config)
     with live_bytes() as together:
         outputs.append(
-            tree.policy(model, model.keys_and_values(found.prompt), found.batches[0], config)
+            tree.policy(model, model.keys_and_values(group.prompt), group.batches[0], config)
         )
     return alone.now, together.now

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.timing import as_keys, best_of
+from bench.timing import best_of
 from engine import Branch, Engine, Group, Prompt, Sampler, Thinking
 from model import ModelConfig, UnifiedModel
 from sequence import Sequence
@@ -78,7 +78,7 @@ def bench_model(config):
     print("CPU seconds")
     for name, seconds in ours.items():
         print(f"{name:28s}{seconds:8.3f}")
-    return as_keys(ours, 4)
+    return {name: round(seconds, 4) for name, seconds in ours.items()}
 
 
 def random_prompt(generator, words=40):

@@ -17,23 +17,22 @@ A reward never invents a number: what cannot be loaded or scored raises. A pictu
 be read has the lowest reward of its group. Captions longer than the CLIP can read are counted in
 `truncated`. Letters: sequence.py. Left out: gradients through the reward, other reward models.
 
-    clip = Clip("ViT-L-14:openai");   clip.score(pictures, captions)                     # (B,)
+    clip = Clip("ViT-L-14:openai")
+    rewards = group_rewards(clip, pictures, captions, groups=P)                          # (P, G)
 """
 
 import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-
-from runtime.files import object_of
 
 LOWEST = -2.0  # of any two unit vectors
 BATCH = 64  # pictures or captions at once; bounds the memory, not the result
@@ -56,12 +55,11 @@ class Clip:
     """
 
     def __init__(self, source: str, device: str = "cpu"):
-        """Load it.
+        """Load "architecture:weights" of open_clip, or the folder of a CLIP of one's own.
 
-        source   "architecture:weights" of open_clip: the weights are a tag ("ViT-L-14:openai") or a
-                 .safetensors file in open_clip's layout ("ViT-B-32-quickgelu:file.safetensors" for
-                 OpenAI's, or with their open_clip_config.json beside it);
-                 or the folder of a CLIP of one's own
+        The weights are a tag ("ViT-L-14:openai") or a .safetensors file in open_clip's layout
+        ("ViT-B-32-quickgelu:file.safetensors" for OpenAI's, or with their open_clip_config.json
+        beside it).
         ValueError, FileNotFoundError: unknown name or tag, missing or unsuitable file; OSError: a
         download failed.
         """
@@ -74,15 +72,17 @@ class Clip:
             preprocess = self.model.visual.preprocess_cfg
             self.tokenizer = open_clip.get_tokenizer(name)
         self.model.to(device).float().eval().requires_grad_(False)
-        self.device, self.preprocess, self.truncated = device, preprocess, 0
+        # resize, crop the middle and normalise as the CLIP was trained
+        self.preprocess = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+        self.device, self.truncated = device, 0
 
     @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """PIL pictures of any size and mode -> (B, E)."""
         features = []
         for start in range(0, len(images), BATCH):
-            batch = _pixels(images[start : start + BATCH], self.preprocess, self.device)
-            features.append(self.model.encode_image(batch))
+            batch = [self.preprocess(image) for image in images[start : start + BATCH]]
+            features.append(self.model.encode_image(torch.stack(batch).to(self.device)))
         return _unit(features, "picture")
 
     @torch.no_grad()
@@ -100,20 +100,9 @@ class Clip:
             features.append(self.model.encode_text(tokens.to(self.device)))
         return _unit(features, "caption")
 
-    def score(self, images: list[Image.Image], captions: list[str]) -> Tensor:
-        """The reward of each picture under its own caption, (B,)."""
-        return clip_l2(*self._embed(images, captions))
-
     def clip_out(self, images: list[Image.Image], captions: list[str]) -> Tensor:
         """100 * cosine, (B,): the paper's CLIP_out when the captions are the true ones."""
-        return 100 * cosine(*self._embed(images, captions))
-
-    def _embed(self, images, captions):
-        if len(images) != len(captions):
-            raise ValueError(
-                f"{len(images)} pictures and {len(captions)} captions: each picture needs its own"
-            )
-        return self.embed_images(images), self.embed_captions(captions)
+        return 100 * cosine(self.embed_images(images), self.embed_captions(captions))
 
 
 def group_rewards(
@@ -162,33 +151,6 @@ def _unit(features: list[Tensor], what: str) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def _pixels(images, preprocess: dict, device: str) -> Tensor:
-    """Resize, crop the middle and normalise as the CLIP was trained: (B, 3, size, size)."""
-    size, squash = preprocess["size"], preprocess["resize_mode"] == "squash"
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    fitted = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)  # (h, w, 3)
-        fitted.append(_fit(pixels.permute(2, 0, 1)[None] / 255, size, squash))
-    mean = torch.tensor(preprocess["mean"], device=device).view(3, 1, 1)
-    std = torch.tensor(preprocess["std"], device=device).view(3, 1, 1)
-    return (torch.cat(fitted) - mean) / std
-
-
-def _fit(image: Tensor, size: tuple[int, int], squash: bool) -> Tensor:
-    """A picture (1, 3, h, w) at (1, 3, *size): squashed, or scaled to cover it and cropped."""
-    (height, width), shape = size, image.shape[2:]
-    target = size
-    if not squash:
-        scale = max(height / shape[0], width / shape[1])
-        covering = (int(side * scale + 1e-6) for side in shape)
-        target = tuple(map(max, size, covering))
-    if target != tuple(shape):
-        image = F.interpolate(image, target, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
-    return image[:, :, top : top + height, left : left + width]  # (1, 3, *size)
-
-
 # --------------------------------------------------------------------------------------------------
 # loading
 
@@ -228,22 +190,19 @@ def _quick_gelu(name: str, weights: Path) -> bool:
     can mean both: scores with the wrong activation would only look right.
     """
     beside = weights.with_name("open_clip_config.json")
-    named = open_clip.get_model_config(name).get("quick_gelu", False)
     if beside.is_file():
         try:
-            quick = bool(object_of(beside.read_bytes())["model_cfg"].get("quick_gelu"))
+            return bool(json.loads(beside.read_bytes())["model_cfg"].get("quick_gelu"))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{beside} describes no CLIP ({error}); copy it again") from None
-        if named and not quick:
-            raise ValueError(f"{beside} says without QuickGELU, the name {name} with it")
-        return quick
-    if not named and open_clip.get_model_config(f"{name}-quickgelu"):
+    quick = open_clip.get_model_config(name).get("quick_gelu", False)
+    if not quick and open_clip.get_model_config(f"{name}-quickgelu"):
         raise ValueError(
             f"{weights} does not say which activation it was trained with: write {name}-quickgelu "
             f"for weights of OpenAI, DFN or MetaCLIP; for others copy the open_clip_config.json of "
             f"their repository beside them"
         )
-    return named
+    return quick
 
 
 def _load_folder(folder: Path) -> tuple[torch.nn.Module, dict]:

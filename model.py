@@ -10,6 +10,8 @@ the packed sequence. For a token x with expert e:
     n = RMSNorm_e(x);  q, k, v = W_e n;  q, k = RoPE(RMSNorm_e(q)), RoPE(RMSNorm_e(k))
     x = x + O_e attention(q, k, v)
     x = x + down_e(silu(gate_e(m)) * up_e(m)),  m = RMSNorm_e(x)
+    RMSNorm(x) = weight * x / sqrt(mean(x^2) + eps)     in float32, then cast back; BAGEL's code
+                                                        casts before the weight, a rounding more
 
 In:   text     embedding table
       ViT      connector(eye(patches)) + sin-cos position
@@ -37,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn import RMSNorm
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
@@ -89,11 +92,10 @@ class ModelConfig:
     def __post_init__(self):
         if self.codec not in ("flux", "space_to_depth"):
             raise ValueError(f"codec={self.codec!r}: expected flux or space_to_depth")
-        levels = len(self.vae_multipliers)
-        if self.codec == "flux" and self.codec_factor != 2 ** (levels - 1):
+        pixels = 2 ** (len(self.vae_multipliers) - 1)
+        if self.codec == "flux" and self.codec_factor != pixels:
             raise ValueError(
-                f"codec_factor={self.codec_factor}, but {levels} vae_multipliers make "
-                f"{2 ** (levels - 1)} pixels a latent"
+                f"codec_factor={self.codec_factor}: vae_multipliers make {pixels} pixels a latent"
             )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
@@ -158,19 +160,14 @@ class ModelConfig:
 
     def tokens_of(self, picture: Resized) -> int:
         """Tokens of a reference in a packed sequence, markers included."""
-        tokens = 0
-        for image, side in (
-            (picture.for_codec, self.token_pixels),
-            (picture.for_eye, self.vit_patch),
-        ):
-            if image is not None:
-                tokens += (image.width // side) * (image.height // side) + 2
-        return tokens
+        halves = (picture.for_codec, self.token_pixels), (picture.for_eye, self.vit_patch)
+        return sum(
+            (image.width // side) * (image.height // side) + 2 for image, side in halves if image
+        )
 
     def position_table(self, side: int) -> Tensor:
         """The sin-cos table (side * side, W) of this model, see `sincos_table`."""
-        scale, theta = self.position_scale, self.position_theta
-        return sincos_table(side, self.hidden_size, scale, theta=theta)
+        return sincos_table(side, self.hidden_size, self.position_scale, self.position_theta)
 
     def layout(self, tokenizer) -> Layout:
         """Special token ids and table sides for the sequence builder.
@@ -218,21 +215,6 @@ REHEARSAL = dict(  # BAGEL's but for the widths and depths: the same grids, eye,
 MODELS = {"toy": TOY, "smoke": SMOKE, "small": SMALL, "rehearsal": REHEARSAL, "full": {}}
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) times a weight, in float32 and then cast back: one kernel of a GPU.
-
-    BAGEL's code casts before the weight; with bfloat16 that is a rounding more.
-    """
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class Expert(nn.Module):
     """One of the two sets of weights of a layer."""
 
@@ -277,8 +259,8 @@ class Expert(nn.Module):
 
     def _mlp(self, x):
         """What the MLP adds to x, (n, W) -> (n, W)."""
-        h = self.post_attention_layernorm(x)
-        gate, up = self.gate_proj(h), self.up_proj(h)  # (n, intermediate)
+        m = self.post_attention_layernorm(x)
+        gate, up = self.gate_proj(m), self.up_proj(m)  # (n, intermediate)
         inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, True).mul_(up)
         return self.down_proj(inner)
 
@@ -310,14 +292,16 @@ class Block(nn.Module):
             k, v = take(k, packed.inverse), take(v, packed.inverse)
         own = k, v
         if cache is not None:
-            k, v = write(cache, own, packed.slots)
+            k = cache[0].index_copy_(0, packed.slots, k)
+            v = cache[1].index_copy_(0, packed.slots, v)
         elif prefix is not None:
-            k, v = (take(torch.cat(pair), packed.key_order) for pair in zip(prefix, own))
+            k = take(torch.cat([prefix[0], k]), packed.key_order)
+            v = take(torch.cat([prefix[1], v]), packed.key_order)
+        rows = packed
         if read is not None:
             if not len(read.order):
                 return und, gen, own
-            und, gen = take(und, read.und), take(gen, read.gen)
-        rows = packed if read is None else read
+            rows, und, gen = read, take(und, read.und), take(gen, read.gen)
         if not rows.all_text:
             q = take(q, rows.inverse)
         attended = attention(q, k, v, rows.mask)  # (N, H, D)
@@ -330,16 +314,6 @@ class Block(nn.Module):
         if both:
             gen = self.gen.finish(gen, from_gen)
         return und, gen, own
-
-
-def write(cache, own, slots):
-    """Write the keys and values of a pack into their slots (None: all). Returns the cache."""
-    for stored, x in zip(cache, own):
-        if slots is None:
-            stored.copy_(x)
-        else:
-            stored.index_copy_(0, slots, x)
-    return cache
 
 
 class Cache:
@@ -428,16 +402,13 @@ class UnifiedModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 nn.init.constant_(parameter, gain)
-            elif "norm" in name and parameter.ndim < 2:
-                nn.init.constant_(parameter, float(name.endswith("weight")))
             elif parameter.ndim < 2 or name.startswith("latent_out"):
-                nn.init.zeros_(parameter)
-            if parameter.ndim < 2 or name.startswith("latent_out"):
-                continue
-            std = embeddings.get(name, parameter.shape[1] ** -0.5)
-            if name.endswith(residual):
-                std *= depth
-            nn.init.normal_(parameter, std=std, generator=generator)
+                is_gain = "norm" in name and name.endswith("weight")
+                nn.init.constant_(parameter, 1.0 if is_gain else 0.0)
+            else:
+                std = embeddings.get(name, parameter.shape[1] ** -0.5)
+                std *= depth if name.endswith(residual) else 1
+                nn.init.normal_(parameter, std=std, generator=generator)
         if self.config.codec == "flux":
             self.codec.initialise(generator)
         return self
@@ -536,18 +507,17 @@ class UnifiedModel(nn.Module):
         pack held (at 152,064 classes and 32,768 tokens they would be 20 GB in float32, and as much
         again for their gradient).
         """
+
+        def of_chunk(rows, labels):
+            return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
+
         rows, labels = packed.label_rows, packed.labels
         chunk = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(rows) <= chunk:
-            return self._cross_entropy(und, rows, labels)
-        losses = [
-            checkpoint(self._cross_entropy, und, *part, use_reentrant=False)
-            for part in zip(rows.split(chunk), labels.split(chunk))
-        ]
+            return of_chunk(rows, labels)
+        chunks = zip(rows.split(chunk), labels.split(chunk))
+        losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in chunks]
         return torch.cat(losses)  # (labels,)
-
-    def _cross_entropy(self, und, rows, labels):
-        return F.cross_entropy(self.lm_head(und[rows]).float(), labels, reduction="none")
 
     def encode_reference(self, image: Image.Image, as_inferencer: bool = False) -> Reference:
         """PIL RGB -> Reference, resized as `ModelConfig.resized` says."""
@@ -604,7 +574,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def sincos_table(side: int, width: int, scale: float = 1.0, *, theta: float = 1e4) -> Tensor:
+def sincos_table(side: int, width: int, scale: float = 1.0, theta: float = 1e4) -> Tensor:
     """(side^2, W): row r * side + c is [sin(c w), cos(c w), sin(r w), cos(r w)].
 
     w_j = scale * theta^(-4 j / width) (docs/BAGEL.md §6.3). BAGEL's waves of 6 to 60 thousand
@@ -632,14 +602,11 @@ def parameter_table(model: UnifiedModel) -> dict[str, int]:
         "latent position table": ("latent_positions",),
         "ViT position table": ("vit_positions",),
     }
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    sizes = {name: tensor.numel() for name, tensor in named.items()}
-    table = {
-        part: sum(size for name, size in sizes.items() if any(key in name for key in keys))
-        for part, keys in parts.items()
-    }
-    if sum(table.values()) != sum(sizes.values()):
-        raise KeyError("a parameter belongs to no part of the table, or to two; mend `parts`")
+    table = dict.fromkeys(parts, 0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for part, keys in parts.items():
+            if any(key in name for key in keys):
+                table[part] += tensor.numel()
     return table
 
 

@@ -100,6 +100,10 @@ class Clip:
             features.append(self.model.encode_text(tokens.to(self.device)))
         return _unit(features, "caption")
 
+    def score(self, images: list[Image.Image], captions: list[str]) -> Tensor:
+        """The reward of each picture under its own caption, (B,)."""
+        return clip_l2(self.embed_images(images), self.embed_captions(captions))
+
     def clip_out(self, images: list[Image.Image], captions: list[str]) -> Tensor:
         """100 * cosine, (B,): the paper's CLIP_out when the captions are the true ones."""
         return 100 * cosine(self.embed_images(images), self.embed_captions(captions))

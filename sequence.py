@@ -38,13 +38,13 @@ Letters, here and in the whole project:
     B members or items in one pass            E size of a CLIP embedding
     lower case n, h, w, t: counts, grids and times of the moment
 
-Left out: what two vectors cannot say, namely siblings that later text sees together. What they
-cannot say about one image, a clean copy laid out before its noised copy, is refused when both are
-given the same `name`. docs/tour/mask.png shows the mask of a pack.
+Left out: what two vectors cannot say, namely siblings that later text sees together, and a clean
+image before its own noised copy, which would see it. docs/tour/mask.png shows the mask of a pack.
 """
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +74,11 @@ class Read:
 
     und: Tensor  # (u,) which of the U understanding tokens
     gen: Tensor  # (l,) which of the L latent tokens
+    und_place: Tensor  # (U,) which of `und` each token is; others: 0
+    gen_place: Tensor  # (L,) the same of `gen`
     order: Tensor  # (u + l,) and its inverse: as those of Packed, among these rows alone
     inverse: Tensor
     mask: Mask
-    places: tuple[Tensor, Tensor]  # (U,), (L,): which of `und` and `gen` each token is; others: 0
     all_text = False  # as of Packed: these rows are sorted apart
 
     def spread(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,13 +86,14 @@ class Read:
 
         A part of which nothing is read stays as it is.
         """
-        parts = zip((und, gen), (self.und, self.gen), self.places)
-        return tuple(F.embedding(place, x) if len(read) else x for x, read, place in parts)
+        und = F.embedding(self.und_place, und) if len(self.und) else und
+        gen = F.embedding(self.gen_place, gen) if len(self.gen) else gen
+        return und, gen
 
 
 @dataclass
 class Packed:
-    """One packed sequence, or a subset of its rows (then `slots` holds their places in the whole).
+    """One packed sequence, or a subset of its rows.
 
     Every `*_index` is a row of this pack. The model keeps text rows first, then ViT, then latent
     rows (`order`), so that each expert works on one slice.
@@ -112,15 +114,16 @@ class Packed:
     noised_lengths: tuple[int, ...]  # tokens of each noised image; they sum to M
     positions: Tensor  # (N,) RoPE position of each row
     mask: Mask
-    slots: Tensor | None = None  # (N,) places in the whole sequence, None: row i is slot i
-    # after `cut`: (Nk,) sorts the keys of the prefix and of these rows by slot
-    key_order: Tensor | None = None
-    label_rows: Tensor | None = None  # (labels,) which of the X text tokens predict
-    labels: Tensor | None = None  # (labels,) what they shall predict
+    slots: Tensor  # (N,) places in the whole sequence
+    label_rows: Tensor  # (labels,) which of the X text tokens predict
+    labels: Tensor  # (labels,) what they shall predict
+    # of the whole sequence, not of a subset of its rows:
     kinds: Tensor | None = None  # (N,) index into KINDS
     # (N,) bool: outside all branches and noised images of its document
     shared: Tensor | None = None
     extra: Tensor | None = None  # (N,) bool: in a document that was opened as `extra`
+    # after `cut`: (Nk,) sorts the keys of the prefix and of these rows by slot
+    key_order: Tensor | None = None
     # (N,) row of this pack for each row of the model's residual stream, and the other way round
     order: Tensor = field(init=False)
     inverse: Tensor = field(init=False)
@@ -146,21 +149,23 @@ class Packed:
         With losses, at least one row of each expert that has any: processes that share a model give
         the same weights gradients.
         """
-        und, gen = self.order.split([len(self) - len(self.latent_index), len(self.latent_index)])
-        read = self.noised[:0], self.noised[:0]
-        if losses:
-            labelled = self.noised[:0] if self.label_rows is None else self.label_rows
-            wanted = (labelled, und), (self.noised, gen)
-            one = torch.zeros(1, dtype=torch.long, device=und.device)
-            read = tuple(rows if len(rows) else one[: len(all_)] for rows, all_ in wanted)
-        rows = torch.cat([und[read[0]], gen[read[1]]])  # (u + l,) of this pack
+        parts = self.order.split([len(self) - len(self.latent_index), len(self.latent_index)])
+        read, places, rows = [], [], []
+        for part, wanted in zip(parts, (self.label_rows, self.noised)):  # part: (U,) or (L,)
+            if not losses:
+                wanted = wanted[:0]
+            elif not len(wanted):
+                wanted = torch.zeros_like(part[:1])
+            place = torch.zeros_like(part)
+            place[wanted] = torch.arange(len(wanted), device=part.device)
+            read.append(wanted)
+            places.append(place)
+            rows.append(part[wanted])
+        rows = torch.cat(rows)  # (u + l,) of this pack
         inverse = torch.argsort(rows)
-        places = tuple(torch.zeros_like(x) for x in (und, gen))
-        for place, which in zip(places, read):
-            place[which] = torch.arange(len(which), device=place.device)
         rows = rows[inverse]
         mask = Mask(self.mask.q_hi[rows], self.mask.k_hi, self.mask.positions()[rows])
-        return Read(*read, torch.argsort(inverse), inverse, mask, places)
+        return Read(*read, *places, torch.argsort(inverse), inverse, mask)
 
     def image_of_token(self) -> Tensor:
         """(M,) number of the noised image that each noised token belongs to."""
@@ -187,10 +192,7 @@ class Packed:
         is_noised[self.noised] = True
         whole_vit = [bool(part.any()) for part in vit.split(self.vit_lengths)]
         whole_noised = [bool(part.any()) for part in latent[self.noised].split(self.noised_lengths)]
-        labelled = labels = None
-        if self.labels is not None:
-            kept = text[self.label_rows]
-            labelled, labels = (text.cumsum(0) - 1)[self.label_rows[kept]], self.labels[kept]
+        labelled = text[self.label_rows]
         return Packed(
             text_ids=self.text_ids[text],
             text_index=local[self.text_index[text]],
@@ -208,8 +210,8 @@ class Packed:
             positions=self.positions[rows],
             mask=Mask(self.mask.q_hi[rows], self.mask.k_hi, rows),
             slots=rows,
-            label_rows=labelled,
-            labels=labels,
+            label_rows=(text.cumsum(0) - 1)[self.label_rows[labelled]],
+            labels=self.labels[labelled],
         )
 
     def cut(self) -> tuple["Packed", "Packed"]:
@@ -234,26 +236,19 @@ class Packed:
 
         among: only those of these rows, (N,) bool.
         """
-        found = self.kinds == KINDS.index(kind)
-        return torch.nonzero(found if among is None else found & among).squeeze(1)
+        is_kind = self.kinds == KINDS.index(kind)
+        return torch.nonzero(is_kind if among is None else is_kind & among).squeeze(1)
+
+    @cached_property
+    def _no_rows(self):
+        return self.select(self.slots[:0])
 
     def decoding(self, slots: Tensor, ids: Tensor) -> "Packed":
         """The pack of one decoding step: for each of B members a text token at its slot, (B,)."""
-        none = slots.new_empty(0)
-        return Packed(
+        return replace(
+            self._no_rows,
             text_ids=ids,
             text_index=torch.arange(len(slots), device=slots.device),
-            vit_patches=self.vit_patches[:0],
-            vit_index=none,
-            vit_position_ids=none,
-            vit_lengths=(),
-            latents=self.latents[:0],
-            latent_index=none,
-            latent_position_ids=none,
-            image_of_latent=none,
-            timesteps=self.timesteps[:0],
-            noised=none,
-            noised_lengths=(),
             positions=self.positions[slots],
             mask=Mask(self.mask.q_hi[slots], self.mask.k_hi, slots),
             slots=slots,
@@ -268,7 +263,6 @@ class Sequence:
         self.length = 0
         self.position = 0
         self.frames = []  # open document and branches: [runs that close with it]
-        self.names = []  # clean images on the path from the root, for the order check
         self.text_ids, self.text_index, self.labels, self.label_rows = [], [], [], []
         self.vit, self.latents = [], []  # of each image: first row, tokens, position ids
         self.timesteps, self.is_noised = [], []  # of each image in `latents`
@@ -306,11 +300,9 @@ class Sequence:
     @contextmanager
     def _frame(self):
         self.frames.append([])
-        names = list(self.names)
         yield
         for run in self.frames.pop():
             self.closes[run] = self.length
-        self.names = names
 
     def _run(self, length, kind, causal):
         """Append `length` rows at the current position and return the first one."""
@@ -349,30 +341,24 @@ class Sequence:
     def image(self, reference, vae: bool = True, vit: bool = True) -> None:
         """A clean image: its latents (t = 0), then its ViT patches; each a bidirectional block.
 
-        reference: vision.Reference (latents (n, C) with grid, patches (n, R) with grid, name). A
-        half that is None was dropped as a condition in training: it leaves its position behind (a
+        reference: vision.Reference (latents (n, C) and patches (n, R), each with its grid). A half
+        that is None was dropped as a condition in training: it leaves its position behind (a
         dropped text does not, docs/BAGEL.md §4).
         """
         if vae:
             if reference.latents is not None:
                 self._latents(reference.latents, reference.latent_grid, 0.0, kind="given")
-                self.names += [reference.name] if reference.name is not None else []
             self.position += 1
         if vit:
             if reference.patches is not None:
                 self._patches(reference.patches, reference.patch_grid)
             self.position += 1
 
-    def noise(self, x_t: Tensor, grid, timestep, *, name: str | None = None) -> None:
+    def noise(self, x_t: Tensor, grid, timestep) -> None:
         """A noised image (n, C) at flow time `timestep`: a leaf that sees its path, seen by nobody.
 
-        grid: (h, w) with h w = n. ValueError: a clean copy of this `name` stands before it.
+        grid: (h, w) with h w = n.
         """
-        if name is not None and name in self.names:
-            raise ValueError(
-                f"image {name!r}: its noised copy must come before its clean copy, "
-                "which it would see"
-            )
         with self._frame():
             self._latents(x_t, grid, timestep, kind="noised")
 
@@ -443,6 +429,7 @@ class Sequence:
         row, end = torch.arange(self.length), table[:, 0].cumsum(0)[run]  # (N,)
         causal = causal.bool()
         return dict(
+            slots=row,
             positions=position + torch.where(causal, row - end + length, 0),
             mask=Mask(torch.where(causal, row + 1, end), _long(self.closes)[run]),
             kinds=kind,

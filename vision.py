@@ -94,7 +94,6 @@ class Reference:
     latent_grid: tuple[int, int] | None  # (h, w)
     patches: Tensor | None  # (h * w, R), of a grid of its own
     patch_grid: tuple[int, int] | None  # (h, w)
-    name: str | None = None  # the builder of sequences checks that its noised copies come first
 
     def __len__(self) -> int:
         """Tokens in a packed sequence, markers included."""

@@ -37,8 +37,7 @@ import torch
 # vector), and decoding of several members on one prefix when each member has its own run of cache
 # slots.
 # Not of this form: siblings that later text sees together; a clean image laid out *before* its
-# noised copy; a forest not in depth-first order. Those are bugs of the layout here, and sequence.py
-# refuses them.
+# noised copy; a forest not in depth-first order. sequence.py lays out none of these.
 
 
 class Mask:

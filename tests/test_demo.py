@@ -21,7 +21,7 @@ import grpo
 import iccot
 from engine import Engine, Thinking
 from model import SMOKE, ModelConfig, UnifiedModel
-from reward import Clip, clip_l2
+from reward import Clip
 from runtime.config import UserError, parse
 from runtime.pretrained import load_model, save_model
 from toy.clip import ToyClipSettings, train_toy_clip
@@ -115,8 +115,7 @@ def test_compare_and_group(studio):
     numbers = [words.removeprefix("reward ").partition(":")[0] for _, words in members]
     rewards, advantages = zip(*(map(float, n.split(", advantage ")) for n in numbers))
     assert list(rewards) == sorted(rewards, reverse=True)
-    e = studio.clip.embed_images([image for image, _ in members])
-    expected = clip_l2(e, studio.clip.embed_captions([SAMPLE.plan.caption] * 4))
+    expected = studio.clip.score([image for image, _ in members], [SAMPLE.plan.caption] * 4)
     assert rewards == pytest.approx(expected.tolist(), abs=1e-3)
     trained = grpo.Config(std_floor=CONFIG.std_floor, group_size=4)
     as_trained, _ = grpo.advantages(expected[None], trained)

@@ -41,10 +41,6 @@ def pairs():
     return [sample.target for sample in samples], [sample.plan.caption for sample in samples]
 
 
-def score(clip, images, captions):
-    return reward.clip_l2(clip.embed_images(images), clip.embed_captions(captions))
-
-
 # --------------------------------------------------------------------------------------------------
 # the score
 
@@ -58,7 +54,7 @@ def test_score_equals_float64(clip, pairs):
         u = clip.model.encode_text(open_clip.tokenize(captions, 44)).double().numpy()
     e /= np.linalg.norm(e, axis=1, keepdims=True)
     u /= np.linalg.norm(u, axis=1, keepdims=True)
-    scores, cosine = score(clip, images, captions), (e * u).sum(1)
+    scores, cosine = clip.score(images, captions), (e * u).sum(1)
     np.testing.assert_allclose(scores.numpy(), -np.linalg.norm(e - u, axis=1), atol=1e-6)
     np.testing.assert_allclose(clip.clip_out(images, captions).numpy(), 100 * cosine, atol=1e-4)
     torch.testing.assert_close(clip.embed_images(images).norm(dim=1), torch.ones(12))
@@ -68,12 +64,12 @@ def test_score_equals_float64(clip, pairs):
 def test_each_picture_is_scored_against_its_own_caption(clip, pairs, monkeypatch):
     """Whatever its company, its mode, and the size of a batch."""
     images, captions = pairs
-    scores = score(clip, images, captions)
+    scores = clip.score(images, captions)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(reward, "BATCH", 5)
-    moved = score(clip, [images[i].convert("RGBA") for i in order], [captions[i] for i in order])
+    moved = clip.score([images[i].convert("RGBA") for i in order], [captions[i] for i in order])
     torch.testing.assert_close(moved, scores[order], atol=1e-6, rtol=0)
-    shifted = score(clip, images, captions[1:] + captions[:1])
+    shifted = clip.score(images, captions[1:] + captions[:1])
     assert (shifted - scores).abs().max() > 1e-3
 
 
@@ -210,7 +206,7 @@ def test_training_is_cached_reproducible_and_leaves_the_random_state(folder, tmp
     again = train(tmp_path / "again")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (again / "clip.safetensors").read_bytes() == (folder / "clip.safetensors").read_bytes()
-    assert torch.equal(score(reward.Clip(str(again)), *pairs), score(clip, *pairs))
+    assert torch.equal(reward.Clip(str(again)).score(*pairs), clip.score(*pairs))
     stamp = (again / "clip.safetensors").stat().st_mtime_ns
     assert train(again) == again and (again / "clip.safetensors").stat().st_mtime_ns == stamp
     sentence = "holds a CLIP trained with .*'steps': 2.*delete the folder or choose another"

@@ -32,7 +32,6 @@ Letters: sequence.py. Left out: top-k and beam search; answers about pictures (s
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -119,10 +118,7 @@ class Sampler:
     cache_interval: int = 1  # steps to a pass of the model; in the others v is extrapolated
 
     def __post_init__(self):
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected at least 2 grid points")
-        if not 0 < self.timestep_shift < math.inf:
-            raise ValueError(f"timestep_shift={self.timestep_shift}: expected a number above 0")
+        flow.time_grid(self.num_timesteps, self.timestep_shift)  # ValueError unless it is one
         if self.cache_interval < 1:
             raise ValueError(f"cache_interval={self.cache_interval}: expected 1 (off) or more")
         if not math.isfinite(self.text_guidance) or not math.isfinite(self.image_guidance):
@@ -156,13 +152,14 @@ class Prompt:
 
     def write(self, sequence: Sequence) -> None:
         for item in self.items:
-            sequence.text(item) if is_text(item) else sequence.image(item, vae=self.vae)
+            if is_text(item):
+                sequence.text(item)
+            else:
+                sequence.image(item, vae=self.vae)
 
     def hollow(self) -> "Prompt":
         """The same places without the patches: for packs that leave the prompt out (`cut`)."""
-        items = []
-        for item in self.items:
-            items.append(item if is_text(item) else replace(item, patches=item.patches[:, :0]))
+        items = (x if is_text(x) else replace(x, patches=x.patches[:, :0]) for x in self.items)
         return Prompt(tuple(items), self.vae)
 
     def __len__(self) -> int:
@@ -292,12 +289,6 @@ def draw_noise(lengths: list[int], channels: int, generators: list) -> torch.Ten
     return torch.cat([torch.randn(n, channels, generator=generator) for n, generator in pairs])
 
 
-def draw_uniform(count: int, generators: list) -> torch.Tensor:
-    """(B, count) of [0, 1) in float64 on the CPU, a row from each generator."""
-    rows = [torch.rand(count, generator=each, dtype=torch.float64) for each in generators]
-    return torch.stack(rows)
-
-
 def choose(logits: torch.Tensor, thinking: Thinking, uniform: torch.Tensor | None) -> torch.Tensor:
     """The next token of each row, (B, vocabulary) -> (B,), where the logits are.
 
@@ -347,15 +338,13 @@ class Engine:
 
         Pictures are resized as in BAGEL's inferencer.
         """
-        items = [system] * bool(system) + iccot.arranged(references, instruction)
-        return Prompt(
-            tuple(
-                self.tokenizer.encode(item)
-                if isinstance(item, str)
-                else self.model.encode_reference(item, as_inferencer=True)
-                for item in items
-            )
-        )
+        items = []
+        for item in [system] * bool(system) + iccot.arranged(references, instruction):
+            if isinstance(item, str):
+                items.append(self.tokenizer.encode(item))
+            else:
+                items.append(self.model.encode_reference(item, as_inferencer=True))
+        return Prompt(tuple(items))
 
     @torch.no_grad()
     def prefill(self, prompts: list[Prompt]) -> Cache:
@@ -381,7 +370,8 @@ class Engine:
     ) -> tuple[list[list[int]], list[bool]]:
         """Decode plans for each prompt, all together; the arguments are those of `tokens`.
 
-        Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time.
+        Returns the token ids of each plan, prompt by prompt, and whether it ended with eos in time:
+        two lists of B.
         """
         *_, tokens = self.tokens(
             prompts, thinking, count=count, generators=generators, prefix=prefix
@@ -419,28 +409,32 @@ class Engine:
         cache = Cache(self.model, len(packed))
         cache.take_over(packed.rows_of("given"), prefix)
         uniform = None
-        if thinking.temperature:
+        if thinking.temperature:  # (B, max_tokens) of [0, 1), drawn on the CPU
+            rows = [
+                torch.rand(thinking.max_tokens, generator=each, dtype=torch.float64)
+                for each in generators
+            ]
             wide = torch.float32 if self.device.type == "mps" else torch.float64
-            uniform = draw_uniform(thinking.max_tokens, generators)  # (B, max_tokens)
-            uniform = uniform.to(self.device, wide)
+            uniform = torch.stack(rows).to(self.device, wide)
         slots = torch.tensor(sequence.reserved, device=self.device)  # (B,) of the first tokens
-        fed, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
+        last, eos = torch.full_like(slots, self.layout.bos), self.layout.eos
         tokens = slots.new_full((len(slots), thinking.max_tokens), -1)
         open_rows = torch.arange(len(slots), device=self.device)
         # rows that have ended leave; on a GPU every few tokens, so that the host need not wait
         look = LOOK.get(self.device.type, 1)
         for step in range(thinking.max_tokens):
-            hidden, _ = self.model(packed.decoding(slots[open_rows] + step, fed), cache)  # (B, W)
+            hidden, _ = self.model(packed.decoding(slots[open_rows] + step, last), cache)  # (B, W)
             logits = self.model.lm_head(hidden).float()  # (B, vocabulary)
-            fed = choose(logits, thinking, None if uniform is None else uniform[open_rows, step])
-            tokens[open_rows, step] = fed
+            last = choose(logits, thinking, None if uniform is None else uniform[open_rows, step])
+            tokens[open_rows, step] = last
             yield tokens
             if (step + 1) % look == 0:
                 going = (tokens[open_rows, step + 1 - look : step + 1] != eos).all(1)
-                open_rows, fed = open_rows[going], fed[going]
+                open_rows, last = open_rows[going], last[going]
                 if not len(open_rows):
                     break
 
+    @torch.no_grad()
     def paint(
         self,
         groups: list[Group],
@@ -451,25 +445,6 @@ class Engine:
     ) -> torch.Tensor:
         """Paint a picture for each branch. Returns x (I * T, C), their final latents in order.
 
-        The arguments are those of `steps`.
-        """
-        for x, _ in self.steps(groups, sampler, step=step, prefix=prefix):
-            final = x
-        return final
-
-    @torch.no_grad()
-    def steps(
-        self,
-        groups: list[Group],
-        sampler: Sampler,
-        *,
-        step: Callable | None = None,
-        prefix: Cache | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Paint a picture for each branch, step by step.
-
-        Yields after each step x (I * T, C) and what it was heading for before it, x - t v, which
-        is a picture too: the mean of all that x may still become.
         groups: each branch holds one `Noised`, the noise that its picture starts from.
         `step(k, x, v, t=, t_next=) -> x` replaces the Euler step (GRPO's window of SDE steps).
         prefix: what `prefill` gave for the prompts of these groups.
@@ -495,12 +470,11 @@ class Engine:
                 past = [*past, (t, v)][-CACHED:]
             else:
                 v = flow.extrapolate([time for time, _ in past], [v for _, v in past], t)
-            estimate = x - t * v  # (I * T, C)
             if step is None:
                 x = flow.euler_step(x, v, t, t_next=t_next)
             else:
                 x = step(k, x, v, t=t, t_next=t_next)
-            yield x, estimate
+        return x
 
     def _velocity(self, groups, sampler, lengths, *, prefix):
         """A function (x, t, whether guidance is active) -> the velocity that the sampler follows.
@@ -545,11 +519,11 @@ class Engine:
         Neighbours of one size are decoded together, up to MAX_DECODED pixels at a time.
         """
         config, decoded = self.model.config, []
-        for (h, w), same in itertools.groupby(zip(grids, tokens), operator.itemgetter(0)):
+        for (h, w), same in itertools.groupby(zip(grids, tokens), lambda pair: pair[0]):
             latents = [unpatchify(picture, (h, w), config.latent_patch) for _, picture in same]
             at_once = max(1, MAX_DECODED // (h * w * config.token_pixels**2))
             for part in torch.stack(latents).split(at_once):  # (B, c, h, w)
-                decoded += map(to_pil, self.model.codec.decode(part))
+                decoded += [to_pil(image) for image in self.model.codec.decode(part)]
         return decoded
 
     def generate(
@@ -570,8 +544,7 @@ class Engine:
         """
         results = []
         for begin in tqdm(range(0, len(requests), batch), disable=None, desc="paint", leave=False):
-            part = requests[begin : begin + batch]
-            numbers = seeds[begin : begin + batch]
+            part, numbers = requests[begin : begin + batch], seeds[begin : begin + batch]
             prompts = [self.prompt(r.references, r.instruction, r.system) for r in part]
             plans = [self.tokenizer.encode(r.plan) if r.plan else None for r in part]
             ask = [i for i, plan in enumerate(plans) if plan is None and thinking is not None]

@@ -155,11 +155,9 @@ def time_grid(num_timesteps: int, shift: float) -> Tensor:
     from grid[-2] to 0. ValueError: fewer than 2 points, or a shift of 0 or less.
     """
     if num_timesteps < 2:
-        raise ValueError(
-            f"num_timesteps is {num_timesteps}, but a sampler needs at least 2 grid points (1 step)"
-        )
-    if shift <= 0:
-        raise ValueError(f"the time shift is {shift}, but it must be above 0 (1 means no shift)")
+        raise ValueError(f"num_timesteps={num_timesteps}: expected at least 2 grid points (1 step)")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"timestep_shift={shift}: expected a number above 0 (1 means no shift)")
     grid = shift_time(torch.linspace(1, 0, num_timesteps, dtype=torch.float32), shift)
     # a shift such as 2.294 rounds to 0.9999999, where the SDE's noise level would explode
     grid[0] = 1
@@ -299,17 +297,12 @@ def guide(
                    images left out (None where its scale is 1 or less, since it is not needed)
     image_of_token (N,) and images: with them "global" renormalisation is one length an image
     Returns the guided velocity (N, C). As in the official code, text_scale <= 1 returns v: image
-    guidance alone does nothing. ValueError: a velocity that a scale needs is None.
+    guidance alone does nothing.
     """
     text_scale, image_scale = guidance.text_scale, guidance.image_scale
     if text_scale <= 1:
         return _float(v)[0]
-    if v_text is None or (v_image is None and image_scale > 1):
-        missing = "v_text" if v_text is None else "v_image"
-        raise ValueError(
-            f"{missing} is None, but text_scale {text_scale} and image_scale {image_scale} need it"
-        )
-    v, v_text, v_image = _float(v, v_text, v if v_image is None else v_image)
+    v, v_text, v_image = _float(v, v_text, v if image_scale <= 1 else v_image)
 
     def shrink(guided):  # scale down, never up, towards the length of the unguided velocity
         wanted = _length(v, guidance.renorm, image_of_token, images=images)

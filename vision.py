@@ -82,8 +82,10 @@ class Resized:
 
     def as_tensors(self) -> "Resized":
         """The same pixels as float (3, h, w) in [-1, 1]."""
-        halves = self.for_codec, self.for_eye
-        return Resized(*(None if half is None else to_tensor(half) for half in halves))
+        return Resized(
+            None if self.for_codec is None else to_tensor(self.for_codec),
+            None if self.for_eye is None else to_tensor(self.for_eye),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,15 @@ def open_image(path, name: str | None = None) -> Image.Image:
     EXIF rotation is applied, of an animation it is the first frame, transparency becomes white.
     path: or an open binary file, which errors call `name`. FileNotFoundError, ValueError.
     """
-    name = name or path
     try:
         with Image.open(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"picture not found: {name}; give the path of a PNG, JPEG or WebP file"
-        ) from None
+        raise FileNotFoundError(f"picture not found: {path}") from None
     except BROKEN as error:
         raise ValueError(
-            f"{name} cannot be read as a picture ({error}); expected a whole PNG, JPEG or WebP"
+            f"{name or path} cannot be read as a picture ({error}); expected a PNG, JPEG or WebP"
         ) from None
 
 
@@ -159,15 +158,10 @@ def to_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def resize(image: Image.Image, rule: ResizeRule, images: int = 1) -> Image.Image:
+def resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
     """PIL RGB at the size that `rule` gives it, bicubic with antialiasing."""
-    size = rule.size(*image.size, images)
+    size = rule.size(*image.size)
     return image if size == image.size else image.resize(size, Image.BICUBIC)
-
-
-def transform(image: Image.Image, rule: ResizeRule, images: int = 1) -> Tensor:
-    """PIL RGB -> resized by `rule` -> float (3, h, w) in [-1, 1]."""
-    return to_tensor(resize(image, rule, images))
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:
@@ -266,32 +260,36 @@ def level(channels, out_channels, blocks):
     return nn.ModuleDict({"block": nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))})
 
 
+def apply(blocks, h):
+    """All blocks, one after another."""
+    for block in blocks:
+        h = block(h)
+    return h
+
+
 class FluxEncoder(nn.Module):
     """Image (1, 3, h, w) -> mean and log-variance of its latents, (1, 2 z, h / f, w / f)."""
 
     def __init__(self, config):
         super().__init__()
-        channels = config.vae_channels
-        widths = [channels] + [channels * m for m in config.vae_multipliers]
+        widths = [config.vae_channels * m for m in (1, *config.vae_multipliers)]
         pairs = zip(widths[:-1], widths[1:])
-        self.conv_in = conv3(3, channels)
+        self.conv_in = conv3(3, widths[0])
         self.down = nn.ModuleList(level(a, b, config.vae_blocks) for a, b in pairs)
-        for width, one in list(zip(widths[1:], self.down))[:-1]:
-            one["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+        for stage, width in zip(self.down[:-1], widths[1:]):
+            stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x):
         h = self.conv_in(x)
-        for one in self.down:
-            for block in one["block"]:
-                h = block(h)
-            if "downsample" in one:
+        for stage in self.down:
+            h = apply(stage["block"], h)
+            if "downsample" in stage:
                 # (1, c, h, w) -> (1, c, h / 2, w / 2)
-                h = one["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))
-        for block in self.mid.values():
-            h = block(h)
+                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))
+        h = apply(self.mid.values(), h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -309,20 +307,17 @@ class FluxDecoder(nn.Module):
         self.conv_in = conv3(config.latent_channels, widths[-1])
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList(level(b, a, config.vae_blocks + 1) for a, b in pairs)
-        for width, one in list(zip(widths, self.up))[1:]:
-            one["upsample"] = nn.ModuleDict({"conv": conv3(width, width)})
+        for stage, width in zip(self.up[1:], widths[1:]):
+            stage["upsample"] = nn.ModuleDict({"conv": conv3(width, width)})
         self.norm_out, self.conv_out = group_norm(widths[0]), conv3(widths[0], 3)
 
     def forward(self, z):
-        h = self.conv_in(z)
-        for block in self.mid.values():
-            h = block(h)
-        for one in reversed(self.up):
-            for block in one["block"]:
-                h = block(h)
-            if "upsample" in one:
+        h = apply(self.mid.values(), self.conv_in(z))
+        for stage in reversed(self.up):
+            h = apply(stage["block"], h)
+            if "upsample" in stage:
                 # nearest: (1, c, h, w) -> (1, c, 2 h, 2 w)
-                h = one["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))
+                h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flow
-from engine import Branch, Engine, Group, Noised, Sampler, Thinking, choose, draw_uniform, lay_out
+from engine import Branch, Engine, Group, Noised, Sampler, Thinking, choose, lay_out
 from model import SMOKE, ModelConfig, UnifiedModel
 from runtime.processes import generator
 from toy.prepare import toy_tokenizer
@@ -17,7 +17,7 @@ SAMPLING = Thinking(8, 1.0)
 def test_tokens_come_with_their_probabilities():
     logits = torch.tensor([2.0, 0.5, -1.0, 1.0, -3.0])
     count = 40_000
-    uniform = draw_uniform(count, [generator(0)])[0]
+    uniform = torch.rand(count, generator=generator(0), dtype=torch.float64)
     drawn = choose(logits.expand(count, -1), SAMPLING, uniform)
     found = torch.bincount(drawn, minlength=5) / count
     expected = logits.softmax(0)
@@ -132,9 +132,13 @@ def test_guidance_contexts_are_computed_inside_the_interval_alone(engine):
     group = Group(prompt, grid, tuple(Branch([7, 8, 9], (one,)) for one in noise))
 
     def paint(interval):
-        before = engine.model.tokens
-        sampler = Sampler(5, 3.0, 4.0, 2.0, interval, "text_channel")
-        steps = [x for x, _ in engine.steps([group], sampler)]
+        before, steps = engine.model.tokens, []
+
+        def step(k, x, v, t, t_next):
+            steps.append(flow.euler_step(x, v, t, t_next=t_next))
+            return steps[-1]
+
+        engine.paint([group], Sampler(5, 3.0, 4.0, 2.0, interval, "text_channel"), step=step)
         return steps, engine.model.tokens - before
 
     (always, most), (partly, fewer) = paint((0.0, 1.0)), paint((0.8, 1.0))

@@ -66,24 +66,6 @@ def test_packed_equals_separate(model):
     torch.testing.assert_close(hidden, apart, rtol=1e-10, atol=1e-10)
 
 
-def test_a_branch_equals_its_path_alone(model):
-    """The second leaf of the second plan, computed in the tree and as a document of its own."""
-    packed = build(4)
-    velocity = model.velocity(packed, model(packed)[1])
-    g = torch.Generator().manual_seed(4)
-    noises = [torch.randn(4, 48, generator=g) for _ in range(4)]
-    sequence = Sequence(LAYOUT)
-    with sequence.document():
-        sequence.image(reference(4))
-        sequence.text([9, 6, 7])
-        sequence.text([10, 11, 12])
-        sequence.noise(noises[3], (2, 2), 0.9)
-    alone = sequence.pack()
-    torch.testing.assert_close(
-        velocity[12:16], model.velocity(alone, model(alone)[1]), rtol=1e-10, atol=1e-10
-    )
-
-
 def test_cached_rows_equal_the_whole(model):
     """Prefill, then the noised leaves, then text token by token: the states of one packed pass."""
     packed = build(1, 2)
@@ -211,8 +193,8 @@ def test_the_last_layer_computes_what_is_read(model):
 def test_codec_and_patches_are_lossless():
     image = torch.rand(3, 16, 24) * 2 - 1
     codec = SpaceToDepth(2)
-    assert torch.equal(codec.decode(codec.encode(image)), image)
     latents = codec.encode(image)
+    assert torch.equal(codec.decode(latents), image)
     assert torch.equal(unpatchify(patchify(latents, 2), (4, 6), 2), latents)
     token = patchify(latents, 2)[7]  # row 1, column 1: laid out (patch row, patch column, channel)
     assert torch.equal(token.view(2, 2, 12), latents[:, 2:4, 2:4].permute(1, 2, 0))
@@ -303,8 +285,8 @@ def test_a_cut_pack_equals_the_whole(model):
     prefix = model.keys_and_values(shared)
     hidden = in_order(rest, *model(rest, prefix=prefix))
     torch.testing.assert_close(hidden, outside, rtol=1e-10, atol=1e-10)
-    found = gradients((hidden * weights[rest.slots]).sum())
-    for name, gradient in found.items():
+    cut_gradients = gradients((hidden * weights[rest.slots]).sum())
+    for name, gradient in cut_gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=name)
     assert rest.labels.tolist() == whole.labels.tolist()
     assert rest.text_ids[rest.label_rows].tolist() == whole.text_ids[whole.label_rows].tolist()
@@ -320,18 +302,11 @@ def test_a_cut_pack_equals_the_whole(model):
     [
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),  # transformers 5
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5),
-        ({"rope_scaling": {"type": "default", "factor": 1.0}, "rope_theta": 5e5}, 5e5),
         ({"rope_parameters": None, "rope_scaling": None, "rope_theta": 5e5}, 5e5),
-        (
-            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}},
-            "not scaled",
-        ),
-        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "not scaled"),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn"}}, "not scaled"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "not scaled"),
-        ({"rope_parameters": [5e5]}, "not scaled"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}, "not scaled"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, "expected one value"),
-        ({"rope_parameters": {"rope_type": "default"}}, "expected one value"),
         ({"rope_parameters": {"rope_theta": "5e5"}}, "expected float"),
     ],
 )

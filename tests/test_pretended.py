@@ -57,7 +57,7 @@ def on_both(monkeypatch, do):
     monkeypatch.setattr(loop, "matmul_speed", lambda *_: 1.0)  # made for a GPU
     here = do("cpu")
     with pretended.gpu(monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(attention, "_forced", "sdpa")  # the kernels' interpreter takes minutes
+        patch.setenv("REALIGN_ATTENTION", "sdpa")  # the kernels' interpreter takes minutes
         return here, do("gpu")
 
 

@@ -33,7 +33,6 @@ Left out: streaming from object stores (mount them), captions in other files, vi
     python data.py --check PATH        every record: pictures, relations, references, lengths
 """
 
-import errno
 import functools
 import hashlib
 import io
@@ -42,11 +41,9 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import tarfile
 import threading
-import time
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,12 +67,9 @@ LONGEST = 2000  # characters of an instruction; longer ones are a mistake of who
 LANES = 64  # places of the disk that are read in turn
 HELD_OUT = 1 / 50  # share of the keys that no training sees
 WINDOW, BROKEN = 200, 0.1  # reading stops if more than this share of the last reads failed
-# workers inherit how this process treats signals; elsewhere they start as Python has it
+# workers wait for the signals that Linux tells the sender of; elsewhere they are as Python has them
 START = "fork" if sys.platform == "linux" else None
 FAULTS = (ValueError, KeyError, TypeError, OSError)  # what reading a broken sample raises
-# a file system that is away for a moment, and seconds until it is asked again
-AWAY = {getattr(errno, name, None) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN")} - {None}
-PAUSES = (1, 2, 4, 8, 16, 32)
 
 clip_tokenizer = functools.cache(SimpleTokenizer)  # which takes a second to read
 
@@ -131,46 +125,37 @@ def index_of(shard: Path) -> list[tuple[str, dict]]:
     From the index beside it, if that agrees with the shard's name, size and time; else from its
     headers, and the index is written, where that is possible.
     """
-    path, kept = shard.with_suffix(".index.json"), {}
+    path = shard.with_suffix(".index.json")
     try:
         about = shard.stat()
         tar = {"tar": shard.name, "size": about.st_size, "mtime_ns": about.st_mtime_ns}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none of ours
-            kept = files.object_of(path.read_bytes())
-            if tar.items() <= kept.items():
-                return [(key, dict(places.items())) for key, places in kept["samples"].items()]
+        with suppress(OSError, ValueError, KeyError):  # missing or torn
+            index = files.object_of(path.read_bytes())
+            if tar.items() <= index.items():
+                return list(index["samples"].items())
         samples = scan(shard)
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{shard} cannot be read as a tar file ({error}); copy it again or leave it out"
         ) from None
-    if "tar" in kept or not path.exists():
-        with suppress(OSError):  # a folder that cannot be written goes without
-            with files.published(path, f"-{socket.gethostname()}-{os.getpid()}") as hidden:
-                hidden.write_text(json.dumps(tar | {"samples": samples}), encoding="utf-8")
+    with suppress(OSError):  # a folder that cannot be written goes without
+        files.write_text(path, json.dumps(tar | {"samples": samples}))
     return list(samples.items())
 
 
 def scan(shard: Path) -> dict[str, dict]:
     """{key: {suffix: [offset, size]}} from the headers of a tar file; TarError if one is broken."""
-    samples, last = {}, "its beginning"
+    samples = {}
     with tarfile.open(shard, "r:") as tar:  # compressed, no place in it could be read
-        try:
-            for entry in tar:
-                if entry.isfile() and not files.is_hidden(entry.name):  # not what a Mac leaves
-                    name, _, suffix = Path(entry.name).name.partition(".")
-                    key = str(Path(entry.name).with_name(name))
-                    samples.setdefault(key, {})[suffix] = [entry.offset_data, entry.size]
-                if entry.size < 0:
-                    raise ValueError("a size below 0")
-                last = f"its member {entry.name}"
-            tar.fileobj.seek(
-                tar.offset
-            )  # where the list of members ended: at zeros, if it is whole
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("no end")
-        except (tarfile.TarError, ValueError, KeyError, IndexError, OverflowError):
-            raise tarfile.ReadError(f"it is cut off or broken after {last}") from None
+        for entry in tar:
+            if entry.isfile() and not files.is_hidden(entry.name):  # not what a Mac leaves
+                name, _, suffix = Path(entry.name).name.partition(".")
+                key = str(Path(entry.name).with_name(name))
+                samples.setdefault(key, {})[suffix] = [entry.offset_data, entry.size]
+        # where the list of members ended stand zeros, if it is whole
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"it is cut off or broken at byte {tar.offset:,}")
     return samples
 
 
@@ -185,8 +170,13 @@ class Entry:
     part: Path  # the tar shard, or records.jsonl
     name: str  # of its files in the shard, or its line
     key: str
-    references: int
-    content: dict | bytes  # {suffix: [offset, size]} in the shard, or its line
+    # of json, ref_1, ref_2, ..., target: [offset, size] in the shard; the line itself, a path
+    places: dict[str, list[int] | bytes | str]
+
+    @property
+    def references(self) -> int:
+        """How many it has."""
+        return sum(name.startswith("ref_") for name in self.places)
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -207,25 +197,44 @@ def entries_of(part: Path) -> list[Entry]:
     entries = []
     if part.name != "records.jsonl":
         for name, places in index_of(part):
-            references = sum(suffix.startswith("ref_") for suffix in places)
-            entries.append(Entry(part, name, name.rpartition("/")[2], references, places))
+            places = {suffix.partition(".")[0]: place for suffix, place in places.items()}
+            entries.append(Entry(part, name, name.rpartition("/")[2], places))
         return entries
     for number, line in files.lines_of(part):
         try:
             record = files.object_of(line)
         except ValueError:
             record = {}
-        references, key = record.get("references"), record.get("key", line.decode(errors="replace"))
-        count = len(references) if isinstance(references, list) else 0
-        entries.append(Entry(part, f"line {number}", str(key), count, line))
+        references = record.get("references")
+        paths = references if isinstance(references, list) else []
+        places = {f"ref_{i}": str(path) for i, path in enumerate(paths, 1)}
+        places |= {"json": line, "target": str(record.get("target"))}
+        entries.append(Entry(part, f"line {number}", str(record.get("key", number)), places))
     return entries
+
+
+def member(entry: Entry, name: str) -> bytes:
+    """A file of a sample, by its name in `Entry.places`; KeyError or OSError if it is missing."""
+    place = entry.places[name]
+    if isinstance(place, bytes):
+        return place
+    if isinstance(place, str):
+        return (entry.part.parent / place).read_bytes()
+    with open(entry.part, "rb") as file:
+        file.seek(place[0])
+        return file.read(place[1])
+
+
+def record_of(entry: Entry) -> dict:
+    """The record of a sample, without its pictures; one of FAULTS if it cannot be read."""
+    return files.object_of(member(entry, "json"))
 
 
 def load(entry: Entry) -> Sample:
     """A sample from the disk; one of FAULTS if it is broken."""
     record = record_of(entry)
-    contents = contents_of(entry, record)
-    pictures = [open_image(io.BytesIO(content), name) for name, content in contents]
+    names = [f"ref_{i}" for i in range(1, entry.references + 1)] + ["target"]
+    pictures = [open_image(io.BytesIO(member(entry, name)), name) for name in names]
     for name in ("key", "task", "instruction"):
         if not isinstance(record[name], str):
             raise TypeError(f"its {name} is {record[name]!r}; expected a text")
@@ -238,54 +247,6 @@ def load(entry: Entry) -> Sample:
         plan=iccot.from_json(json.dumps(record["plan"]), len(pictures) - 1),
         target=pictures[-1],
     )
-
-
-def record_of(entry: Entry) -> dict:
-    """The record of a sample, without its pictures; one of FAULTS if it cannot be read."""
-    if isinstance(entry.content, bytes):
-        return files.object_of(entry.content)
-    content = read_bytes(entry.part, *entry.content["json"])
-    try:
-        return files.object_of(content)
-    except ValueError as error:
-        raise ValueError(f"its member json cannot be read: {error}") from None
-
-
-def contents_of(entry: Entry, record: dict) -> list[tuple[str, bytes]]:
-    """(name, bytes) of the picture files of a sample: its references in order, and its target."""
-    if isinstance(entry.content, bytes):
-        references, target = record["references"], record["target"]
-        paths = [*references, target] if isinstance(references, list) else [None]
-        if not all(isinstance(path, str) for path in paths):
-            raise TypeError(
-                f"its references are {references!r}, its target {target!r}; expected a list of "
-                "paths and a path"
-            )
-        places = [entry.part.parent / path for path in paths]
-        return [(str(place), read_bytes(place)) for place in places]
-    names = sorted((name for name in entry.content if name[:4] == "ref_"), key=files.by_number)
-    numbers = [int(name[4:].partition(".")[0]) for name in names]
-    if numbers != list(range(1, len(numbers) + 1)):
-        raise ValueError(f"its references are numbered {numbers}")
-    targets = [name for name in entry.content if name.startswith("target.")]
-    if len(targets) != 1:
-        raise ValueError("it has no target picture, or several")
-    return [(name, read_bytes(entry.part, *entry.content[name])) for name in names + targets]
-
-
-def read_bytes(path: Path, begin: int = 0, size: int = -1) -> bytes:
-    """A part of a file. While the file system is AWAY it is asked again, for about a minute; then
-    OSError."""
-    for pause in (*PAUSES, None):
-        try:
-            with open(path, "rb") as file:
-                file.seek(begin)
-                return file.read(size)
-        except OSError as error:
-            if pause is None or error.errno not in AWAY:
-                raise
-            print(f"{path}: {error.strerror}; again in {pause} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,26 +294,23 @@ class Source(torch.utils.data.Dataset):
 
     def __init__(self, path, seed: int = 0, split: str = "all", *, buffer=1000, limit=math.inf):
         self.path, self.seed, self.buffer = Path(path), seed, buffer
-        self.entries = [entry for part in parts_of(self.path) for entry in entries_of(part)]
+        entries = [entry for part in parts_of(self.path) for entry in entries_of(part)]
+        if not entries:
+            raise UserError(f"{path} holds no samples")
         if split != "all":
-            self.entries = self._split(split == "held_out")
-        count, text = len(self), f"samples of {path} have more than max_references={limit}"
-        self.entries = [entry for entry in self.entries if entry.references <= limit]
+            held_out = held_out_keys(entry.key for entry in entries)
+            part = [entry for entry in entries if (entry.key in held_out) == (split == "held_out")]
+            if not part:
+                processes.warn(f"{path}: one key for all, so what is trained on is held out too")
+            entries = part or entries
+        self.entries = [entry for entry in entries if entry.references <= limit]
+        text = f"{len(entries)} samples of {path} have more than max_references={limit} references"
         if not self.entries:
-            why = f"all {count} {text} references; raise --max_references"
-            raise UserError(why if count else f"{path} holds no samples")
-        if len(self) < count:
-            processes.warn(f"{count - len(self)} of {count} {text} references and are left out")
+            raise UserError(f"all {text}; raise --max_references")
+        if len(self) < len(entries):
+            processes.warn(f"{len(entries) - len(self)} of {text} and are left out")
         self.recent = deque(maxlen=WINDOW)  # (number, what was wrong or "") of the last ones read
         self.skipped = set()  # numbers of samples that this process could not read
-
-    def _split(self, held_out):
-        """The entries that are held out, or the others."""
-        keys = held_out_keys(entry.key for entry in self.entries)
-        part = [entry for entry in self.entries if (entry.key in keys) == held_out]
-        if not part and self.entries:
-            processes.warn(f"{self.path}: one key for all, so what is trained on is held out too")
-        return part or self.entries
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -395,13 +353,13 @@ class Source(torch.utils.data.Dataset):
             self.skipped.add(number)
             what = f"skipped ({len(self.skipped)} so far): {self.name(number)}: {reason}"
             print(what, file=sys.stderr, flush=True)
-        reasons = Counter(reason for _, reason in self.recent if reason)
+        reasons = [reason for _, reason in self.recent if reason]
         last = dict(self.recent)  # of few samples each comes again and again
-        broken = sum(map(bool, last.values()))
-        if reasons.total() > BROKEN * WINDOW and broken > BROKEN * len(last):
+        broken = sum(reason != "" for reason in last.values())
+        if len(reasons) > BROKEN * WINDOW and broken > BROKEN * len(last):
             raise UserError(
-                f"{self.path}: {reasons.total()} of the last {len(self.recent)} samples cannot be "
-                f"read, most often: {reasons.most_common(1)[0][0]}; "
+                f"{self.path}: {len(reasons)} of the last {len(self.recent)} samples cannot be "
+                f"read, most often: {Counter(reasons).most_common(1)[0][0]}; "
                 f"python data.py --check {self.path} lists all that is wrong"
             )
 
@@ -410,36 +368,26 @@ class Source(torch.utils.data.Dataset):
         try:
             return load(self.entries[number]), ""
         except KeyError as error:
-            reason = f"the key {error} is missing"
+            return None, f"{error} is missing"
         except FAULTS as error:
-            reason = str(error)
-        return None, in_one_line(reason)
+            return None, " ".join(str(error).split())
 
     def sample(self, number: int) -> Sample:
         """Sample `number` in the order on disk. UserError names what is wrong with it."""
         sample, reason = self.try_to_read(number)
         if reason:
-            raise UserError(
-                f"{self.name(number)}: {reason}; "
-                f"python data.py --check {self.path} lists all that is wrong"
-            )
+            raise UserError(f"{self.name(number)}: {reason}")
         return sample
 
     def name(self, number: int) -> str:
         """Where a sample is, for messages."""
-        return in_one_line(f"{self.entries[number].part}, sample {self.entries[number].name}")
-
-
-def in_one_line(text: str) -> str:
-    """A text without line breaks and what no terminal can show."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
+        return f"{self.entries[number].part}, sample {self.entries[number].name}"
 
 
 def open_source(path, seed, max_references, *, scale=1, painter=None):
     """What --data names, to train on: "toy" draws samples, else the train split of those there.
 
-    painter: a toy.painter.Painter of the toy's targets, if they are not to be right. All processes
-    take part: each makes the indexes of its share of the shards, where they are missing.
+    painter: a toy.painter.Painter of the toy's targets, if they are not to be right.
     """
     if not path:
         raise UserError(
@@ -449,11 +397,8 @@ def open_source(path, seed, max_references, *, scale=1, painter=None):
     if path == "toy":
         drawn = Drawn("train", seed, max_references, scale)
         return drawn if painter is None else Painted(drawn, painter)
-    for part in parts_of(Path(path))[processes.rank() :: processes.size()]:
-        with suppress(UserError):  # which all processes will find when they read it
-            entries_of(part)
-    processes.barrier()
-    return Source(path, seed, "train", limit=max_references)
+    with processes.first_alone():  # it writes the indexes that are missing
+        return Source(path, seed, "train", limit=max_references)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,7 +406,7 @@ def open_source(path, seed, max_references, *, scale=1, painter=None):
 
 
 class Answers(torch.utils.data.Dataset):
-    """A source that hands over a UserError in place of a sample: a worker would wrap it in more."""
+    """A source that returns a UserError in place of a sample: a worker would wrap it in more."""
 
     def __init__(self, source):
         self.source = source
@@ -483,7 +428,7 @@ def stream(source, positions, workers: int = 0, *, ahead: int = 32):
         num_workers=workers,
         prefetch_factor=math.ceil(ahead / workers) if workers else None,
         pin_memory=bool(workers) and torch.cuda.is_available(),  # for its thread, which receives
-        worker_init_fn=outlive_the_signal,
+        worker_init_fn=outlive_the_signal if START else None,
         multiprocessing_context=START if workers else None,
     )
     for answer in loader:
@@ -494,15 +439,17 @@ def stream(source, positions, workers: int = 0, *, ahead: int = 32):
 
 def outlive_the_signal(worker):
     """A worker of a loader goes on when all processes of a job are asked to end: the one that
-    trains still saves its state. The worker ends with it, however that one ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trains still saves its state. The worker ends when that one asks it to, or is gone."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with(parent):
-    """End this process when its parent is there no more."""
+    """End this process when its parent asks for it, or is there no more."""
     while os.getppid() == parent:
-        time.sleep(2)
+        asked = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if asked is not None and asked.si_pid == parent:
+            break
     os._exit(0)
 
 
@@ -510,7 +457,7 @@ def end_with(parent):
 # the command: checking and showing
 
 
-def problems_of(source: Source, number: int, context_length: int = 77) -> list[str]:
+def problems_of(source: Source, number: int) -> list[str]:
     """What is wrong with a sample, one sentence each; an empty list if nothing is."""
     sample, reason = source.try_to_read(number)
     if reason:
@@ -521,8 +468,8 @@ def problems_of(source: Source, number: int, context_length: int = 77) -> list[s
     if not sample.instruction.strip() or len(sample.instruction) > LONGEST:
         problems.append(f"its instruction has {len(sample.instruction)} characters")
     tokens = len(clip_tokenizer().encode(sample.plan.caption)) + 2
-    if tokens > context_length:
-        problems.append(f"its caption has {tokens} CLIP tokens, CLIP reads {context_length}")
+    if tokens > 77:
+        problems.append(f"its caption has {tokens} CLIP tokens, CLIP reads 77")
     return [f"{source.name(number)}: {problem}" for problem in problems]
 
 
@@ -552,9 +499,7 @@ class Config:
 
     def __post_init__(self):
         if self.count < 1 or self.index < 0:
-            raise ValueError(
-                f"count={self.count}, index={self.index}: count must be positive, index not below 0"
-            )
+            raise ValueError(f"count={self.count}, index={self.index}: expected 1 or more, and 0")
         if not self.show and not (self.check and self.path):
             raise ValueError("expected --show, --show PATH or --check PATH")
         check_request("train", self.max_references)
@@ -565,16 +510,16 @@ PRESETS = {"toy": {}}
 
 def show(config: Config) -> None:
     """Draw the sheet."""
-    numbers = range(config.index, config.index + config.count)
+    last = config.index + config.count
     if config.path:
         source = Source(config.path)
-        numbers = numbers[: max(0, len(source) - config.index)]
-        if not numbers:
+        samples = [source.sample(i) for i in range(config.index, min(last, len(source)))]
+        if not samples:
             raise UserError(f"--index={config.index}: {config.path} holds {len(source)} samples")
-        samples = [source.sample(number) for number in numbers]
     else:
         drawn = Drawn("train", 0, config.max_references, 1)
-        samples = sorted((drawn[number] for number in numbers), key=lambda sample: sample.task)
+        samples = [drawn[i] for i in range(config.index, last)]
+        samples.sort(key=lambda sample: sample.task)
     save_samples(Path(config.out), samples)
     print(f"wrote {config.out}: {len(samples)} samples of {config.path or 'the toy world'}")
 

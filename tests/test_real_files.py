@@ -131,7 +131,7 @@ def test_a_tar_that_is_not_whole_loses_no_sample_in_silence(tmp_path, fault):
             "s.tar, sample a: its instruction is None; expected a text",
         ),
         (sample_files(task=["add"]), "s.tar, sample a: its task is"),
-        (sample_files(plan=None), "s.tar, sample a: a JSON plan needs exactly the keys"),
+        (sample_files(plan=None), "s.tar, sample a: not JSON of the form"),
     ],
 )
 def test_a_broken_record_names_file_and_member(tmp_path, change, words):

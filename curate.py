@@ -59,13 +59,13 @@ from studies.endpoint import (
     Fault,
     Question,
     Refused,
+    ask_score,
     commonest,
     in_parallel,
     last_object,
     to_send,
     visible,
 )
-from studies.judge import ask_score
 from studies.material import draw_references, folder_of, pools_of, read_triples
 from toy.prepare import toy_clip
 from toy.server import draw_pools, serve
@@ -136,7 +136,7 @@ PRESETS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# what the models are asked, and how their answers are read. The judge's questions: studies/judge.py
+# what the models are asked, and how their answers are read. The judge's: studies/endpoint.py
 
 ACTIONS = {
     "add": "Image 1 is a picture to edit. The instruction adds the subject of image 2 to it.",
@@ -209,9 +209,9 @@ def read_instruction(record, answer):
 
 
 def read_plan(record, answer):
-    """{"plan": ...} of the last JSON object that looks like one; else PlanError."""
-    found = json.dumps(last_object(answer, "out_caption"))
-    plan = iccot.from_json(found, len(record["references"]))
+    """{"plan": ...} of the last JSON object that looks like one; else ValueError."""
+    plan = json.dumps(last_object(answer, "out_caption"))
+    plan = iccot.from_json(plan, len(record["references"]))
     return {"plan": iccot.to_record(plan)}
 
 

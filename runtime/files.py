@@ -33,22 +33,19 @@ NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")  # no hidden file
 LONGEST_NAME = 200  # bytes; file systems take 255, of which endings need some
 
 
-def hidden_path(path, unique=""):
-    """Where to write what `publish` is to give the name `path`: a hidden sibling of it.
-
-    unique: tells writers apart that may write the same path at the same time (threads).
-    """
+def hidden_path(path):
+    """Where to write what `publish` is to give the name `path`: a hidden sibling of it."""
     path = Path(path)
-    return path.with_name(f".{path.name}{unique}.tmp")
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
-def published(path, unique=""):
+def published(path):
     """Yields the hidden path to write to, which does not exist yet; the folder around it must.
 
-    After an error nothing is published and nothing is left. unique: see `hidden_path`.
+    After an error nothing is published and nothing is left.
     """
-    hidden = hidden_path(path, unique)
+    hidden = hidden_path(path)
     remove(hidden)
     try:
         yield hidden

@@ -36,8 +36,16 @@ from tqdm import tqdm
 from engine import Request
 from runtime import files
 from runtime.config import UserError
-from studies.endpoint import Access, Endpoint, Fault, Refused, commonest, in_parallel, to_send
-from studies.judge import ask_score
+from studies.endpoint import (
+    Access,
+    Endpoint,
+    Fault,
+    Refused,
+    ask_score,
+    commonest,
+    in_parallel,
+    to_send,
+)
 from studies.metrics import mean
 from vision import open_image, to_png
 

@@ -1,5 +1,5 @@
 """
-Asking models over HTTP, and reading their replies: what curate.py and the judge need.
+Asking models over HTTP, and reading their replies: what curate.py and the benchmarks need.
 
     POST {url}/chat/completions    a prompt and pictures (data URLs) -> text
     POST {url}/images/edits        a prompt and pictures (multipart) -> a picture
@@ -15,14 +15,20 @@ request after `timeout` and repeats it, `tries` times in all, where there is no 
                     was cut off at its limit of tokens with four times the limit
     a Fault         what is left then: of one question, not of the run. Only when most of the last
                     WINDOW items of `in_parallel` failed does a UserError say so
+    the judge       an MLLM that gives a result PF (does it show what the instruction asks for?) or
+                    SC (are its subjects those of the references?), from 0 to 10, as in
+                    OmniContext's protocol. Each is one question, in our words
 
 Of a reply in text, what stands outside of thinking counts, and of that the last JSON object that
-holds a key. Whatever would take a guess is a ValueError, and the question is asked again.
+holds a key. Whatever would take a guess is a ValueError, and the question is asked again: a score
+is never invented. The judge of the toy world, which knows the truth, is toy/judge.py.
 
-Left out: streaming, batch interfaces, tool calls, several choices.
+Left out: streaming, batch interfaces, tool calls, several choices, pictures that come as URLs, the
+official prompts word for word.
 
     model = Endpoint(Access("http://localhost:8000/v1", "judge"), "out/replies")
     model.ask(Question("What do you see?", (png,)), visible)
+    score, reason = ask_score(model, "PF", instruction, pictures=(reference, result))
 """
 
 import base64
@@ -36,12 +42,9 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin
-
-import requests
 
 from runtime.config import UserError
-from runtime.files import object_of, published
+from runtime.files import object_of, write_text
 from vision import to_png
 
 TRIES = 3  # answers to get one that can be read
@@ -55,6 +58,7 @@ REFUSALS = re.compile(
     re.IGNORECASE,
 )
 
+CUT_OFF = re.compile(r'"finish_reason":\s*"length"')
 THINKS = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 DECODER = json.JSONDecoder(strict=False)  # a string may hold a line break
@@ -119,24 +123,21 @@ class Endpoint:
     """One model behind an OpenAI-compatible URL. replies: the folder where answers are kept."""
 
     def __init__(self, access, replies):
-        self.access, self.url, self.replies = access, access.url.rstrip("/"), Path(replies)
-        if not self.url.startswith(("http://", "https://")):
+        self.access, self.replies, self.lock = access, Path(replies), threading.Lock()
+        if not access.url.startswith(("http://", "https://")):
             raise UserError(f"the URL {access.url!r} must begin with http:// or https://")
-        key = os.environ.get(access.key_variable, "").strip()
-        if not key.isascii() or not key.isprintable():
-            raise UserError(f"the key in {access.key_variable} is torn; copy it again")
         try:
             import openai
         except ImportError:
             raise UserError("asking a model needs its client: pip install openai") from None
         self.client = openai.OpenAI(
-            base_url=self.url,
-            api_key=key or "none",
+            base_url=access.url,
+            api_key=os.environ.get(access.key_variable, "").strip() or "none",
             timeout=openai.Timeout(access.timeout, connect=min(15.0, access.timeout)),
             max_retries=access.tries - 1,
         )
         self.replies.mkdir(parents=True, exist_ok=True)
-        self.limit, self.tokens = "max_tokens", access.max_tokens  # its name, what it is
+        self.tokens = access.max_tokens
 
     def ask(self, question, read):
         """read(answer) of the first answer that can be read, kept or new.
@@ -149,7 +150,7 @@ class Endpoint:
             kept = object_of(path.read_bytes())
             if "refused" in kept:
                 raise Refused(kept["refused"])
-            return read(self._answer(question, kept["reply"]))
+            return read(answer_in(kept["reply"], question))
         except (FileNotFoundError, KeyError, ValueError):
             pass  # nothing is kept, or by a reader that took more
         try:
@@ -164,79 +165,51 @@ class Endpoint:
         """(reply, what was read of it). Refused; Fault when none of TRIES can be read."""
         tokens = self.tokens
         for _ in range(TRIES):
-            reply = self._send(question, tokens)
+            text = self._send(question, tokens)
             try:
-                answer = self._answer(question, reply)
-                value = read(answer)
+                reply = object_of(text.encode())
+                value = read(answer_in(reply, question))
             except ValueError as error:
                 why = str(error)
-                if cut_off(reply):
+                if CUT_OFF.search(text):
                     why += f"; cut off at {tokens:,} tokens, thinking included (max_tokens)"
                     tokens *= 4
                 continue
             self.tokens = max(self.tokens, tokens)
-            if question.size:  # a URL does not last
-                reply = {"data": [{"b64_json": base64.b64encode(answer).decode()}]}
             return reply, value
         raise Fault(f"no usable answer in {TRIES}", why)
 
     def _keep(self, path, question, outcome):
         """Put the outcome of a question on the disk, for good."""
         about = {"prompt": question.prompt, "images": len(question.images)}
-        text = json.dumps({"model": self.access.model, **about, **outcome})
-        with published(path, threading.get_ident()) as hidden, open(hidden, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())  # it was paid for: it must outlive a power cut
-
-    def _answer(self, question, reply):
-        """What a reply holds. Refused; ValueError."""
-        if not question.size:
-            return text_in(reply)
-        picture = picture_in(reply)
-        if isinstance(picture, bytes):
-            return picture
-        address = urljoin(f"{self.url}/", picture)
-        try:
-            response = requests.get(address, timeout=self.access.timeout)
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise ValueError(f"{address[:100]} gives no picture ({str(error)[:160]})") from None
-        return response.content
+        with self.lock:  # the same question may be asked twice at a time
+            write_text(path, json.dumps({"model": self.access.model, **about, **outcome}))
 
     def _send(self, question, tokens):
-        """What the model replies: JSON, or text where it is none. Refused; Fault."""
+        """The text of the model's reply. Refused; Fault."""
         import openai
 
-        limit = self.limit
         try:
-            text = self._post(question, limit, tokens)
+            return self._post(question, tokens).text
         except openai.APIStatusError as error:
             words = f"{error.code or ''} {error.message}"
             if error.status_code in (400, 403, 422, 451) and REFUSALS.search(words):
                 raise Refused(words) from None
-            if limit == "max_tokens" and "max_completion_tokens" in words:
-                self.limit = "max_completion_tokens"
-                return self._send(question, tokens)
             advice = {
                 401: f"; set the environment variable {self.access.key_variable} to a valid key",
                 404: f"; is {self.access.model!r} the name of a model there, and does the URL end "
                 "in /v1?",
             }.get(error.status_code, "")
-            about = f"{self.url} ({error.message[:200]}){advice}"
+            about = f"{self.access.url} ({error.message[:200]}){advice}"
             raise Fault(f"answered {error.status_code}", about) from None
         except openai.APIConnectionError as error:
-            about = f"{self.url} ({error.__cause__ or error}); check URL and network"
+            about = f"{self.access.url} ({error.__cause__ or error}); check URL and network"
             raise Fault("cannot be reached", about) from None
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
 
-    def _post(self, question, limit, tokens):
-        """The text of the reply to one request. limit: the name of the limit of tokens."""
+    def _post(self, question, tokens):
+        """The reply to one request, as it came."""
         if question.size:
-            reply = self.client.images.with_raw_response.edit(
+            return self.client.images.with_raw_response.edit(
                 model=self.access.model,
                 prompt=question.prompt,
                 size=question.size,
@@ -245,17 +218,15 @@ class Endpoint:
                     for i, image in enumerate(question.images, 1)
                 ],
             )
-            return reply.text
         content = [{"type": "text", "text": question.prompt}]
         for image in question.images:
             url = "data:image/png;base64," + base64.b64encode(image).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
-        reply = self.client.chat.completions.with_raw_response.create(
+        return self.client.chat.completions.with_raw_response.create(
             model=self.access.model,
             messages=[{"role": "user", "content": content}],
-            extra_body={limit: tokens},
+            max_completion_tokens=tokens,
         )
-        return reply.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,8 +240,15 @@ def in_parallel(function, items, workers, *, bar=None, patient=False):
     `patient`; any other error ends it too. bar: a tqdm bar, moved on by each item.
     """
     recent = deque(maxlen=WINDOW)  # of each item its Fault, or None
+
+    def attempt(item):
+        try:
+            return function(item)
+        except Fault as fault:
+            return fault
+
     with ThreadPoolExecutor(workers) as pool:
-        items = {pool.submit(_attempt, function, item): item for item in items}
+        items = {pool.submit(attempt, item): item for item in items}
         try:
             for future in as_completed(items):
                 result = future.result()
@@ -288,14 +266,6 @@ def in_parallel(function, items, workers, *, bar=None, patient=False):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _attempt(function, item):
-    """function(item), or its Fault."""
-    try:
-        return function(item)
-    except Fault as fault:
-        return fault
-
-
 def commonest(reasons):
     """The last of those reasons whose kind (what stands before the colon) is the most frequent."""
     kinds = Counter(reason.partition(":")[0] for reason in reasons)
@@ -304,52 +274,28 @@ def commonest(reasons):
 
 
 # --------------------------------------------------------------------------------------------------
-# replies. reply: JSON, or text where it is none
+# replies
 
 
-def text_in(reply):
-    """The text of a chat reply, with whatever thinking is in it. Refused; ValueError."""
-    choice = _first(reply, "choices")
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise ValueError(f"the reply has no message: {str(reply)[:80]!r}")
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        raise Refused(message.get("refusal") or "content filter")
-    content = message.get("content")
-    if isinstance(content, str) and cut_off(reply):
-        content = content[: content.rfind("}") + 1]
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError("the reply has no text")
-    return content.encode("utf-8", "replace").decode()  # half an emoji cannot be written
-
-
-def cut_off(reply):
-    """Whether a chat reply ended because its limit of tokens was reached."""
+def answer_in(reply, question):
+    """What a reply in JSON holds: text, or the bytes of a picture. Refused; ValueError."""
     try:
-        return _first(reply, "choices").get("finish_reason") == "length"
-    except ValueError:
-        return False
-
-
-def picture_in(reply):
-    """The picture of an image reply, as bytes, or its URL as str. ValueError if it has none."""
-    item = _first(reply, "data")
-    content = item.get("b64_json") or item.get("url")
-    if not isinstance(content, str):
-        raise ValueError(f"the reply has no picture: {str(reply)[:80]!r}")
-    if content.startswith("data:"):
-        content = content.partition(",")[2]
-    elif not item.get("b64_json"):
-        return content
-    return base64.b64decode(content)
-
-
-def _first(reply, name):
-    """The first object of a list in a reply."""
-    items = reply.get(name) if isinstance(reply, dict) else None
-    if not isinstance(items, list) or not items or not isinstance(items[0], dict):
-        raise ValueError(f"the reply has no {name}: {str(reply)[:80]!r}")
-    return items[0]
+        if question.size:
+            return base64.b64decode(reply["data"][0]["b64_json"])
+        choice = reply["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        refusal, content = message.get("refusal"), message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"the reply holds no answer: {str(reply)[:80]!r}") from None
+    if refusal or reason == "content_filter":
+        raise Refused(refusal or "content filter")
+    content = content if isinstance(content, str) else ""
+    if reason == "length":  # a whole object may have been cut off behind it
+        content = content[: content.rfind("}") + 1]
+    if not content.strip():
+        raise ValueError("the reply has no text")
+    content.encode()  # ValueError: half an emoji cannot be written
+    return content
 
 
 def visible(text):
@@ -358,29 +304,64 @@ def visible(text):
 
 
 def last_object(text, key):
-    """The last JSON object outside of thinking that has this key; {} if it is not sure which.
-
-    Braces that hold no JSON hide what is inside them, and nothing counts if the key stands once
-    more behind the object: neither half of an object nor a draft is taken for the answer.
-    """
-    text = visible(text)
-    found, behind, end = {}, 0, 0
+    """The last JSON object outside of thinking that has this key. ValueError where there is none,
+    or where braces hold no JSON: neither half of an object nor a draft is taken for the answer."""
+    text, last, end = visible(text), None, 0
     while (start := text.find("{", end)) >= 0:
         try:
             value, end = DECODER.raw_decode(text, start)
             json.dumps(value, ensure_ascii=False).encode()  # half an emoji cannot be written
         except (ValueError, RecursionError):
-            value, end = {}, _end_of_braces(text, start)
-        if key in value:
-            found, behind = value, end
-    return {} if f'"{key}"' in text[behind:] else found
+            raise ValueError(f"no JSON: {text[start : start + 80]!r}") from None
+        last = value if key in value else last
+    if last is None:
+        raise ValueError(f"no JSON object with {key!r} in {text[-80:]!r}")
+    return last
 
 
-def _end_of_braces(text, start):
-    """Where the braces that open at `start` are closed."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return place + 1
-    return len(text)
+# --------------------------------------------------------------------------------------------------
+# the judge
+
+PREFACE = """You are a professional digital artist who judges the work of an image model. All people
+in the pictures are generated. The pictures are, in order: the reference image(s), and last the
+result. Be strict and concise. Answer with one JSON object: {"score": <a number from 0 to 10>,
+"reasoning": "<one sentence>"}
+
+"""
+
+CRITERIA = {
+    "PF": """Score how well the result follows the instruction. 0: not at all. 1-3: mostly wrong.
+4-6: partly. 7-9: mostly, with small faults. 10: completely. Judge only what was asked for: what is
+there, its composition, pose, position and interaction, what was added or removed. Ignore whether
+identities are kept and whether the result is beautiful.""",
+    "SC": """Score whether the subjects of the result are those of the references. 10: the same in
+every detail. Take off one point for each difference: face and head, the right persons and objects,
+body and skin, clothes and hair unless the instruction changes them. 0: other subjects
+altogether.""",
+}
+
+SCENE = """
+The surroundings must also be those of the reference that shows the scene, and the subjects must fit
+into them."""
+
+
+def ask_score(judge, criterion, instruction, *, pictures, scene=False):
+    """(score, reasoning) of the judge. Refused or another Fault where it gives none.
+
+    judge: an Endpoint. criterion: "PF" or "SC". pictures: PNG bytes, the references and then the
+    result. scene: the references show a scene that must be kept; the protocol asks so in SC alone.
+    """
+    prompt = PREFACE + CRITERIA[criterion]
+    if scene and criterion == "SC":
+        prompt += SCENE
+    prompt += f"\n\nEditing instruction: {instruction}"
+    return judge.ask(Question(prompt, tuple(pictures)), read_score)
+
+
+def read_score(answer):
+    """(score, reasoning) of an answer in JSON; ValueError if it gives none from 0 to 10."""
+    judgement = last_object(answer, "score")
+    score = judgement["score"]
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 10:
+        raise ValueError(f"no score from 0 to 10: {score!r}")
+    return float(score), str(judgement.get("reasoning", ""))

@@ -258,25 +258,30 @@ class Handler(BaseHTTPRequestHandler):
             number = self.server.requests
         if self.fault(self, number):
             return
+        prompt, images = self.question()
+        asked = prompt.encode() + b"".join(image.tobytes() for image in images)
+        with self.server.lock:
+            self.server.answered[hashlib.sha256(asked).hexdigest()] += 1
         if self.path.endswith("/chat/completions"):
-            prompt, images = chat_question(self.body)
-            self.count(prompt, images)
             message = {"role": "assistant", "content": answer_text(prompt, images)}
             self.reply({"choices": [{"message": message, "finish_reason": "stop"}]})
-        elif self.path.endswith("/images/edits"):
-            prompt, images = image_question(self.body, self.headers["Content-Type"])
-            self.count(prompt, images)
-            answer = answer_image(prompt, images, self.server.errors)
-            picture = base64.b64encode(answer).decode()
-            self.reply({"created": 0, "data": [{"b64_json": picture}]})
         else:
-            self.reply({"error": {"message": f"no route {self.path}"}}, 404)
+            picture = base64.b64encode(answer_image(prompt, images, self.server.errors)).decode()
+            self.reply({"created": 0, "data": [{"b64_json": picture}]})
 
-    def count(self, prompt, images):
-        """Remember how often each question was answered."""
-        question = prompt.encode() + b"".join(image.tobytes() for image in images)
-        with self.server.lock:
-            self.server.answered[hashlib.sha256(question).hexdigest()] += 1
+    def question(self):
+        """(prompt, pictures) of a request: JSON with data URLs, or multipart."""
+        if self.path.endswith("/chat/completions"):
+            text, *pictures = json.loads(self.body)["messages"][0]["content"]
+            urls = [part["image_url"]["url"] for part in pictures]
+            images = [base64.b64decode(url.partition(",")[2]) for url in urls]
+            return text["text"], [_open(image) for image in images]
+        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        fields = {}
+        for part in BytesParser(policy=HTTP).parsebytes(head + self.body).iter_parts():
+            name = part.get_param("name", header="content-disposition")
+            fields.setdefault(name, []).append(part.get_payload(decode=True))
+        return fields["prompt"][0].decode(), [_open(image) for image in fields["image[]"]]
 
     def reply(self, content, status=200, **headers):
         """content: bytes as they are, anything else as JSON. headers: Retry_After=... and so on."""
@@ -290,24 +295,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Nothing: tests and runs have their own words."""
-
-
-def chat_question(body):
-    """(prompt, pictures) of a request in JSON, its pictures as data URLs."""
-    content = json.loads(body)["messages"][0]["content"]
-    prompt = next(part["text"] for part in content if part["type"] == "text")
-    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-    return prompt, [_open(base64.b64decode(url.split(",", 1)[1])) for url in urls]
-
-
-def image_question(body, content_type):
-    """(prompt, pictures) of a multipart request."""
-    head = b"Content-Type: " + content_type.encode() + b"\r\n\r\n"
-    fields = {}
-    for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
-        name = part.get_param("name", header="content-disposition")
-        fields.setdefault(name, []).append(part.get_payload(decode=True))
-    return fields["prompt"][0].decode(), [_open(image) for image in fields["image[]"]]
 
 
 def _open(content):

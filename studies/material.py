@@ -64,21 +64,20 @@ def pools_of(folder):
     """{kind: [paths relative to `folder`]}; UserError for a pool that is missing or empty."""
     pools = {}
     for kind in POOLS:
-        pool = Path(folder) / kind
-        if not folder or not pool.is_dir():
+        paths = (Path(folder) / kind).rglob("*")
+        paths = [str(path.relative_to(folder)) for path in paths if is_picture(path)]
+        if not folder or not paths:
             raise UserError(
-                f"the pool {pool} is missing; --pools must hold characters/, objects/ and "
-                "scenes/ with pictures"
+                f"the pool {Path(folder) / kind} is missing or holds no {', '.join(SUFFIXES)} "
+                "picture; --pools must hold characters/, objects/ and scenes/"
             )
-        paths = [path.relative_to(folder) for path in pool.rglob("*")]
-        paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
-        pools[kind] = sorted(str(path) for path in paths if not files.is_hidden(path))
-        if not pools[kind]:
-            raise UserError(f"the pool {pool} holds no {', '.join(SUFFIXES)} picture")
-        for path in pools[kind]:
-            if path.encode("utf-8", "replace").decode() != path:  # it cannot be written down
-                raise UserError(f"the name {path!a} in {pool} is not UTF-8 text; rename it")
+        pools[kind] = sorted(paths)
     return pools
+
+
+def is_picture(path):
+    """Whether the name of a file is that of a picture."""
+    return path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)
 
 
 def draw_references(pools, count, most, *, seed):
@@ -177,9 +176,7 @@ def find_samples(path):
         yield from samples_of_file(path)
         return
     # of MACRO its index alone is searched, not its pictures
-    index = next(
-        (folder for folder in (path / "data/filter", path / "filter") if folder.is_dir()), path
-    )
+    index = path / "data/filter" if (path / "data/filter").is_dir() else path
     for file in tqdm(sorted(index.rglob("*")), disable=None, desc="read", leave=False):
         inside = file.relative_to(index)
         if "eval" in inside.parts[:-1] or files.is_hidden(inside):
@@ -198,7 +195,7 @@ def samples_of_file(file):
             continue
         try:
             value = json.loads(text.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield file.parent, {"broken": f"{file.name}, {error}"}
             continue
         items = value if isinstance(value, list) else [value]
@@ -214,13 +211,12 @@ def samples_of_file(file):
 
 def sample_of_folder(file):
     """The sample of a folder: its text, its pictures by their numbers, one of them the target."""
-    names = [path.name for path in file.parent.iterdir() if path.suffix.lower() in SUFFIXES]
-    names = [name for name in names if not files.is_hidden(name)]
+    names = [path.name for path in file.parent.iterdir() if is_picture(path)]
     targets = [name for name in names if re.search("target|output", Path(name).stem.lower())]
     references = [name for name in names if name not in targets]
     return {
         "references": sorted(references, key=lambda name: files.by_number(Path(name).stem)),
-        "instruction": file.read_text(encoding="utf-8-sig", errors="replace"),
+        "instruction": file.read_text(encoding="utf-8-sig"),
         "target": targets[0] if len(targets) == 1 else None,
     }
 
@@ -230,24 +226,20 @@ def checked(sample, folder, root, most):
     if "broken" in sample:
         raise ValueError(f"no JSON: {sample['broken']}")
     words, target, names = sample["instruction"], sample.get("target"), sample.get("references")
-    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"no list of references: {names!r}")
-    if not isinstance(words, str) or not words.strip():
-        raise ValueError(f"no instruction: {words!r}")
+    if not isinstance(words, str) or not 0 < len(words.strip()) <= LONGEST:
+        raise ValueError(f"no instruction of 1 to {LONGEST} characters: {str(words)[:80]!r}")
     if not isinstance(target, str):
         raise ValueError(f"no target picture, or several: {target!r}")
     if not 1 <= len(names) <= most:
         raise ValueError(f"not 1 to --max_references={most} references: it has {len(names)}")
-    instruction = " ".join(MARK.sub(r"image \1", words).split())
-    if len(instruction) > LONGEST:
-        raise ValueError(f"too long an instruction: {len(instruction)} characters")
     *references, target = [find_picture(name, folder.resolve()) for name in [*names, target]]
     if target in references:
         raise ValueError(f"the target is one of the references: {target.name}")
     return {
         "references": [os.path.relpath(path, root) for path in references],
-        "instruction": instruction,
+        "instruction": " ".join(MARK.sub(r"image \1", words).split()),
         "target": str(target),
     }
 

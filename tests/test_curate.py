@@ -31,7 +31,6 @@ from runtime import files, processes
 from runtime.config import UserError, parse
 from runtime.pretrained import save_model
 from studies import benchmarks
-from studies.material import pools_of
 from toy import server, tasks, world
 from toy.judge import Verdict
 from toy.judge import judge as exact_judge
@@ -121,7 +120,7 @@ def test_the_target_is_never_in_a_question_about_the_plan(curated):
     "words, message",
     [
         (["--pools", "nowhere"], "pool nowhere/characters is missing"),
-        (["--pools", "empty"], "holds no .png"),
+        (["--pools", "empty"], "empty/objects is missing or holds no .png"),
         (
             ["--chat_url", "http://127.0.0.1:9/v1", "--pools", "pools", "--tries", "1"],
             "cannot be reached",
@@ -145,15 +144,6 @@ def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
         curate.main(parse(curate.Config, curate.PRESETS, words))
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
-
-
-def test_a_name_that_cannot_be_written_down_is_one_line(tmp_path):
-    draw_pools(tmp_path / "pools", 2)
-    (tmp_path / "pools/objects/at 3.21\u202fPM.png").write_bytes(b"")
-    assert len(pools_of(tmp_path / "pools")["objects"]) == 3
-    (tmp_path / "pools/objects/caf\udce9.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"caf.udce9.png' in .* is not UTF-8 text; rename it"):
-        pools_of(tmp_path / "pools")
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):

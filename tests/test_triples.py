@@ -187,7 +187,7 @@ def test_any_folder_or_json_of_triples_is_read(tmp_path):
         ('{"prompt": "a", "input_images": ["x.png"]}', "no target picture"),
         ('{"prompt": 3, "input_images": ["x.png"], "target": "t.png"}', "no instruction"),
         ('{"prompt": "a", "references": [], "target": "t.png"}', "it has 0"),
-        ('{"prompt": "a", "references": "x.png", "target": "t.png"}', "a picture is missing: x"),
+        ('{"prompt": "a", "references": ["x.png"], "target": "t.png"}', "a picture is missing: x"),
         ("[1, ", "no JSON"),
     ],
 )

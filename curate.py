@@ -316,14 +316,14 @@ class Crew:
         self.chat = self._endpoint(config.chat_url, config.chat_model)
         self.painter = self._endpoint(config.image_url or config.chat_url, config.image_model)
         self.judge = self._endpoint(config.chat_url, config.judge_model or config.chat_model)
-        self.stages = {"plans": self.plan, "scores": self.score}
-        if not config.from_path:  # samples that exist have instruction and target
-            self.stages = {
-                "instructions": self.instruct,
-                "plans": self.plan,
-                "targets": self.paint,
-                "scores": self.score,
-            }
+        self.stages = {
+            "instructions": self.instruct,
+            "plans": self.plan,
+            "targets": self.paint,
+            "scores": self.score,
+        }
+        if config.from_path:  # samples that exist have instruction and target
+            del self.stages["instructions"], self.stages["targets"]
 
     def _endpoint(self, url, model):
         config = self.config
@@ -395,9 +395,7 @@ def why_dropped(records, config):
         least_aesthetic = floor(of_task, "aesthetic", config.drop_aesthetic)
         for record in of_task:
             scores, reason = record["scores"], ""
-            if scores["PF"] is None or scores["SC"] is None:
-                reason = "the judge gave no score"
-            elif scores["PF"] < config.least_pf:
+            if scores["PF"] < config.least_pf:
                 reason = f"PF below {config.least_pf:g}"
             elif scores["SC"] < config.least_sc:
                 reason = f"SC below {config.least_sc:g}"

@@ -93,8 +93,6 @@ def test_cuts_can_be_changed_without_asking(curated):
         return sum(not reason for reason in curate.why_dropped(scored, config).values())
 
     assert kept(drop_clip=0) == len(scored) > kept(drop_clip=50) > kept(least_pf=11.0) == 0
-    scored[next(iter(scored))]["scores"]["PF"] = None
-    assert kept(drop_clip=0) == len(scored) - 1
 
 
 def test_the_target_is_never_in_a_question_about_the_plan(curated):

@@ -174,27 +174,24 @@ def _where(scene):
     return f"{SCENES[scene.kind][0]} a {scene.kind}"
 
 
-def draw_pools(folder, count=24, seed=0):
+def draw_pools(folder, count=24):
     """Pools for curate.py: `count` characters, objects, scenes; in half the scenes is somebody.
 
     The folder appears when it is complete; an older one of that name is replaced.
     """
-    rng = np.random.default_rng(seed)
+    rng, subjects = np.random.default_rng(0), tasks.pool_of("train", world.Subject)
     with published(folder) as hidden:
         for kind in ("characters", "objects", "scenes"):
             (hidden / kind).mkdir(parents=True)
+            kinds = world.CHARACTERS if kind == "characters" else OBJECTS
+            pool = [subject for subject in subjects if subject.kind in kinds]
             for i in range(count):
-                Image.fromarray(_pool_picture(kind, i, rng)).save(hidden / kind / f"{i:03d}.png")
-
-
-def _pool_picture(pool, number, rng):
-    """Picture `number` of one of the three pools, uint8."""
-    if pool == "scenes":
-        source = tasks.picture_to_edit(rng, "train", 1)
-        return world.draw(source) if number % 2 else world.scene_picture(source.scene)
-    wanted = world.CHARACTERS if pool == "characters" else OBJECTS
-    subjects = [s for s in tasks.pool_of("train", world.Subject) if s.kind in wanted]
-    return world.portrait(rng, world.pick(rng, subjects))
+                if kind == "scenes":
+                    source = tasks.picture_to_edit(rng, "train", 1)
+                    picture = world.draw(source) if i % 2 else world.scene_picture(source.scene)
+                else:
+                    picture = world.portrait(rng, world.pick(rng, pool))
+                Image.fromarray(picture).save(hidden / kind / f"{i:03d}.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,16 +298,12 @@ def _open(content):
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def make_server(port=0, fault=None, errors=0.0):
-    """A server on this machine alone; port 0 takes a free one. fault: as `Handler.fault`; errors:
-    as in `answer_image`.
+def make_server(port=0, errors=0.0):
+    """A server on this machine alone; port 0 takes a free one. errors: as in `answer_image`.
 
     It counts its `requests` and what it has `answered`.
     """
-    handler = Handler
-    if fault:
-        handler = type("FaultyHandler", (Handler,), {"fault": staticmethod(fault)})
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.requests, server.answered, server.lock = 0, Counter(), threading.Lock()
     server.errors = errors
     return server

@@ -681,7 +681,7 @@ def train(config):
         run.end_step(step, values, finite=finite, decay=config.average, samples=numbers)
         if run.state_is_due(step):
             save_strip(folder, step + 1, engine, held_out=config.held_out)
-    processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace(model)}")
+    processes.say(f"grpo: {loop.seconds(begun)} in this command{run.pace()}")
     run.export(engine)
     save_story(folder)
     del engine, model, learner, run, clip, metric  # the table needs the memory

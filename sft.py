@@ -546,7 +546,7 @@ def train(config):
                 save_strip(folder, step + 1, engine, held_out=config.held_out)
     run.export(engine)
     save_story(folder)
-    processes.say(f"sft: {loop.seconds(run.begun)}{run.pace(engine.model)}")
+    processes.say(f"sft: {loop.seconds(run.begun)}{run.pace()}")
     processes.say(f"sft: model in {folder}/model, pictures in {folder}")
 
 

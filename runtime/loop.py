@@ -40,19 +40,8 @@ from runtime.config import UserError, to_dict
 from runtime.files import check_writable, lines_of, object_of, read_json, to_json, write_text
 from runtime.lora import merged_weight
 from runtime.pretrained import find_model, save_model, stored_tensor
-from runtime.processes import (
-    barrier,
-    device,
-    finish,
-    is_main,
-    merged,
-    rank,
-    reduced,
-    say,
-    size,
-    warn,
-)
-from runtime.quantised import count, library
+from runtime.processes import barrier, finish, is_main, merged, rank, reduced, say, size, warn
+from runtime.quantised import library
 from runtime.sharding import whole_weights
 from runtime.state import newest_step, save_state, update_average
 from runtime.tracker import Tracker
@@ -277,7 +266,7 @@ class Run:
             if not weight.is_floating_point():
                 if not is_main() and f"{name.removesuffix('.weight')}.lora_b" not in weights:
                     continue  # whole on every process, and the first alone writes it
-                stored = stored_tensor(self.checkpoint(), name)
+                stored = stored_tensor(find_model(self.config.init), name)
                 weight = stored.to(dtype).to(weight.device)
             merged_with_adapter = merged_weight(weights, name, 2.0, base=weight)
             whole |= whole_weights({name: merged_with_adapter}, dtype)
@@ -285,18 +274,9 @@ class Run:
             save_model(engine.model, engine.tokenizer, self.folder / "model", weights=whole)
         barrier()
 
-    def checkpoint(self):
-        """The folder of the weights that were rounded; UserError if it is gone."""
-        try:
-            return find_model(self.config.init)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{error}; weights={self.config.weights} needs the checkpoint to write a model"
-            ) from None
-
-    def pace(self, model):
-        """tokens/s and MFU of this command, as text to append."""
-        return pace(self.folder, self.first, model, precision=self.config.precision)
+    def pace(self):
+        """tokens/s of this command, as text to append."""
+        return pace(self.folder, self.first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,25 +433,8 @@ def seconds(begun):
     return f"{spent // 60} min {spent % 60:02d} s"
 
 
-def matmul_speed(precision):
-    """FLOP/s of a large square product on this process's device: the ceiling of training."""
-    n = 8192 if device().type == "cuda" else 1024
-    x = torch.randn(n, n, device=device(), dtype=getattr(torch, precision))
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
-
-
-def pace(folder, first, model, *, precision):
-    """Text: tokens/s of the job and its MFU, from the log since step `first`; "" without any.
-
-    A token meets one expert, half of each block's weights: 2 FLOPs a weight forward and, in passes
-    with gradients, 2 more backward and 2 for a weight that is trained. The rest, attention and
-    recomputation do not count. The ceiling of the model FLOPs utilisation (MFU) is `matmul_speed`.
-    """
+def pace(folder, first):
+    """Text: tokens/s of the job, from the log since step `first`; "" without any."""
     lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
     if not lines:
         return ""
@@ -479,11 +442,5 @@ def pace(folder, first, model, *, precision):
     def total(*names):
         return sum(line.get(name, 0) for line in lines for name in names)
 
-    trained = total("tokens", "trained_tokens")  # of stage 1, of stage 2
-    forward = total("rollout_tokens", "update_tokens") - total("trained_tokens")
     spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
-    blocks = list(model.blocks.parameters())
-    weights, learned = count(blocks), count(p for p in blocks if p.requires_grad)
-    flops = (2 * forward + 4 * trained) * weights / 2 + 2 * trained * learned / 2
-    used = flops / spent / size() / matmul_speed(precision)
-    return f", {(forward + trained) / spent:,.0f} tokens/s, MFU {100 * used:.0f} %"
+    return f", {total('tokens', 'rollout_tokens', 'update_tokens') / spent:,.0f} tokens/s"

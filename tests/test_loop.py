@@ -274,19 +274,6 @@ def test_a_system_without_sigusr1(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_passes_without_gradients_are_no_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "matmul_speed", lambda precision: 1e8)
-    model = UnifiedModel(ModelConfig(**SMOKE))
-    line = {"step": 0, "rollout_tokens": 100, "update_tokens": 100, "rollout_seconds": 1.0}
-    found = []
-    for trained in (100, 40):
-        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
-        loop.log(tmp_path, line | {"trained_tokens": trained})
-        text = loop.pace(tmp_path, 0, model, precision="float32")
-        found.append(int(text.split("MFU ")[1].split(" ")[0]))
-    assert found[1] / found[0] == pytest.approx((2 * 160 + 6 * 40) / (2 * 100 + 6 * 100), rel=0.02)
-
-
 # --------------------------------------------------------------------------------------------------
 # the final table
 

@@ -162,7 +162,6 @@ STAGES = [  # where, the function, under what it is noted, what it does instead
     (state.dcp, "save", "saves", save),
     (loop, "Tracker", "tracker", tracker),
     (loop, "save_model", "weights", nothing),
-    (loop, "matmul_speed", "speed", lambda precision: 1e9),
     (loop, "Stop", "stop", never),
 ]
 OWN = {

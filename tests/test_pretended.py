@@ -54,7 +54,6 @@ def made(tmp_path_factory):
 
 def on_both(monkeypatch, do):
     """What `do(name of the place)` returns on the CPU, and on the pretended GPU."""
-    monkeypatch.setattr(loop, "matmul_speed", lambda *_: 1.0)  # made for a GPU
     here = do("cpu")
     with pretended.gpu(monkeypatch), monkeypatch.context() as patch:
         patch.setenv("REALIGN_ATTENTION", "sdpa")  # the kernels' interpreter takes minutes

@@ -213,7 +213,7 @@ def test_stage_1_trains_adapters_goes_on_and_merges_into_the_checkpoint(
         if f"{layer}.lora_b" in adapters:
             b, a = (adapters[f"{layer}.lora_{part}"] for part in "ba")
             assert b.any()
-            value = value + 32.0 * (b @ a)  # alpha 128, rank 4
+            value = value + 2.0 * (b @ a)
         assert torch.equal(one[name], value), name
 
 
@@ -237,26 +237,20 @@ def test_two_processes_hold_rounded_weights_each_and_share_the_adapters(
 @pytest.mark.parametrize(
     "kind, options", [("int8", dict(likelihood="sde", window=1)), ("nf4", dict(kl_beta=0.1))]
 )
-def test_stage_2_begins_on_policy(bitsandbytes, checkpoint, tmp_path, monkeypatch, kind, options):
+def test_stage_2_trains_beside_them(bitsandbytes, checkpoint, tmp_path, monkeypatch, kind, options):
+    def rewards(_, images, __, groups):
+        return torch.randn(groups, len(images) // groups)
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grpo, "rewards_of", lambda e, *_, **__: torch.randn(e.shape[:2]))
+    monkeypatch.setattr(grpo, "group_rewards", rewards)
     grpo.train(smoke("grpo", checkpoint, "run", weights=kind, **options))
     (line,) = loop.read_log("run")
-    assert line["ratio_first_min"] == line["ratio_first_max"] == 1
     assert line["grad_norm"] > 0
 
 
-def test_what_cannot_be_trained_is_refused(bitsandbytes, checkpoint, tmp_path, capsys):
+def test_what_cannot_be_trained_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="weights=nf4 rounds what is frozen.*add --train lora"):
         smoke("sft", checkpoint, tmp_path / "run", weights="nf4", train="gen")
-    config = smoke("sft", checkpoint, tmp_path / "run", weights="nf4")
-    sft.train(config)
-    run = loop.Run(config.out, config, TrainingState({}, None, {}), desc="sft")
-    run.config = dataclasses.replace(config, init=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="gone.*weights=nf4 needs the checkpoint"):
-        run.before()
-    run.config = dataclasses.replace(run.config, weights="full")
-    assert run.before() is None
 
 
 def test_without_the_library_no_folder_is_made(monkeypatch, checkpoint, tmp_path, capsys):

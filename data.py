@@ -428,7 +428,7 @@ def stream(source, positions, workers: int = 0, *, ahead: int = 32):
         num_workers=workers,
         prefetch_factor=math.ceil(ahead / workers) if workers else None,
         pin_memory=bool(workers) and torch.cuda.is_available(),  # for its thread, which receives
-        worker_init_fn=outlive_the_signal if START else None,
+        worker_init_fn=functools.partial(outlive_the_signal, os.getpid()) if START else None,
         multiprocessing_context=START if workers else None,
     )
     for answer in loader:
@@ -437,11 +437,11 @@ def stream(source, positions, workers: int = 0, *, ahead: int = 32):
         yield answer
 
 
-def outlive_the_signal(worker):
+def outlive_the_signal(parent, worker):
     """A worker of a loader goes on when all processes of a job are asked to end: the one that
     trains still saves its state. The worker ends when that one asks it to, or is gone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 def end_with(parent):

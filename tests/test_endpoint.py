@@ -110,6 +110,7 @@ def test_a_picture_that_does_not_open_is_a_fault_of_one_sample(tmp_path):
 
 def failing(*numbers):
     def function(number):
+        time.sleep(0.002)  # so that results are taken one by one, in order
         if number in numbers:
             raise Fault("no luck" if number % 3 else "no wind", f"with {number}")
         return {}
@@ -118,11 +119,11 @@ def failing(*numbers):
 
 
 def test_a_run_stops_only_when_most_of_the_last_samples_fail():
-    some = [number for number in range(200) if number % 5 < 2]
+    some = [number for number in range(200) if number % 5 == 0]
     found = dict(in_parallel(failing(*some), range(200), 1))
     assert [number for number in range(200) if isinstance(found[number], Fault)] == some
     found = {}
-    with pytest.raises(UserError, match=r"2[12] of the last 40 .*: no luck: with 1\d\d; .*repeat"):
+    with pytest.raises(UserError, match=r"2[12] of the last 40 .*: no luck: with \d+; .*repeat"):
         for number, one in in_parallel(failing(*range(99, 200)), range(200), 1):
             found[number] = one
     assert len(found) >= 99 + WINDOW // 2  # and all of them were handed over

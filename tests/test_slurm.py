@@ -118,8 +118,9 @@ def weights(folder):
 def test_srun_reports_the_stop_although_it_ends_the_slower_task(cluster):
     """The first task that leaves makes --kill-on-bad-exit terminate the other, 4 s from its end."""
     environment, _ = cluster
-    slow = "os.environ['SLURM_PROCID'] == '0' and atexit.register(time.sleep, 4)"
-    code = f"import atexit, os, time; from runtime import loop; {slow}; loop.stop_here(1)"
+    slow = "os.environ['SLURM_PROCID'] == '0' and atexit.register(time.sleep, 9)"
+    fast = "os.environ['SLURM_PROCID'] == '1' and time.sleep(5)"  # until the other has begun, too
+    code = f"import atexit, os, time; from runtime import loop; {slow}; {fast}; loop.stop_here(1)"
     command = [*SRUN, "--kill-on-bad-exit=1", sys.executable, "-c", code]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120

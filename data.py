@@ -170,7 +170,7 @@ class Entry:
     part: Path  # the tar shard, or records.jsonl
     name: str  # of its files in the shard, or its line
     key: str
-    # of json, ref_1, ref_2, ..., target: [offset, size] in the shard; the line itself, a path
+    # of json, ref_1.png, ..., target.png: [offset, size] in the shard; the line itself, a path
     places: dict[str, list[int] | bytes | str]
 
     @property
@@ -197,7 +197,6 @@ def entries_of(part: Path) -> list[Entry]:
     entries = []
     if part.name != "records.jsonl":
         for name, places in index_of(part):
-            places = {suffix.partition(".")[0]: place for suffix, place in places.items()}
             entries.append(Entry(part, name, name.rpartition("/")[2], places))
         return entries
     for number, line in files.lines_of(part):
@@ -214,8 +213,14 @@ def entries_of(part: Path) -> list[Entry]:
 
 
 def member(entry: Entry, name: str) -> bytes:
-    """A file of a sample, by its name in `Entry.places`; KeyError or OSError if it is missing."""
-    place = entry.places[name]
+    """A file of a sample: json, ref_1, ref_2, ... or target. KeyError or OSError if it is missing,
+    ValueError if there are several."""
+    places = [place for file, place in entry.places.items() if file.partition(".")[0] == name]
+    if not places:
+        raise KeyError(name)
+    if len(places) > 1:
+        raise ValueError(f"it has {len(places)} files called {name}")
+    place = places[0]
     if isinstance(place, bytes):
         return place
     if isinstance(place, str):

@@ -365,6 +365,8 @@ class Page:
         instruction, seed, *rest = values
         paths, (example, caption, *relations) = rest[: self.most], rest[self.most :]
         references = self.studio.read(paths)
+        if seed is None:
+            raise UserError("the seed is empty: write a number")
         same = example and instruction == example.instruction and references == example.references
         truth = example.truth if same else None
         return Ask(references, instruction, int(seed), caption, tuple(relations), truth)

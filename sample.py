@@ -231,13 +231,12 @@ def paint(engine, job, config):
         result.image.save(hidden, Image.registered_extensions()[job.out.suffix.lower()])
     print(f"picture    {job.out}")
     if config.steps_picture:
-        titles, noised, clean = zip(*way)
         grids = [request.grid] * len(way)
         rows = {
-            "x_t": engine.pictures(noised, grids),
-            "what the model takes it for: x_t - t v": engine.pictures(clean, grids),
+            "x_t": engine.pictures([x for _, x, _ in way], grids),
+            "what the model takes it for: x_t - t v": engine.pictures([x for *_, x in way], grids),
         }
-        save_path(config.steps_picture, titles, rows)
+        save_path(config.steps_picture, [title for title, *_ in way], rows)
         print(f"steps      {config.steps_picture}")
 
 

@@ -149,23 +149,25 @@ class Packed:
         With losses, at least one row of each expert that has any: processes that share a model give
         the same weights gradients.
         """
-        parts = self.order.split([len(self) - len(self.latent_index), len(self.latent_index)])
-        read, places, rows = [], [], []
-        for part, wanted in zip(parts, (self.label_rows, self.noised)):  # part: (U,) or (L,)
-            if not losses:
-                wanted = wanted[:0]
-            elif not len(wanted):
-                wanted = torch.zeros_like(part[:1])
-            place = torch.zeros_like(part)
-            place[wanted] = torch.arange(len(wanted), device=part.device)
-            read.append(wanted)
-            places.append(place)
-            rows.append(part[wanted])
-        rows = torch.cat(rows)  # (u + l,) of this pack
+        # (U,), (L,) rows of this pack
+        und, gen = self.order.split([len(self) - len(self.latent_index), len(self.latent_index)])
+        read_und, read_gen = self.label_rows[:0], self.noised[:0]
+        if losses:
+            read_und = self.label_rows if len(self.label_rows) else torch.zeros_like(und[:1])
+            read_gen = self.noised if len(self.noised) else torch.zeros_like(gen[:1])
+        rows = torch.cat([und[read_und], gen[read_gen]])  # (u + l,) of this pack
         inverse = torch.argsort(rows)
         rows = rows[inverse]
         mask = Mask(self.mask.q_hi[rows], self.mask.k_hi, self.mask.positions()[rows])
-        return Read(*read, *places, torch.argsort(inverse), inverse, mask)
+        return Read(
+            und=read_und,
+            gen=read_gen,
+            und_place=_places(read_und, len(und)),
+            gen_place=_places(read_gen, len(gen)),
+            order=torch.argsort(inverse),
+            inverse=inverse,
+            mask=mask,
+        )
 
     def image_of_token(self) -> Tensor:
         """(M,) number of the noised image that each noised token belongs to."""
@@ -445,6 +447,13 @@ def position_ids(height: int, width: int, side: int) -> Tensor:
     """
     # (height * width,)
     return (torch.arange(height)[:, None] * side + torch.arange(width)).flatten()
+
+
+def _places(chosen, count):
+    """(count,) which of the chosen (n,) each of `count` tokens is; 0 where it is none."""
+    places = torch.zeros(count, dtype=torch.long, device=chosen.device)
+    places[chosen] = torch.arange(len(chosen), device=chosen.device)
+    return places
 
 
 def _long(values):

@@ -27,7 +27,7 @@ from bench.model import MID, random_engine, random_reference, random_words
 from bench.timing import best_of
 from engine import Branch, Engine, Group, Prompt, Thinking
 from model import TOY, ModelConfig
-from runtime.accountant import live_bytes
+from runtime.accountant import kept_bytes
 from runtime.state import TrainingState
 from sequence import Sequence
 from vision import Reference
@@ -238,12 +238,9 @@ def kept_for_backward(contest):
     """Bytes that autograd keeps at a time: for one member and step; for a pack with its prompt."""
     model, config = contest.engine.model, contest.config
     packed = naive_pack(contest, 0, 0)
-    outputs = []  # the graphs hang on them
-    with live_bytes() as alone:
-        outputs.append(model.velocity(packed, model(packed)[1]))
+    with kept_bytes(model.parameters()) as alone:
+        model.velocity(packed, model(packed)[1])
     group = tree.plant(contest.engine.layout, contest.rollout, 0, config)
-    with live_bytes() as together:
-        outputs.append(
-            tree.policy(model, model.keys_and_values(group.prompt), group.batches[0], config)
-        )
-    return alone.now, together.now
+    with kept_bytes(model.parameters()) as together:
+        tree.policy(model, model.keys_and_values(group.prompt), group.batches[0], config)
+    return alone.total, together.total

@@ -92,9 +92,32 @@ def dry_run(walk, config, shape):
 # passes, measured on the meta device
 
 
+class kept_bytes(torch.autograd.graph.saved_tensors_hooks):
+    """`with kept_bytes(parameters) as kept: forward` -> kept.total: bytes that autograd keeps.
+
+    Each storage counts once, those of the parameters not at all.
+    """
+
+    def __init__(self, parameters):
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.seen = {p.untyped_storage()._cdata for p in parameters}
+        self.storages, self.total = [], 0  # alive, so that no address is given twice
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def _keep(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.storages.append(storage)
+            self.total += storage.nbytes()
+        return tensor
+
+
 class live_bytes(TorchDispatchMode):
-    """`with live_bytes() as live: ...` -> live.peak: most bytes of the storages made inside;
-    live.now: of those that still stand, as those that autograd keeps."""
+    """`with live_bytes() as live: ...` -> live.peak: most bytes of the storages made inside."""
 
     def __init__(self):
         super().__init__()
@@ -161,19 +184,29 @@ def forward_bytes(shape, packed, dtype, slots):
     return live.peak
 
 
-def graph_bytes(shape, packed, dtype, checkpointing):
-    """(bytes kept for the backward pass of a pack, bytes of one block that is computed again)."""
-    packed = on_meta(packed)
+def graph_bytes(shape, packed, dtype, checkpointing, *, cut=False):
+    """(bytes kept for the backward pass of a pack, bytes of one block that is computed again).
+
+    cut: the pack is a tree of GRPO's update, its prompt computed first (tree.cut_prompt).
+    """
+    packs = [on_meta(pack) for pack in (packed.cut() if cut else (packed,))]
 
     def kept(layers, checkpointing):
-        model, latents = model_of(replace(shape, num_hidden_layers=layers), dtype), []
-        model.checkpointing = checkpointing
-        with live_bytes() as live:
-            latents.append(model(packed, losses=True)[1])  # the graph hangs on it
-        return live.now
+        model = model_of(replace(shape, num_hidden_layers=layers), dtype)
+        model.checkpointing, leaves = checkpointing, None
+        with kept_bytes(model.parameters()) as graph:
+            if cut:
+                prompt = model.keys_and_values(packs[0])
+                leaves = [[x.detach().requires_grad_() for x in layer] for layer in prompt]
+            model(packs[-1], prefix=leaves, losses=True)
+        return graph.total
 
     whole = kept(shape.num_hidden_layers, checkpointing)
-    return whole, (kept(2, False) - kept(1, False)) if checkpointing else 0
+    if not checkpointing:
+        return whole, 0
+    # RoPE's cos and sin: checkpoint holds them where no hook sees them
+    turn = len(packed) * shape.head_dim * dtype.itemsize
+    return whole + 2 * turn, kept(2, False) - kept(1, False) + turn
 
 
 @torch.no_grad()
@@ -334,7 +367,7 @@ def walk_grpo(config, shape, gpus):
     contexts, references = config.sampler.contexts, config.max_references
     both = a_group(shape, references, side, fullest(shape, config), contexts)
     prompt = len(a_group(shape, references, side))
-    graph, block = graph_bytes(shape, both, dtype, config.checkpointing)
+    graph, block = graph_bytes(shape, both, dtype, config.checkpointing, cut=True)
     update |= {
         "graph": graph,
         "prompt's KV and gradients": 3 * token_bytes(shape, dtype) * prompt,

@@ -275,8 +275,15 @@ class Run:
         barrier()
 
     def pace(self):
-        """tokens/s of this command, as text to append."""
-        return pace(self.folder, self.first)
+        """Text to append: tokens/s of this command, from its log; "" where it made no step."""
+        lines = [line for line in read_log(self.folder) if line["step"] >= self.first]
+
+        def total(*names):
+            return sum(line.get(name, 0) for line in lines for name in names)
+
+        spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
+        tokens = total("tokens", "rollout_tokens", "update_tokens")
+        return f", {tokens / spent:,.0f} tokens/s" if spent else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,16 +438,3 @@ def seconds(begun):
     """Wall time since `begun` (time.perf_counter) as text."""
     spent = int(time.perf_counter() - begun)
     return f"{spent // 60} min {spent % 60:02d} s"
-
-
-def pace(folder, first):
-    """Text: tokens/s of the job, from the log since step `first`; "" without any."""
-    lines = [line for line in read_log(folder) if line["step"] >= first] if is_main() else []
-    if not lines:
-        return ""
-
-    def total(*names):
-        return sum(line.get(name, 0) for line in lines for name in names)
-
-    spent = total("seconds", "rollout_seconds", "reward_seconds", "update_seconds")
-    return f", {total('tokens', 'rollout_tokens', 'update_tokens') / spent:,.0f} tokens/s"

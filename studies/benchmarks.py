@@ -12,7 +12,7 @@ Pictures go where the official scorer looks for them, each with what the model w
     {out}/fullset/{task_type}/{key}.json     the text, the plan, its problems
     {out}/{judge}/{task_type}/score.jsonl    a line a sample, the official names
 
-Our judge (judge.py) asks each question once (the official one: three times, the last answer
+Our judge (endpoint.py) asks each question once (the official one: three times, the last answer
 counts), and an answer that cannot be read is null and counted (there: a random number). A killed
 run goes on where it was: whole pictures are not painted again, nor scores asked for again.
 Left out: the other metrics of DreamOmni2's own paper (success ratios by Gemini, Doubao and people);
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from engine import Request
 from runtime import files
-from runtime.config import UserError
+from runtime.config import UserError, to_dict
 from studies.endpoint import (
     Access,
     Endpoint,
@@ -115,7 +115,8 @@ def run_benchmark(config, load_engine):
 
 def check_settings(path, config):
     """Record what the pictures depend on; UserError if those that are there were made otherwise."""
-    settings = {name: getattr(config, name) for name in SETTINGS}
+    options = to_dict(config)
+    settings = {name: options[name] for name in SETTINGS}
     before = files.read_json(path) if path.is_file() else settings
     for name, value in settings.items():
         if before.get(name, value) != value:
@@ -135,7 +136,8 @@ def read_omnicontext(path):
     from pyarrow import ArrowException, parquet
 
     folder = Path(path) if Path(path).exists() else download(path)
-    tables = [folder] if folder.is_file() else sorted(folder.rglob("[!.]*.parquet"))
+    tables = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.parquet"))
+    tables = tables or sorted(folder.glob("data/[!.]*.parquet"))
     if not tables:
         raise UserError(
             f"{folder} holds no parquet file; expected OmniContext's layout, data/train-*.parquet"
@@ -155,15 +157,17 @@ def read_omnicontext(path):
 
 def omnicontext_case(row, folder):
     """A Case from a row of OmniContext; its pictures are in the row, or files in `folder`."""
-    key, task = str(row.get("key")), row.get("task_type")
+    key, task, images = str(row.get("key", "")), row.get("task_type"), row.get("input_images")
     files.check_name(key, "a key of the benchmark")
+    if not images:
+        raise UserError(f"row {key} has no input_images; expected OmniContext's layout")
     if task not in OMNICONTEXT_TASKS or not isinstance(row.get("instruction"), str):
         raise UserError(
             f"row {key} has the task {task!r} and the instruction {row.get('instruction')!r}; "
             f"expected a text, and one of {', '.join(OMNICONTEXT_TASKS)}"
         )
     references = []
-    for image in row.get("input_images") or ():
+    for image in images:
         if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
             raise UserError(f"an input image of {key} has neither bytes nor a path")
         source = io.BytesIO(image["bytes"]) if image.get("bytes") else folder / image["path"]

@@ -23,8 +23,8 @@ Of a reply in text, what stands outside of thinking counts, and of that the last
 holds a key. Whatever would take a guess is a ValueError, and the question is asked again: a score
 is never invented. The judge of the toy world, which knows the truth, is toy/judge.py.
 
-Left out: streaming, batch interfaces, tool calls, several choices, pictures that come as URLs, the
-official prompts word for word.
+Left out: streaming, batch interfaces, tool calls, several choices, pictures that come as URLs,
+servers that know max_tokens but not max_completion_tokens, the official prompts word for word.
 
     model = Endpoint(Access("http://localhost:8000/v1", "judge"), "out/replies")
     model.ask(Question("What do you see?", (png,)), visible)

@@ -211,12 +211,16 @@ def samples_of_file(file):
 
 def sample_of_folder(file):
     """The sample of a folder: its text, its pictures by their numbers, one of them the target."""
+    try:
+        words = files.read_text(file)
+    except UserError as error:
+        return {"broken": str(error)}
     names = [path.name for path in file.parent.iterdir() if is_picture(path)]
     targets = [name for name in names if re.search("target|output", Path(name).stem.lower())]
     references = [name for name in names if name not in targets]
     return {
         "references": sorted(references, key=lambda name: files.by_number(Path(name).stem)),
-        "instruction": file.read_text(encoding="utf-8-sig"),
+        "instruction": words,
         "target": targets[0] if len(targets) == 1 else None,
     }
 
@@ -224,7 +228,7 @@ def sample_of_folder(file):
 def checked(sample, folder, root, most):
     """The three fields of a record; ValueError says what is wrong with them."""
     if "broken" in sample:
-        raise ValueError(f"no JSON: {sample['broken']}")
+        raise ValueError(f"it cannot be read: {sample['broken']}")
     words, target, names = sample["instruction"], sample.get("target"), sample.get("references")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"no list of references: {names!r}")

@@ -119,11 +119,11 @@ def failing(*numbers):
 
 
 def test_a_run_stops_only_when_most_of_the_last_samples_fail():
-    some = [number for number in range(200) if number % 5 == 0]
+    some = [number for number in range(200) if number % 5 < 2]
     found = dict(in_parallel(failing(*some), range(200), 1))
     assert [number for number in range(200) if isinstance(found[number], Fault)] == some
     found = {}
-    with pytest.raises(UserError, match=r"2[12] of the last 40 .*: no luck: with \d+; .*repeat"):
+    with pytest.raises(UserError, match=r"2[12] of the last 40 .*: no luck: with 1\d\d; .*repeat"):
         for number, one in in_parallel(failing(*range(99, 200)), range(200), 1):
             found[number] = one
     assert len(found) >= 99 + WINDOW // 2  # and all of them were handed over

@@ -382,6 +382,7 @@ def test_the_final_table_comes_after_the_training_state_is_gone(tables, tmp_path
         ({"RANK": "0"}, "RANK is set, but LOCAL_RANK"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
         (dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"], "x"), "MASTER_ADDR"),
+        (dict.fromkeys(processes.TORCHRUN, "x"), "'x'"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_LOCALID"),
     ],
 )

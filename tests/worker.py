@@ -164,7 +164,7 @@ def work(folder):
             {"likelihood": "forward", "tokens_per_pack": 820, "checkpointing": True}
             | {"train": "lora", "lora_rank": 4},
         ),
-        ("plans", {"images_per_cot": 2, "train_text": True}),
+        ("plans", {"images_per_cot": 2, "train_text": True, "tokens_per_pack": 545}),
         ("bare-all", {"bare": True}),
         ("bare-gen", {"bare": True, "train": "gen"}),
         ("bare-lora", {"bare": True, "train": "lora", "lora_rank": 4}),

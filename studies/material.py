@@ -196,7 +196,7 @@ def samples_of_file(file):
         try:
             value = json.loads(text.decode("utf-8-sig"))
         except ValueError as error:
-            yield file.parent, {"broken": f"{file.name}, {error}"}
+            yield file.parent, {"broken": f"no JSON: {file.name}, {error}"}
             continue
         items = value if isinstance(value, list) else [value]
         for item in (item for item in items if isinstance(item, dict)):
@@ -228,7 +228,7 @@ def sample_of_folder(file):
 def checked(sample, folder, root, most):
     """The three fields of a record; ValueError says what is wrong with them."""
     if "broken" in sample:
-        raise ValueError(f"it cannot be read: {sample['broken']}")
+        raise ValueError(sample["broken"])
     words, target, names = sample["instruction"], sample.get("target"), sample.get("references")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"no list of references: {names!r}")

@@ -211,6 +211,7 @@ def omnicontext_row(**fields):
 @pytest.mark.parametrize(
     "fields, words",
     [
+        ({"input_images": []}, "row 7 has no input_images"),
         ({"input_images": [None]}, "an input image of 7 has neither bytes nor a path"),
         ({"input_images": [{"bytes": None}]}, "an input image of 7 has neither bytes nor a path"),
         ({"input_images": [{"bytes": b"GIF89a"}]}, "an input image of 7 cannot be read"),

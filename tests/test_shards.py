@@ -398,6 +398,10 @@ LONG_PLAN = {"out_caption": "A red " * 90, "relations": [{"relation_1": "It is f
             lambda files: files.update({f"{KEY}.ref_3.png": files[f"{KEY}.target.png"]}),
             "'ref_2' is missing",
         ),
+        (
+            lambda files: files.update({f"{KEY}.target.jpg": files[f"{KEY}.target.png"]}),
+            "it has 2 files called target",
+        ),
         (edit(KEY, plan={"out_caption": "A city.", "relations": []}), "relation_1"),
         (edit(KEY, instruction="<image> and <image>"), "2 times <image>, but 1 references"),
         (edit(KEY, instruction=" "), "its instruction has 1 characters"),

@@ -206,3 +206,14 @@ def test_a_dry_run_counts_what_text_costs(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "2 samples" in out and "6 requests (plan, PF, SC)" in out and "images" not in out
     assert not list(Path("out/curated").glob("*.jsonl"))
+
+
+def test_an_instruction_that_is_no_text_is_one_dropped_sample(tmp_path):
+    """And not the end of the run."""
+    for name, words in (("good", b"Put it there."), ("bad", b"caf\xe9")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "instruction.txt").write_bytes(words)
+        for i, picture in enumerate(("ref.png", "target.png")):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / picture)
+    dropped = [record.get("dropped", "") for record in read_triples(tmp_path, 9, 4).values()]
+    assert sorted(map(bool, dropped)) == [False, True] and "not UTF-8" in "".join(dropped)
